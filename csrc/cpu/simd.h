@@ -1,0 +1,114 @@
+// Vectors as wide as the ISA level this unit is compiled for (FLEXKERNELS_ISA). Everything here has internal linkage:
+// an inline function with external linkage, compiled for AVX-512, could be the copy that the linker keeps for all.
+#pragma once
+
+#include "../core/dtype.h"
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace flexkernels::FLEXKERNELS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+// half the lanes, in twice the precision
+typedef float vf_half __attribute__((vector_size(2 * W)));
+typedef int32_t vi_half __attribute__((vector_size(2 * W)));
+typedef double vd __attribute__((vector_size(4 * W)));
+typedef int64_t vl __attribute__((vector_size(4 * W)));
+
+inline vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+inline vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+inline void store(bf16* p, vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu quiet = (bits >> 16) | 0x0040u;
+  const vh h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, vh);
+  memcpy(p, &h, sizeof h);
+}
+
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int lane = 0; lane < W; ++lane) v[lane] = to_float(p[lane]);
+  return v;
+#endif
+}
+
+inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < W; ++lane) from_float(v[lane], p + lane);
+#endif
+}
+
+struct Full {
+  template <typename T>
+  vf load_from(const T* p) const {
+    return load(p);
+  }
+  template <typename T>
+  void store_to(T* p, vf v) const {
+    store(p, v);
+  }
+};
+
+// the first `count` lanes; the others read as zero
+struct Part {
+  int count;
+  template <typename T>
+  vf load_from(const T* p) const {
+    T lanes[W] = {};
+    memcpy(lanes, p, count * sizeof(T));
+    return load(lanes);
+  }
+  template <typename T>
+  void store_to(T* p, vf v) const {
+    T lanes[W];
+    store(lanes, v);
+    memcpy(p, lanes, count * sizeof(T));
+  }
+};
+
+template <typename Wide, typename Half, typename Narrow>
+inline void widen(Narrow v, Wide* low, Wide* high) {
+  Half parts[2];
+  memcpy(parts, &v, sizeof v);
+  *low = __builtin_convertvector(parts[0], Wide);
+  *high = __builtin_convertvector(parts[1], Wide);
+}
+
+}  // namespace
+}  // namespace flexkernels::FLEXKERNELS_ISA

@@ -1,0 +1,108 @@
+// pybind11 module flexkernels._C. Loading it also registers the native ops and their CPU kernels (ops.cpp).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "capability.h"
+#include "core/plan.h"
+
+namespace py = pybind11;
+namespace plan = flexkernels::plan;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FLEXKERNELS_VERSION;
+  info["compiler"] = FLEXKERNELS_COMPILER;
+  info["flags"] = FLEXKERNELS_FLAGS;
+  info["torch"] = TORCH_VERSION;
+  info["isa_levels"] = py::str(FLEXKERNELS_ISA_LEVELS).attr("split")();
+  info["cuda"] = FLEXKERNELS_CUDA[0] ? py::object(py::str(FLEXKERNELS_CUDA)) : py::none();
+  info["cuda_archs"] = py::str(FLEXKERNELS_CUDA_ARCHS).attr("split")();
+  return info;
+}
+
+using Int32s = py::array_t<int32_t, py::array::c_style>;
+
+void check(bool ok, const std::string& message) {
+  if (!ok) throw py::value_error(message);
+}
+
+void check_lengths(const char* name, const Int32s& lengths) {
+  for (py::ssize_t i = 0; i < lengths.size(); ++i) {
+    const int32_t length = lengths.data()[i];
+    check(length >= 0, std::string(name) + " must not be negative, got " + std::to_string(length));
+  }
+}
+
+void check_frame_offsets(const Int32s& offsets, py::ssize_t frames) {
+  const py::ssize_t last = offsets.size() - 1;
+  check(last >= 0 && offsets.data()[0] == 0 && offsets.data()[last] == frames,
+        "frame_offsets must run from 0 to the number of frames, " + std::to_string(frames));
+  for (py::ssize_t b = 0; b < last; ++b) {
+    check(offsets.data()[b] <= offsets.data()[b + 1], "frame_offsets must not fall, got " +
+                                                          std::to_string(offsets.data()[b]) + " before " +
+                                                          std::to_string(offsets.data()[b + 1]));
+  }
+}
+
+plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k) {
+  check(mask >= plan::kFull && mask <= plan::kFrameCausalPrefix, "mask must be 0 to 3, got " + std::to_string(mask));
+  check(cross.size() == 4, "cross must have 4 entries, got " + std::to_string(cross.size()));
+  check(block_q >= 0 && block_k >= 0, "block_q and block_k must not be negative, got " + std::to_string(block_q) +
+                                          " and " + std::to_string(block_k));
+  plan::Spec spec{mask, {}, block_q, block_k};
+  for (int i = 0; i < 4; ++i) {
+    const int32_t rule = cross.data()[i];
+    check(rule >= plan::kNone && rule <= (i == 3 ? plan::kRankCausal : plan::kAll),
+          "cross must hold 0 or 1, and 0, 1 or 2 for suffix2suffix, got " + std::to_string(rule));
+    spec.cross[i] = rule;
+  }
+  return spec;
+}
+
+// hands the vector's memory to NumPy
+py::array as_array(std::vector<int32_t> values, py::ssize_t width) {
+  auto* owned = new std::vector<int32_t>(std::move(values));
+  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
+  const py::ssize_t rows = static_cast<py::ssize_t>(owned->size()) / width;
+  if (width == 1) return py::array_t<int32_t>({rows}, owned->data(), owner);
+  return py::array_t<int32_t>({rows, width}, owned->data(), owner);
+}
+
+py::tuple make_plan(const Int32s& frame_offsets, const Int32s& prefix_len, const Int32s& suffix_len, int mask,
+                    const Int32s& cross, int32_t block_q, int32_t block_k) {
+  check(prefix_len.size() == suffix_len.size(), "prefix_len and suffix_len must be of equal length, got " +
+                                                    std::to_string(prefix_len.size()) + " and " +
+                                                    std::to_string(suffix_len.size()));
+  check_frame_offsets(frame_offsets, prefix_len.size());
+  check_lengths("prefix_len", prefix_len);
+  check_lengths("suffix_len", suffix_len);
+  const plan::Spec spec = checked_spec(mask, cross, block_q, block_k);
+  plan::Plan made =
+      plan::make(frame_offsets.data(), frame_offsets.size() - 1, prefix_len.data(), suffix_len.data(), spec);
+  return py::make_tuple(as_array(std::move(made.q_tiles), 4), as_array(std::move(made.k_ptr), 1),
+                        as_array(std::move(made.k_tiles), 3));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels, the layout planner and build facts of flexkernels";
+  m.def("build_info", &build_info, "Compiler, flags, ISA levels and CUDA architectures of this build (dict)");
+  m.def(
+      "cpu_capability", [] { return flexkernels::capability_name(flexkernels::cpu_capability()); },
+      "ISA level in use: 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY names no level");
+  m.def("plan", &make_plan, py::arg("frame_offsets"), py::arg("prefix_len"), py::arg("suffix_len"), py::arg("mask"),
+        py::arg("cross"), py::arg("block_q"), py::arg("block_k"), R"(Tile schedule of a packed layout.
+
+frame_offsets int32 [B + 1], prefix_len and suffix_len int32 [F], cross int32 [4]; mask 0 full, 1 causal,
+2 frame_causal, 3 frame_causal_prefix; a block of 0 gives one tile per frame part.
+Returns q_tiles int32 [n, 4] (sequence, first row, end row, 0), k_ptr int32 [n + 1] and
+k_tiles int32 [m, 3] (first key, end key, 1 if every row sees every key). ValueError for input out of range.)");
+}

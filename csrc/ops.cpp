@@ -1,0 +1,95 @@
+// Every native schema, and the CPU launches: check, split the rows over torch's threads, call the kernel of the ISA
+// level at hand. Outputs are allocated by the caller; an op only fills them.
+#include "args.h"
+#include "capability.h"
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#define FLEXKERNELS_SELECT(kernel)                                          \
+  (flexkernels::cpu_capability() == flexkernels::Capability::avx512         \
+       ? flexkernels::avx512::kernel                                        \
+       : flexkernels::cpu_capability() == flexkernels::Capability::avx2 ? flexkernels::avx2::kernel \
+                                                                        : flexkernels::baseline::kernel)
+#else
+#define FLEXKERNELS_SELECT(kernel) (flexkernels::baseline::kernel)
+#endif
+
+namespace flexkernels {
+namespace {
+
+// elements of work that are worth a thread
+constexpr int64_t kGrain = 16384;
+
+int64_t grain_rows(int64_t elements_per_row) { return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1; }
+
+template <typename Args>
+void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows, int64_t elements_per_row) {
+  if (rows == 0) return;
+  torch::stable::parallel_for(0, rows, grain_rows(elements_per_row),
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void fsq_quantize_cpu(const Tensor& z, const Tensor& thresholds, Levels levels, OptionalTensor codes,
+                      OptionalTensor ids) {
+  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids);
+  launch(FLEXKERNELS_SELECT(fsq_quantize_kernel), args, args.n, args.dims);
+}
+
+void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes) {
+  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes);
+  launch(FLEXKERNELS_SELECT(fsq_dequantize_kernel), args, args.n, args.dims);
+}
+
+// offsets [rows + 1] must start at 0, never fall, and end at `total`
+void check_offsets(const char* name, const int64_t* offsets, int64_t rows, int64_t total) {
+  if (!offsets) return;
+  STD_TORCH_CHECK(offsets[0] == 0 && offsets[rows] == total, name, " must run from 0 to ", total, ", got ", offsets[0],
+                  " to ", offsets[rows]);
+  for (int64_t r = 0; r < rows; ++r) {
+    STD_TORCH_CHECK(offsets[r] <= offsets[r + 1], name, " must not fall, got ", offsets[r], " before ",
+                    offsets[r + 1]);
+  }
+}
+
+void check_prefix_fits(const FlowStep& p) {
+  if (!p.prefix) return;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const int64_t length = flow_row_begin(p, r + 1) - flow_row_begin(p, r);
+    const int64_t given = p.prefix_offsets[r + 1] - p.prefix_offsets[r];
+    STD_TORCH_CHECK(given <= length, "prefix_offsets must give row ", r, " at most its ", length, " elements, got ",
+                    given);
+  }
+}
+
+void flow_step_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
+                   OptionalTensor row_offsets, int64_t rows, double dt, int64_t guidance, double scale,
+                   double threshold, double eta, double momentum, OptionalTensor prefix,
+                   OptionalTensor prefix_offsets, OptionalTensor prefix_noise, double prefix_time,
+                   const Tensor& x_next, OptionalTensor momentum_next) {
+  const FlowStep args = flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale,
+                                       threshold, eta, momentum, prefix, prefix_offsets, prefix_noise, prefix_time,
+                                       x_next, momentum_next);
+  check_offsets("row_offsets", args.row_offsets, rows, x.numel());
+  check_offsets("prefix_offsets", args.prefix_offsets, rows, prefix ? prefix->numel() : 0);
+  check_prefix_fits(args);
+  launch(FLEXKERNELS_SELECT(flow_step_kernel), args, rows, rows ? x.numel() / rows : 0);
+}
+
+}  // namespace
+}  // namespace flexkernels
+
+STABLE_TORCH_LIBRARY(flexkernels_native, m) {
+  m.def("fsq_quantize(Tensor z, Tensor thresholds, int[] levels, Tensor(a!)? codes, Tensor(b!)? ids) -> ()");
+  m.def("fsq_dequantize(Tensor ids, int[] levels, Tensor(a!) codes) -> ()");
+  m.def(
+      "flow_step(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, int rows, "
+      "float dt, int guidance, float scale, float threshold, float eta, float momentum, Tensor? prefix, "
+      "Tensor? prefix_offsets, Tensor? prefix_noise, float prefix_time, Tensor(a!) x_next, "
+      "Tensor(b!)? momentum_next) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
+  m.impl("fsq_quantize", TORCH_BOX(&flexkernels::fsq_quantize_cpu));
+  m.impl("fsq_dequantize", TORCH_BOX(&flexkernels::fsq_dequantize_cpu));
+  m.impl("flow_step", TORCH_BOX(&flexkernels::flow_step_cpu));
+}

@@ -1,0 +1,310 @@
+"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): `fsq_quantize`, `fsq_dequantize` and their references.
+
+round(tanh(.)) never falls, so a level is the number of float32 thresholds below z. The kernels count thresholds, which
+are found once per level set; they need no transcendental function and agree bit for bit with the float32 formula.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from . import checks, library
+
+MAX_LEVEL = 256
+MAX_DIMS = 16
+
+
+def fsq_quantize(
+    z: torch.Tensor,
+    levels: Sequence[int],
+    *,
+    codes: bool = True,
+    ids: bool = True,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Rounds every component of `z` to one of its levels; differentiable by the straight-through gradient.
+
+    z: [..., D] float32, bfloat16 or float16, with D = len(levels); the arithmetic is that of float32.
+    levels: D ints (at most 16), each from 2 to 256.
+    codes, ids: which of the two results to compute; the other is None.
+
+    Returns codes [..., D] in z's dtype with values (level - L // 2) / (L // 2), and ids [...] in `ids_dtype` (int64 or
+    int32): the mixed-radix number of the levels, first component fastest. A NaN gets level 0; an empty z gives empty
+    results. The gradient with respect to z is that of bound(z) / (L // 2), the value before rounding.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or level, and when prod(levels) ids do not fit `ids_dtype`.
+    Source: arXiv 2309.15505, section 3 and appendix A.
+    """
+    levels = _check_quantize(z, levels, codes, ids, ids_dtype)
+    out_codes, out_ids = _quantize_op(z, levels, codes, ids, ids_dtype)
+    return out_codes if codes else None, out_ids if ids else None
+
+
+def fsq_quantize_ref(
+    z: torch.Tensor,
+    levels: Sequence[int],
+    *,
+    codes: bool = True,
+    ids: bool = True,
+    ids_dtype: torch.dtype = torch.int64,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The specification of `fsq_quantize` in plain PyTorch, without a gradient."""
+    levels = _check_quantize(z, levels, codes, ids, ids_dtype)
+    half_width = _row([level // 2 for level in levels], z)
+    # [..., D], 0 .. L - 1
+    level = torch.round(_bound(z.float(), levels)) + half_width
+    level = torch.where(z.isnan(), torch.zeros_like(level), level)
+    out_codes = ((level - half_width) / half_width).to(z.dtype) if codes else None
+    out_ids = None
+    if ids:
+        out_ids = sum(level[..., d].to(torch.int64) * basis for d, basis in enumerate(_basis(levels))).to(ids_dtype)
+    return out_codes, out_ids
+
+
+def fsq_dequantize(ids: torch.Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The codes that `fsq_quantize` gave along with `ids`.
+
+    ids: [...] int64 or int32, each from 0 to prod(levels) - 1. On the CPU an id outside raises ValueError; elsewhere
+    it is not looked for (that would wait for the device) and gives some code.
+    levels: as for `fsq_quantize`. dtype: float32, bfloat16 or float16.
+
+    Returns codes [..., D]; empty ids give empty codes. Raises TypeError or ValueError for a wrong dtype or level.
+    """
+    levels = _check_dequantize(ids, levels, dtype)
+    return _dequantize_op(ids, levels, dtype)
+
+
+def fsq_dequantize_ref(ids: torch.Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The specification of `fsq_dequantize` in plain PyTorch."""
+    levels = _check_dequantize(ids, levels, dtype)
+    ids = ids.to(torch.int64)
+    digits = [ids // basis % level for basis, level in zip(_basis(levels), levels, strict=True)]
+    codes = [(digit - level // 2).float() / (level // 2) for digit, level in zip(digits, levels, strict=True)]
+    return torch.stack(codes, -1).to(dtype)
+
+
+def _row(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """[D] float32 on the device of `like`; by fills, since a copy from the host cannot enter a CUDA graph."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=like.device) for value in values])
+
+
+def _bound_terms(levels: tuple[int, ...], like: torch.Tensor):
+    """half, offset, shift [D] float32 of bound(z) = tanh(z + shift) * half - offset."""
+    half = (_row(levels, like) - 1) * (1 + 1e-3) / 2
+    offset = _row([0.5 * (level % 2 == 0) for level in levels], like)
+    return half, offset, torch.atanh(offset / half)
+
+
+def _bound(z: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
+    half, offset, shift = _bound_terms(levels, z)
+    return torch.tanh(z + shift) * half - offset
+
+
+def _basis(levels: Sequence[int]) -> list[int]:
+    """1, L0, L0 * L1, ...: what one step of each component adds to an id."""
+    return [math.prod(levels[:d]) for d in range(len(levels))]
+
+
+# thresholds
+
+
+@functools.lru_cache(maxsize=64)
+def thresholds(levels: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """float32 [D, max(levels) - 1]: row d holds the largest z of levels 0 .. L_d - 2, then +inf.
+
+    Found by bisection over all float32 values against the formula as torch evaluates it on the CPU, so every backend
+    gives the codes of that formula.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _bisect(levels).to(device)
+
+
+def _bisect(levels: tuple[int, ...]) -> torch.Tensor:
+    ends = _ordinal(torch.tensor([-math.inf, math.inf], device="cpu"))
+    # [max(levels) - 1, D]
+    steps = torch.arange(max(levels) - 1, device="cpu").unsqueeze(1).expand(-1, len(levels))
+    low, high = torch.full_like(steps, int(ends[0])), torch.full_like(steps, int(ends[1]))
+    half_width = torch.tensor([level // 2 for level in levels], dtype=torch.float32, device="cpu")
+    # level(low) <= step < level(high) throughout; the distance of 2**32 halves each time
+    for _ in range(32):
+        middle = (low + high) // 2
+        below = torch.round(_bound(_from_ordinal(middle), levels)) + half_width <= steps
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    exists = steps < torch.tensor(levels, device="cpu") - 1
+    return torch.where(exists, _from_ordinal(low), math.inf).t().contiguous()
+
+
+def _ordinal(value: torch.Tensor) -> torch.Tensor:
+    """int64 numbers in the order of the float32 values, neighbours one apart (NaN excluded)."""
+    bits = value.view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+
+
+def _from_ordinal(ordinal: torch.Tensor) -> torch.Tensor:
+    bits = torch.where(ordinal < 0, (-ordinal - 1) | -0x80000000, ordinal)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+# validation
+
+
+def _check_quantize(z, levels, codes, ids, ids_dtype) -> tuple[int, ...]:
+    checks.tensor("z", z, checks.FLOATS)
+    levels = _check_levels(levels)
+    if z.dim() == 0 or z.shape[-1] != len(levels):
+        checks.reject(
+            "z", f"have {len(levels)} components (one a level) in its last dimension", f"shape {list(z.shape)}"
+        )
+    if not (codes or ids):
+        checks.reject("codes or ids", "be asked for", "neither")
+    if ids_dtype not in checks.INTEGERS:
+        checks.reject("ids_dtype", f"be {checks.one_of(checks.INTEGERS)}", ids_dtype, TypeError)
+    if ids:
+        _check_fits(levels, ids_dtype)
+    return levels
+
+
+def _check_dequantize(ids, levels, dtype) -> tuple[int, ...]:
+    checks.tensor("ids", ids, checks.INTEGERS)
+    levels = _check_levels(levels)
+    if dtype not in checks.FLOATS:
+        checks.reject("dtype", f"be {checks.one_of(checks.FLOATS)}", dtype, TypeError)
+    _check_fits(levels, torch.int64)
+    return levels
+
+
+def _check_levels(levels) -> tuple[int, ...]:
+    levels = checks.integers("levels", levels, 2, MAX_LEVEL)
+    if len(levels) > MAX_DIMS:
+        checks.reject("levels", f"have at most {MAX_DIMS} entries", len(levels))
+    return levels
+
+
+def _check_fits(levels: tuple[int, ...], dtype: torch.dtype):
+    size, most = math.prod(levels), torch.iinfo(dtype).max + 1
+    if size > most:
+        checks.reject("levels", f"multiply to at most {most} for {checks.short(dtype)} ids", size)
+
+
+# ops
+
+
+def _quantize_impl(z, levels, codes, ids, ids_dtype):
+    out_codes, out_ids = _quantize_fake(z, levels, codes, ids, ids_dtype)
+    if z.numel() == 0:
+        return out_codes, out_ids
+    dims = len(levels)
+    library.launch(
+        "fsq_quantize",
+        z.contiguous().view(-1, dims),
+        thresholds(tuple(levels), z.device),
+        levels,
+        out_codes.view(-1, dims) if codes else None,
+        out_ids.view(-1) if ids else None,
+    )
+    return out_codes, out_ids
+
+
+def _quantize_fake(z, levels, codes, ids, ids_dtype):
+    # a result that is not asked for is an empty tensor: an op cannot return None
+    out_codes = z.new_empty(z.shape if codes else (0,))
+    out_ids = z.new_empty(z.shape[:-1] if ids else (0,), dtype=ids_dtype)
+    return out_codes, out_ids
+
+
+def _quantize_setup(ctx, inputs, output):
+    z, ctx.levels, ctx.codes, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(z)
+
+
+def _quantize_backward(ctx, grad_codes, _):
+    if not ctx.codes:
+        return None, None, None, None, None
+    (z,) = ctx.saved_tensors
+    half, _, shift = _bound_terms(ctx.levels, z)
+    slope = (1 - torch.tanh(z.float() + shift).square()) * half / _row([level // 2 for level in ctx.levels], z)
+    return (grad_codes.float() * slope).to(z.dtype), None, None, None, None
+
+
+def _dequantize_impl(ids, levels, dtype):
+    out = _dequantize_fake(ids, levels, dtype)
+    if ids.numel() == 0:
+        return out
+    if ids.device.type == "cpu":
+        _check_range(ids, math.prod(levels))
+    library.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)))
+    return out
+
+
+def _dequantize_fake(ids, levels, dtype):
+    return ids.new_empty((*ids.shape, len(levels)), dtype=dtype)
+
+
+def _check_range(ids: torch.Tensor, size: int):
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= size:
+        checks.reject("ids", f"lie between 0 and {size - 1}", f"{int(low)} to {int(high)}")
+
+
+_quantize_op = library.define(
+    "fsq_quantize",
+    "(Tensor z, int[] levels, bool codes, bool ids, ScalarType ids_dtype) -> (Tensor, Tensor)",
+    _quantize_impl,
+    _quantize_fake,
+)
+_dequantize_op = library.define(
+    "fsq_dequantize", "(Tensor ids, int[] levels, ScalarType dtype) -> Tensor", _dequantize_impl, _dequantize_fake
+)
+library.define_autograd("fsq_quantize", _quantize_backward, _quantize_setup)
+
+
+# backends: each fills codes [n, D] (or None) and ids [n] (or None) from z [n, D]
+
+
+def fsq_quantize_reference(z, thresholds, levels, codes, ids):
+    out_codes, out_ids = fsq_quantize_ref(
+        z, levels, codes=codes is not None, ids=ids is not None, ids_dtype=torch.int64 if ids is None else ids.dtype
+    )
+    if codes is not None:
+        codes.copy_(out_codes)
+    if ids is not None:
+        ids.copy_(out_ids)
+
+
+def fsq_quantize_native(z, thresholds, levels, codes, ids):
+    torch.ops.flexkernels_native.fsq_quantize(z, thresholds, levels, codes, ids)
+
+
+def fsq_quantize_triton(*args):
+    from .triton import fsq
+
+    fsq.fsq_quantize_triton(*args)
+
+
+def fsq_dequantize_reference(ids, levels, codes):
+    codes.copy_(fsq_dequantize_ref(ids, levels, dtype=codes.dtype))
+
+
+def fsq_dequantize_native(ids, levels, codes):
+    torch.ops.flexkernels_native.fsq_dequantize(ids, levels, codes)
+
+
+def fsq_dequantize_triton(*args):
+    from .triton import fsq
+
+    fsq.fsq_dequantize_triton(*args)
+
+
+library.register("fsq_quantize", "reference", fsq_quantize_reference)
+library.register("fsq_quantize", "cpu", fsq_quantize_native)
+library.register("fsq_quantize", "triton", fsq_quantize_triton)
+library.register("fsq_quantize", "cuda", fsq_quantize_native)
+library.register("fsq_dequantize", "reference", fsq_dequantize_reference)
+library.register("fsq_dequantize", "cpu", fsq_dequantize_native)
+library.register("fsq_dequantize", "triton", fsq_dequantize_triton)
+library.register("fsq_dequantize", "cuda", fsq_dequantize_native)

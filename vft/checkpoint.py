@@ -1,0 +1,161 @@
+"""Checkpoints in and out: a directory, one safetensors file, a hub repository, or an embedded model.
+
+A checkpoint is a config (the published schema, see config.py) and tensors under the published names. Nothing is ever
+unpickled, and nothing a file names is imported or called.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import TokenizerConfig
+from .files import replacing
+
+ASSETS = Path(__file__).parent / "assets"
+HUB_PREFIX = "video_tokenizer."
+CODEC_PREFIX = "vae."
+_MAX_CONFIG = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or does not fit its config; the message names the file or the key."""
+
+
+def read(reference: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """Config, tensors and a short name.
+
+    ``reference`` is the name of an embedded model (``"tiny"``), a directory with ``config.json`` and one
+    ``*.safetensors``, a single safetensors file whose metadata carries the config, or a hub id
+    ``"org/repo[@revision][/subdirectory]"``.
+
+    Raises:
+        CheckpointError: missing, empty, damaged or incomplete files.
+        ImportError: a hub id without the ``hub`` extra.
+    """
+    text, path = os.fspath(reference), Path(reference)
+    if path.is_dir():
+        return *_read_directory(path), path.resolve().name
+    if path.is_file():
+        return *_read_file(path), path.stem
+    embedded = ASSETS / f"{text}.safetensors"
+    if text.isidentifier() and embedded.is_file():
+        return *_read_file(embedded), text
+    if text.count("/") >= 1 and not text.startswith((".", "/", "~")) and not text.endswith(".safetensors"):
+        return *_read_directory(_download(text)), text
+    raise CheckpointError(
+        f"model {text!r} must be an embedded model ({', '.join(embedded_models())}), a directory, a .safetensors file, "
+        "or a hub id org/repo[@revision][/subdirectory]"
+    )
+
+
+def embedded_models() -> list[str]:
+    """Names of the models shipped in the package."""
+    return sorted(p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "codec")
+
+
+def _read_directory(path: Path) -> tuple[dict, dict]:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{path} must hold a config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    preferred = [w for w in weights if w.name == "model.safetensors"] or weights
+    if len(preferred) != 1:
+        raise CheckpointError(f"{path} must hold one model.safetensors, got {[w.name for w in weights]}")
+    return _parse_json(config_file), _read_tensors(preferred[0])[0]
+
+
+def _parse_json(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_bytes()[:_MAX_CONFIG])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} must be JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(config).__name__}")
+    return config
+
+
+def _read_file(path: Path) -> tuple[dict, dict]:
+    tensors, metadata = _read_tensors(path)
+    if not metadata:
+        raise CheckpointError(f"{path} must carry its config as metadata, or lie in a directory beside a config.json")
+    return {key: _parse_literal(value) for key, value in metadata.items()}, tensors
+
+
+def _parse_literal(text: str) -> Any:
+    """A metadata string: JSON, else a Python literal, else the string itself."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text[:_MAX_CONFIG])
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} must be a complete safetensors file: {error}") from error
+
+
+def _download(reference: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise ImportError(f"model {reference!r} needs huggingface_hub: pip install 'flexkernels[hub]'") from error
+    organisation, name, *subdirectory = reference.split("/")
+    name, _, revision = name.partition("@")
+    folder = "/".join(subdirectory)
+    wanted = [f"{folder}/{f}" if folder else f for f in ("config.json", "model.safetensors")]
+    try:
+        root = snapshot_download(f"{organisation}/{name}", revision=revision or None, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise CheckpointError(f"model {reference!r} could not be had from the hub: {str(error).splitlines()[0]}") from error
+    return Path(root) / folder
+
+
+def load_weights(model: torch.nn.Module, config: TokenizerConfig, tensors: dict[str, torch.Tensor]) -> dict:
+    """Copies tensors under published names into the model; returns the latent codec's, without their prefix.
+
+    Raises CheckpointError naming missing and surplus keys and wrong shapes.
+    """
+    tensors = {key.removeprefix(HUB_PREFIX): value for key, value in tensors.items()}
+    codec = {k.removeprefix(CODEC_PREFIX): v for k, v in tensors.items() if k.startswith(CODEC_PREFIX)}
+    given = {k: v for k, v in tensors.items() if not k.startswith((CODEC_PREFIX, *config.ignored))}
+    wanted = {published_name(name, config): p for name, p in model.named_parameters()}
+    for key in sorted(wanted.keys() - given.keys()):
+        raise CheckpointError(f"the checkpoint lacks the key {key} ({len(wanted.keys() - given.keys())} missing in all)")
+    for key in sorted(given.keys() - wanted.keys()):
+        raise CheckpointError(f"the checkpoint has the unknown key {key} ({len(given.keys() - wanted.keys())} in all)")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            if given[key].shape != parameter.shape:
+                raise CheckpointError(f"{key} must have shape {list(parameter.shape)}, got {list(given[key].shape)}")
+            if not given[key].is_floating_point():
+                raise CheckpointError(f"{key} must be floating point, got {given[key].dtype}")
+            parameter.copy_(given[key])
+    return codec
+
+
+def published_name(name: str, config: TokenizerConfig) -> str:
+    """The checkpoint's name of one of our parameters."""
+    prefix = max((p for p in config.names if name == p or name.startswith(p + ".")), key=len)
+    return config.names[prefix] + name[len(prefix) :]
+
+
+def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict[str, Any]) -> None:
+    """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically."""
+    tensors = {published_name(n, config): p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    metadata = {key: json.dumps(value) for key, value in (config.raw | extra).items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)

@@ -1,0 +1,431 @@
+"""The tokenizer's configuration, read from the published schema.
+
+A published config is a tree of ``_target_`` entries (VideoFlexTok release). Only the targets and fields listed here are
+read; nothing a file names is ever imported or called. See :func:`parse_config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ROOT = "videoflextok."
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something that is not allowed or not known; the message names it."""
+
+
+@dataclass(frozen=True)
+class PosEmb:
+    """A positional embedding over ``len(sizes)`` axes: kind ``learnable_sum``, ``learnable_prod`` or ``sincos``."""
+
+    kind: str
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A transformer: ``mask`` and ``cross_frame`` are those of :class:`flexkernels.SequenceLayout`."""
+
+    width: int
+    depth: int
+    head_dim: int
+    mlp_ratio: float
+    mask: str
+    cross_frame: tuple[tuple[str, str], ...] | None
+    patch_posemb: PosEmb | None
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(2 * int(self.width * self.mlp_ratio) / 3)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything the tokenizer computes with; sizes in tokens or latent pixels, chunk sizes in video frames.
+
+    ``register_ops`` is the order of what happens to the decoder's registers: among ``posemb``, ``keep``, ``prefix``,
+    ``null``. ``names`` maps our parameter prefixes to the checkpoint's, ``ignored`` are checkpoint prefixes of
+    training-only heads, ``raw`` is the config as it was read, for saving.
+    """
+
+    channels: int
+    patch: tuple[int, int, int]
+    encoder: Trunk
+    decoder: Trunk
+    registers: int
+    max_frames: int
+    register_ops: tuple[str, ...]
+    register_posemb: PosEmb | None
+    levels: tuple[int, ...]
+    max_timestep: float
+    time_frequencies: int
+    codec: str
+    chunk_size: int
+    overlap: int
+    size: int | None
+    names: dict[str, str] = field(repr=False)
+    ignored: tuple[str, ...] = field(repr=False, default=())
+    raw: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def codebook_size(self) -> int:
+        size = 1
+        for levels in self.levels:
+            size *= levels
+        return size
+
+
+# fields that only wire the published code's data dictionary, or matter in training alone
+_INERT = {
+    "weight_init_style", "drop", "drop_path_rate", "use_act_checkpoint", "zero_init_query_proj", "compile",
+    "dropout_prob", "size_sampling_mode", "zipf_a", "flatten_patches", "pad_to_multiple", "compile_block_mask", "n_min",
+    "ordering_mode", "dtype_override", "intermediate_layers", "drop_quant_p", "corrupt_tokens_p",
+    "min_corrupt_tokens_p", "prefix_len", "keep_prefix_prob", "ln", "stratisfied", "mode_scale", "force_vae_encode",
+    "cond_sigma_min", "cond_sigma_max", "per_subseq_embs", "_partial_", "enable_mup_init",
+}  # fmt: skip
+# fields whose every other value would change the computation: refused
+_FIXED = {
+    "gated_mlp": (True,), "qk_norm": (True,), "use_mup_readout": (False,), "posemb_scaling": ("absolute",),
+    "adaLN_expansion": (1, 2), "adaLN_bias": (True,), "temb_as_tokens": (False,), "replace_with_single_token": (False,),
+    "zero_noise": (False,),
+}  # fmt: skip
+
+_TARGETS: dict[str, set[str]] = {
+    "wrappers.VideoFlexTok": {"vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline"},
+    "compressors.vidtok.VidTokVAE": {"tokenizer_id"},
+    "model.utils.wrappers.SequentialModuleDictWrapper": {"module_dict"},
+    "model.utils.dict_ops.PerSampleOp": {"per_sample_op"},
+    "model.utils.dict_ops.channels_first_to_last": set(),
+    "model.utils.dict_ops.channels_last_to_first": set(),
+    "model.utils.posembs.PositionalEmbeddingAdder": {"dim", "max_sizes", "posemb_type"},
+    "model.preprocessors.patching.PatchEmbedder": {"patch_sizes", "channels_in", "dim"},
+    "model.preprocessors.registers.RegistersTemporal2D": {"dim", "t_max", "n_max", "n_eval", "size_sampling_mode"},
+    "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker": {
+        "mask_mode", "cross_timestep_attention_config", "input_list_read_keys",
+    },
+    "model.preprocessors.linear.LinearLayer": {"dim_in", "dim", "proj_bias"},
+    "model.preprocessors.token_dropout.MaskedNestedDropout": {"dim"},
+    "model.preprocessors.token_dropout.MaskedPrefixDropout": {"dim"},
+    "model.preprocessors.nullcond.LearnedNullCond": {"dim"},
+    "model.preprocessors.time_embedding.TimestepEmbedder": {"dim", "frequency_embedding_size", "max_timestep"},
+    "model.trunks.transformers.FlexTransformer": {
+        "dim", "depth", "head_dim", "mlp_ratio", "qkv_bias", "proj_bias", "mlp_bias", "adaLN_expansion",
+    },
+    "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker": {"inner_seq_write_keys"},
+    "model.postprocessors.heads.LinearHead": {"dim", "dim_out", "proj_bias"},
+    "model.postprocessors.heads.ToPatchesLinearHead": {"dim", "channels_out", "patch_sizes", "proj_bias"},
+    "regularizers.quantize_fsq.FSQ": {"levels"},
+    "flow_matching.pipelines.VideoMinRFPipeline": {"out_channels"},
+    "flow_matching.noise_modules.PrefixMinRFNoiseModule": set(),
+    "flow_matching.noise_modules.MinRFNoiseModule": set(),
+}  # fmt: skip
+# heads used by training losses alone: their fields and keys are not read
+_SKIPPED = {"model.postprocessors.heads.TransformerHead"}
+_ALIASES = {"resamplers.video_wrappers.VideoFlowMatchingResampler": "wrappers.VideoFlexTok"}
+
+_MASKS = {
+    "full": "full",
+    "causal": "causal",
+    "time_block_causal": "frame_causal",
+    "time_block_causal_last": "frame_causal_prefix",
+    "flexible_time_block_causal_last": "frame_causal_prefix",
+}
+
+
+def parse_config(raw: dict[str, Any]) -> TokenizerConfig:
+    """Reads a published config: the tree itself, or the wrapper with ``video_flex_tok``/``video_tokenizer`` in it.
+
+    Raises ConfigError naming the entry for an unknown target, an unknown or missing field, or an unsupported value.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config must be a mapping, got {type(raw).__name__}")
+    model = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
+    _check_tree(model, "config")
+    if _target(model, "config") != "wrappers.VideoFlexTok":
+        raise ConfigError(f"config must describe a VideoFlexTok model, got _target_ {model.get('_target_')!r}")
+    encoder = _modules(model, "encoder")
+    decoder = _modules(model, "decoder")
+    names: dict[str, str] = {}
+    parts = _read_encoder(encoder, names) | _read_decoder(decoder, names)
+    fsq = _get(model, "regularizer", "config")
+    levels = tuple(int(n) for n in _get(fsq, "levels", "config.regularizer"))
+    if len(levels) != parts.pop("code_dim"):
+        raise ConfigError(f"config.regularizer.levels must match the encoder head's outputs, got {list(levels)}")
+    channels = parts["channels"]
+    chunk_size, overlap = int(raw.get("chunk_size", 17)), int(raw.get("overlap_size_frames", 1))
+    preprocess = raw.get("video_preprocess_args") or {}
+    return TokenizerConfig(
+        **parts,
+        levels=levels,
+        codec=str(model.get("vae", {}).get("tokenizer_id", f"latents_{channels}")),
+        chunk_size=chunk_size,
+        overlap=overlap,
+        size=preprocess.get("size"),
+        names=names,
+        ignored=tuple(f"{side}.module_dict.{n}." for side, m in (("encoder", encoder), ("decoder", decoder))
+                      for n, e in m.items() if _target(e, n) in _SKIPPED),
+        raw=raw,
+    )  # fmt: skip
+
+
+def _read_encoder(modules: dict, names: dict) -> dict[str, Any]:
+    where = "encoder"
+    found = _Roles(modules, where)
+    patch, registers = found.one("PatchEmbedder"), found.one("RegistersTemporal2D")
+    posemb, head = found.optional("PositionalEmbeddingAdder"), found.one("LinearHead")
+    trunk = _read_trunk(found, posemb)
+    width = trunk.width
+    for entry in (patch, registers, posemb, head):
+        if entry and entry[1]["dim"] != width:
+            raise ConfigError(f"{where}.{entry[0]}.dim must be the transformer's {width}, got {entry[1]['dim']}")
+    names |= {
+        "encoder.patch_embed": f"encoder.module_dict.{patch[0]}.patch_proj",
+        "encoder.registers": f"encoder.module_dict.{registers[0]}.registers",
+        "encoder.blocks": f"encoder.module_dict.{found.one('FlexTransformer')[0]}.blocks",
+        "encoder.head": f"encoder.module_dict.{head[0]}.proj",
+    }
+    if posemb:
+        names["encoder.patch_posemb.table"] = f"encoder.module_dict.{posemb[0]}.posembs"
+    return {
+        "encoder": trunk,
+        "channels": int(patch[1]["channels_in"]),
+        "patch": tuple(int(p) for p in patch[1]["patch_sizes"]),
+        "registers": int(registers[1].get("n_eval") or registers[1]["n_max"]),
+        "max_frames": int(registers[1]["t_max"]),
+        "code_dim": int(head[1]["dim_out"]),
+    }
+
+
+_REGISTER_OPS = {
+    "PositionalEmbeddingAdder": ("posemb", "decoder.register_posemb.table", "posembs"),
+    "MaskedNestedDropout": ("keep", "decoder.mask_token", "dropout_mask_token"),
+    "MaskedPrefixDropout": ("prefix", "decoder.prefix_token", "dropout_mask_token"),
+    "LearnedNullCond": ("null", "decoder.null_token", "nullcond"),
+}
+
+
+def _read_decoder(modules: dict, names: dict) -> dict[str, Any]:
+    found = _Roles(modules, "decoder")
+    embed, patch, head = found.one("LinearLayer"), found.one("PatchEmbedder"), found.one("ToPatchesLinearHead")
+    times = found.one("TimestepEmbedder")
+    register_key, ops, register_posemb, patch_posemb = embed[1]["write_key"], [], None, None
+    for name, entry in modules.items():
+        kind = _target(entry, name).rsplit(".", 1)[-1]
+        if kind not in _REGISTER_OPS:
+            continue
+        if entry.get("read_key", entry.get("read_write_key")) != register_key:
+            patch_posemb = (name, entry)
+            continue
+        op, ours, theirs = _REGISTER_OPS[kind]
+        if op in ops:
+            raise ConfigError(f"decoder.{name}: a second {kind} on the registers is not supported")
+        ops.append(op)
+        names[ours] = f"decoder.module_dict.{name}.{theirs}"
+        if op == "posemb":
+            register_posemb = _posemb(entry)
+    trunk = _read_trunk(found, patch_posemb)
+    if found.one("FlexTransformer")[1].get("adaLN_expansion", 1) != 2:
+        raise ConfigError("decoder transformer's adaLN_expansion must be 2 (patches and registers)")
+    prefix = "decoder.module_dict"
+    names |= {
+        "decoder.code_embed": f"{prefix}.{embed[0]}.proj",
+        "decoder.patch_embed": f"{prefix}.{patch[0]}.patch_proj",
+        "decoder.time_embed": f"{prefix}.{times[0]}.mlp",
+        "decoder.blocks": f"{prefix}.{found.one('FlexTransformer')[0]}.blocks",
+        "decoder.head_modulation": f"{prefix}.{head[0]}.adaLN_modulation.1",
+        "decoder.head": f"{prefix}.{head[0]}.proj",
+    }
+    if patch_posemb:
+        names["decoder.patch_posemb.table"] = f"{prefix}.{patch_posemb[0]}.posembs"
+    return {
+        "decoder": trunk,
+        "register_ops": tuple(ops),
+        "register_posemb": register_posemb,
+        "max_timestep": float(times[1].get("max_timestep", 1000.0)),
+        "time_frequencies": int(times[1].get("frequency_embedding_size", 256)),
+    }
+
+
+def _read_trunk(found: _Roles, posemb) -> Trunk:
+    name, entry = found.one("FlexTransformer")
+    packer_name, packer = found.one("BlockWiseSequenceInterleavePacker")
+    mode = packer.get("mask_mode")
+    if mode not in _MASKS:
+        raise ConfigError(f"{packer_name}.mask_mode must be one of {', '.join(_MASKS)}, got {mode!r}")
+    switches = packer.get("cross_timestep_attention_config")
+    if switches is not None and mode != "flexible_time_block_causal_last":
+        raise ConfigError(f"{packer_name}.cross_timestep_attention_config needs flexible_time_block_causal_last")
+    cross = tuple((k.replace("nonprefix", "register").replace("2", "_to_"), v) for k, v in (switches or {}).items())
+    width, head_dim = int(entry["dim"]), int(entry.get("head_dim", 64))
+    if width % head_dim:
+        raise ConfigError(f"{name}.dim must be a multiple of head_dim {head_dim}, got {width}")
+    return Trunk(
+        width=width,
+        depth=int(entry["depth"]),
+        head_dim=head_dim,
+        mlp_ratio=float(entry.get("mlp_ratio", 4.0)),
+        mask=_MASKS[mode],
+        cross_frame=cross or None,
+        patch_posemb=_posemb(posemb[1]) if posemb else None,
+        qkv_bias=bool(entry.get("qkv_bias", False)),
+        proj_bias=bool(entry.get("proj_bias", False)),
+        mlp_bias=bool(entry.get("mlp_bias", False)),
+    )
+
+
+def _posemb(entry: dict) -> PosEmb:
+    kind = entry.get("posemb_type", "sincos")
+    if kind not in ("learnable_sum", "learnable_prod", "sincos"):
+        raise ConfigError(f"posemb_type must be learnable_sum, learnable_prod or sincos, got {kind!r}")
+    return PosEmb(kind, tuple(int(n) for n in entry["max_sizes"]))
+
+
+class _Roles:
+    """Looks modules up by the last part of their target."""
+
+    def __init__(self, modules: dict, where: str) -> None:
+        self.where = where
+        self.by_kind: dict[str, list[tuple[str, dict]]] = {}
+        for name, entry in modules.items():
+            self.by_kind.setdefault(_target(entry, name).rsplit(".", 1)[-1], []).append((name, entry))
+
+    def optional(self, kind: str):
+        entries = self.by_kind.get(kind, [])
+        if len(entries) > 1:
+            raise ConfigError(f"{self.where} must have one {kind}, got {', '.join(n for n, _ in entries)}")
+        return entries[0] if entries else None
+
+    def one(self, kind: str) -> tuple[str, dict]:
+        entry = self.optional(kind)
+        if entry is None:
+            raise ConfigError(f"{self.where} must have a {kind}, got none")
+        return entry
+
+
+def _modules(model: dict, side: str) -> dict:
+    return _get(_get(model, side, "config"), "module_dict", f"config.{side}")
+
+
+def _get(entry: dict, key: str, where: str):
+    if key not in entry:
+        raise ConfigError(f"{where} must have the field {key!r}")
+    return entry[key]
+
+
+def _target(entry: dict, where: str) -> str:
+    target = entry.get("_target_") if isinstance(entry, dict) else None
+    name = target.removeprefix(ROOT) if isinstance(target, str) and target.startswith(ROOT) else None
+    name = _ALIASES.get(name, name)
+    if name not in _TARGETS and name not in _SKIPPED:
+        raise ConfigError(f"{where} must have an allowed _target_, got {target!r}")
+    return name
+
+
+def _check_tree(entry: Any, where: str) -> None:
+    """Every ``_target_`` is allowed and every field of it is known and supported."""
+    target = _target(entry, where)
+    if target in _SKIPPED:
+        return
+    for key, value in entry.items():
+        path = f"{where}.{key}"
+        if key in _FIXED and value not in _FIXED[key]:
+            raise ConfigError(f"{path} must be {' or '.join(map(repr, _FIXED[key]))}, got {value!r}")
+        known = key in _TARGETS[target] or key in _FIXED or key in _INERT or key == "_target_" or key.endswith("_key")
+        if not known and not key.endswith("_keys"):
+            raise ConfigError(f"{path} is not a known field of {target}")
+        if key == "module_dict":
+            for name, module in value.items():
+                _check_tree(module, f"{where}.{name}")
+        elif isinstance(value, dict) and key != "cross_timestep_attention_config":
+            _check_tree(value, path)
+
+
+def make_config(
+    *,
+    channels: int = 16,
+    patch: tuple[int, int, int] = (1, 2, 2),
+    encoder_width: int = 128,
+    encoder_depth: int = 2,
+    decoder_width: int = 192,
+    decoder_depth: int = 2,
+    head_dim: int = 64,
+    registers: int = 16,
+    grid: int = 8,
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5),
+    codec: str = "vidtok_kl_causal_488_16chn",
+    size: int | None = None,
+) -> dict[str, Any]:
+    """A config tree in the published schema for a new model: causal encoder, frame-causal decoder, as released.
+
+    ``grid`` is the largest number of latent frames and of patches along each side; ``size`` the working video size.
+    """
+    target = lambda name, **fields: {"_target_": ROOT + name, **fields}  # noqa: E731
+    posemb = lambda key, dim, sizes: target(  # noqa: E731
+        "model.utils.posembs.PositionalEmbeddingAdder", read_key=key, write_key=key, dim=dim, max_sizes=sizes,
+        posemb_type="learnable_sum", posemb_scaling="absolute",
+    )  # fmt: skip
+    packer = lambda mask: target(  # noqa: E731
+        "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker", mask_mode=mask
+    )
+    patches = lambda dim: target(  # noqa: E731
+        "model.preprocessors.patching.PatchEmbedder", patch_sizes=list(patch), channels_in=channels, dim=dim
+    )
+    trunk = lambda dim, depth, **more: target(  # noqa: E731
+        "model.trunks.transformers.FlexTransformer", dim=dim, depth=depth, head_dim=head_dim, mlp_ratio=4.0, **more
+    )
+    sides = [grid, grid, grid]
+    grid_registers = max(grid, registers)
+    e, d, quants = encoder_width, decoder_width, "dec_quants"
+    encoder = {
+        "enc_patch_emb": patches(e),
+        "enc_posemb_module": posemb("enc_patches", e, sides),
+        "enc_register_module": target(
+            "model.preprocessors.registers.RegistersTemporal2D", dim=e, t_max=grid, n_min=1, n_max=registers
+        ),
+        "enc_seq_packer": packer("time_block_causal_last"),
+        "enc_transformer": trunk(e, encoder_depth),
+        "enc_to_latents": target("model.postprocessors.heads.LinearHead", dim=e, dim_out=len(levels)),
+    }
+    decoder = {
+        "dec_from_latents": target(
+            "model.preprocessors.linear.LinearLayer", write_key=quants, dim_in=len(levels), dim=d
+        ),
+        "dec_registers_posemb_module": posemb(quants, d, [grid_registers, grid_registers]),
+        "dec_nested_dropout": target(
+            "model.preprocessors.token_dropout.MaskedNestedDropout", read_write_key=quants, dim=d
+        ),
+        "dec_prefix_masking": target(
+            "model.preprocessors.token_dropout.MaskedPrefixDropout", read_write_key=quants, dim=d
+        ),
+        "dec_latent_dropout": target("model.preprocessors.nullcond.LearnedNullCond", read_write_key=quants, dim=d),
+        "dec_noise_patch_emb": patches(d),
+        "dec_patches_posemb_module": posemb("dec_patches", d, sides),
+        "dec_seq_packer": packer("time_block_causal"),
+        "dec_time_embedder": target("model.preprocessors.time_embedding.TimestepEmbedder", dim=d, max_timestep=1.0),
+        "dec_transformer": trunk(d, decoder_depth, adaLN_expansion=2),
+        "dec_to_patches": target(
+            "model.postprocessors.heads.ToPatchesLinearHead", dim=d, channels_out=channels, patch_sizes=list(patch)
+        ),
+    }
+    wrap = lambda modules: target("model.utils.wrappers.SequentialModuleDictWrapper", module_dict=modules)  # noqa: E731
+    return {
+        "video_flex_tok": target(
+            "wrappers.VideoFlexTok",
+            vae=target("compressors.vidtok.VidTokVAE", tokenizer_id=codec),
+            encoder=wrap(encoder),
+            decoder=wrap(decoder),
+            regularizer=target("regularizers.quantize_fsq.FSQ", levels=list(levels)),
+        ),
+        "chunk_size": 17,
+        "overlap_size_frames": 1,
+        "video_preprocess_args": {"size": size, "chunk_size": 17, "overlap_size_frames": 1},
+    }

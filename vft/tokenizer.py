@@ -1,0 +1,389 @@
+"""The video tokenizer: encoder, FSQ and rectified-flow decoder (VideoFlexTok, arXiv 2604.12887).
+
+    frames --codec--> latents --encoder--> register values --FSQ--> ids [T, N]
+    ids --FSQ--> codes --decoder, flow ODE--> latents --codec--> frames
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+import flexkernels
+from flexkernels import APG, CFG
+
+from . import checkpoint
+from .config import TokenizerConfig, parse_config
+from .layers import Decoder, Encoder
+from .solver import sample
+from .tokens import VideoTokens
+from .vae import load_codec
+from .video import Video, preprocess, read_video
+
+# the published sampler; a checkpoint may state its own
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 40, APG(scale=25.0, threshold=0.6, eta=0.0, momentum=0.0)
+DEFAULT = "default"
+
+
+class Tokenizer(nn.Module):
+    """Encodes video to ids int64 ``[T, N]`` (N registers for each of T latent frames) and back.
+
+    Make one with :meth:`from_pretrained`. ``name`` is written into token files; ``registers`` is N; ``size`` is the
+    square working size in pixels, or None where the model takes any size.
+    """
+
+    def __init__(self, config: TokenizerConfig, name: str = "tokenizer") -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.registers, self.size = config.registers, config.size
+        self.steps, self.guidance = DEFAULT_STEPS, DEFAULT_GUIDANCE
+        self._codec, self._codec_state = None, None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | os.PathLike,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tokenizer:
+        """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
+
+        Raises:
+            CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
+        """
+        raw, tensors, name = checkpoint.read(reference)
+        defaults = raw.pop("sampler", {})
+        model = cls(parse_config(raw), name)
+        model._codec_state = checkpoint.load_weights(model, model.config, tensors)
+        model.steps = int(defaults.get("steps", DEFAULT_STEPS))
+        if "guidance" in defaults:
+            model.guidance = None if defaults["guidance"] is None else APG(**defaults["guidance"])
+        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names."""
+        guidance = vars(self.guidance) if isinstance(self.guidance, APG) else None
+        checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}})
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.registers.device
+
+    @property
+    def codec(self):
+        """The latent codec (frames <-> latents), loaded on first use."""
+        if self._codec is None:
+            self._codec = load_codec(self.config.codec, self._codec_state or None).to(self.device)
+        return self._codec
+
+    @torch.no_grad()
+    def encode_latents(self, latents: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``[B, C, T, H, W]``, or a list of ``[C, T, H, W]`` of any shapes -> list of ids int64 ``[T, N]``.
+
+        Raises ValueError for a wrong channel count, sides that are no multiple of the patch, more frames than the
+        positional tables cover, or non-finite values.
+        """
+        latents = self._check_latents("latents", latents)
+        _, ids = flexkernels.fsq_quantize(self.encoder(latents), self.config.levels, codes=False)
+        sizes = [x.shape[1] * self.registers for x in latents]
+        return [i.view(-1, self.registers) for i in ids.split(sizes)]
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        t: float,
+        ids: Sequence[torch.Tensor],
+        keep: int | Sequence[int] | None = None,
+        unconditional: bool | Sequence[bool] = False,
+        prefix_frames: int | Sequence[int] = 0,
+    ) -> list[torch.Tensor]:
+        """The decoder's velocity of latents x at time t (1: noise, 0: clean), list of ``[C, T, H, W]`` in x's dtype.
+
+        Args:
+            x: ``[B, C, T, H, W]`` or list of ``[C, T, H, W]``.
+            ids: one int ``[T, l]`` tensor a sample, l <= N; fewer than N registers mean ``keep <= l``.
+            keep: registers used of each frame, 0 to N (default N): one int, or one a sample.
+            unconditional: drop all registers for the learned null token; one bool, or one a sample.
+            prefix_frames: number of first latent frames given as clean conditioning, whose registers are masked.
+        """
+        x = self._check_latents("x", x)
+        codes, keep = self._check_ids(ids, keep, x)
+        null = self._per_sample("unconditional", unconditional, len(x), bool)
+        prefix = self._per_sample("prefix_frames", prefix_frames, len(x), int)
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must be between 0 and 1, got {t}")
+        self._check_register_ops(keep, prefix, null, x)
+        return self._velocity(x, t, codes, keep, null, prefix)
+
+    def _velocity(self, x, t: float, codes, keep, null, prefix) -> list[torch.Tensor]:
+        time = torch.full((1,), t, device=self.device)
+        out = self.decoder(x, time, codes, keep, prefix, null)
+        return [v.to(z.dtype) for v, z in zip(out, x, strict=True)]
+
+    @torch.no_grad()
+    def decode_latents(
+        self,
+        ids: Sequence[torch.Tensor],
+        keep: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: CFG | APG | str | None = DEFAULT,
+        solver: str = "euler",
+        noise: Sequence[torch.Tensor] | None = None,
+        prefix: Sequence[torch.Tensor] | None = None,
+        compat: Sequence[str] = (),
+        *,
+        prefix_mode: str = "clean",
+        grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """Samples latents from ids by integrating the flow from noise; conditional and unconditional in one call.
+
+        Args:
+            ids, keep: as in :meth:`velocity`.
+            steps, guidance, solver: see :func:`vft.solver.sample`; by default what the checkpoint states, else the
+                published 40 Euler steps with APG.
+            noise: list of ``[C, T, H, W]``; by default drawn on the CPU from ``seed`` in the shape ``grid``.
+            prefix: clean latents ``[C, k, H, W]`` of each sample's first k frames, k >= 1.
+            grid: latent height and width where no noise is given, one pair or one a sample; default the working size.
+
+        Returns:
+            list of float32 ``[C, T, H, W]``.
+        """
+        guidance = self.guidance if guidance == DEFAULT else guidance
+        steps = self.steps if steps is None else steps
+        if noise is None:
+            noise = self._noise(ids, grid, seed)
+        noise = [x.float() for x in self._check_latents("noise", noise)]
+        codes, keep = self._check_ids(ids, keep, noise)
+        prefix = self._check_prefix(prefix, noise)
+        count, frames = len(noise), [0] * len(noise) if prefix is None else [p.shape[1] for p in prefix]
+        guided = guidance is not None
+        self._check_register_ops(keep, frames, [guided] * count, noise)
+
+        def velocity(x, t, guided):
+            x = [z.to(self.encoder.registers.dtype) for z in x]
+            if not guided:
+                return self._velocity(x, t, codes, keep, [False] * count, frames), None
+            null = [False] * count + [True] * count
+            both = self._velocity(x * 2, t, codes.repeat(2, 1), keep * 2, null, frames * 2)
+            return both[:count], both[count:]
+
+        return sample(
+            velocity, noise, steps=steps, guidance=guidance, solver=solver, prefix=prefix, prefix_mode=prefix_mode,
+            compat=compat, progress=progress,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, video: str | os.PathLike | Video | torch.Tensor, *, fps: float = 25.0, batch: int = 8):
+        """Tokenizes video of any length.
+
+        Args:
+            video: a path; a :class:`vft.video.Video`; uint8 ``[T, H, W, 3]``; or float ``[B, 3, T, H, W]`` in
+                [-1, 1] at the working size. Paths and uint8 frames are resized and centre-cropped to ``size``.
+            fps: written into the tokens where the input does not know its rate.
+            batch: chunks encoded in one packed call.
+
+        Returns:
+            :class:`VideoTokens`; for a float batch of B > 1, a list of B.
+
+        A length that is not 1 + 16 n is padded with the last frame; ``frames`` keeps the true number.
+
+        Raises:
+            ValueError: an unreadable video, no frames, a wrong shape or type, non-finite values.
+        """
+        if isinstance(video, torch.Tensor) and video.is_floating_point():
+            if video.dim() != 5 or video.shape[1] != 3:
+                raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
+            clips = [self._encode_clip(clip, fps, clip.shape[-2:], batch) for clip in video]
+            return clips[0] if len(clips) == 1 else clips
+        if isinstance(video, (str, os.PathLike)):
+            video = read_video(video, self.size)
+        elif isinstance(video, torch.Tensor):
+            video = Video(video, fps, *video.shape[1:3]) if video.dim() == 4 else video
+        if not isinstance(video, Video):
+            raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
+        return self._encode_clip(preprocess(video.frames, self.size), video.fps, (video.height, video.width), batch)
+
+    def _encode_clip(self, clip: torch.Tensor, fps: float, source: tuple[int, int], batch: int) -> VideoTokens:
+        # clip [3, T, H, W] in [-1, 1]
+        if not torch.isfinite(clip).all():
+            raise ValueError("video must be finite, got NaN or infinity")
+        if clip.shape[1] == 0:
+            raise ValueError("video must have at least one frame, got 0")
+        ids = []
+        chunks = list(self._chunks(clip))
+        for start in range(0, len(chunks), batch):
+            group = torch.stack(chunks[start : start + batch]).to(self.device)
+            latents = self.codec.encode(group).to(self.encoder.registers.dtype)
+            for i, tokens in enumerate(self.encode_latents(latents), start):
+                ids.append(tokens.cpu() if i == 0 else tokens[1:].cpu())
+        return VideoTokens(
+            torch.cat(ids), fps, clip.shape[1], int(source[0]), int(source[1]), self.name, self.config.levels,
+            self.config.chunk_size,
+        )  # fmt: skip
+
+    def _chunks(self, clip: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Chunks of chunk_size frames sharing ``overlap`` frames; the last frame is repeated to fill the last one."""
+        size, stride = self.config.chunk_size, self.config.chunk_size - self.config.overlap
+        frames = clip.shape[1]
+        if frames == 1:
+            yield clip
+            return
+        count = max(1, -(-(frames - self.config.overlap) // stride))
+        padding = clip[:, -1:].expand(-1, count * stride + self.config.overlap - frames, -1, -1)
+        clip = torch.cat([clip, padding], 1)
+        for i in range(count):
+            yield clip[:, i * stride : i * stride + size]
+
+    def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
+        """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
+
+        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver``, ``seed``,
+        ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first frames), ``progress`` (called after each step with
+        steps done in all and steps in all), as in :meth:`decode_stream`.
+        """
+        return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
+
+    @torch.no_grad()
+    def decode_stream(
+        self,
+        tokens: VideoTokens,
+        *,
+        keep: int | None = None,
+        steps: int | None = None,
+        guidance: CFG | APG | str | None = DEFAULT,
+        solver: str = "euler",
+        seed: int = 0,
+        conditioning: torch.Tensor | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Decodes chunk by chunk in bounded memory: yields float32 ``[3, t, H, W]`` pieces that make up all frames.
+
+        Every chunk after the first starts from the last frame decoded so far: its latents condition the chunk, and its
+        tokens stand in for the chunk's first latent frame.
+        """
+        if tuple(tokens.levels) != self.config.levels:
+            raise ValueError(f"tokens must have levels {list(self.config.levels)}, got {list(tokens.levels)}")
+        steps = self.steps if steps is None else steps
+        height, width = self._frame_size(tokens)
+        generator = torch.Generator().manual_seed(seed)
+        first, rest = self._token_chunks(tokens.ids)
+        chunks, left = [first, *rest], tokens.frames
+        prefix = None if conditioning is None else self._encode_frames(conditioning[None])
+        for i, ids in enumerate(chunks):
+            if i > 0:
+                prefix = self._encode_frames(last)
+                ids = torch.cat([self.encode_latents(prefix)[0][:, : ids.shape[1]].cpu(), ids])
+            frames = 1 + (len(ids) - 1) * self.codec.temporal_stride
+            shape = self.codec.latent_shape(frames, height, width)
+            noise = torch.randn(shape, generator=generator).to(self.device)
+            report = None if progress is None else lambda n, done=i * steps: progress(done + n, len(chunks) * steps)
+            latents = self.decode_latents(
+                [ids], keep, steps, guidance, solver, [noise], None if prefix is None else [prefix[0]], progress=report
+            )
+            video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+            last = video[:, :, -1:]
+            piece = video[0, :, (i > 0) * self.config.overlap :][:, :left]
+            left -= piece.shape[1]
+            yield piece
+
+    def _token_chunks(self, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        per_chunk = (self.config.chunk_size - 1) // self.codec.temporal_stride
+        first, rest = ids[: 1 + per_chunk], ids[1 + per_chunk :]
+        return first, rest.split(per_chunk) if len(rest) else ()
+
+    def _encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.codec.encode(frames.to(self.device)).to(self.encoder.registers.dtype)
+
+    def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
+        return (self.size, self.size) if self.size else (tokens.height, tokens.width)
+
+    def _check_latents(self, name: str, latents) -> list[torch.Tensor]:
+        latents = list(latents)
+        if not latents:
+            raise ValueError(f"{name} must hold at least one sample")
+        channels, patch = self.config.channels, self.config.patch
+        for x in latents:
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+                raise TypeError(f"{name} must be floating-point tensors, got {getattr(x, 'dtype', type(x).__name__)}")
+            if x.dim() != 4 or x.shape[0] != channels:
+                raise ValueError(f"{name} must be [{channels}, T, H, W] a sample, got {list(x.shape)}")
+            if 0 in x.shape or any(n % p for n, p in zip(x.shape[1:], patch, strict=True)):
+                raise ValueError(f"{name} must have T, H, W that are multiples of {list(patch)}, got {list(x.shape)}")
+            if x.shape[1] > self.config.max_frames * patch[0]:
+                raise ValueError(f"{name} must have at most {self.config.max_frames} frames, got {x.shape[1]}")
+            if x.device != self.device:
+                raise ValueError(f"{name} must be on {self.device}, got {x.device}")
+            if not torch.isfinite(x).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinity")
+        return latents
+
+    def _check_ids(self, ids, keep, latents) -> tuple[torch.Tensor, list[int]]:
+        """Codes ``[sum T*N, D]`` (short rows padded) and the registers kept of each sample."""
+        if len(ids) != len(latents):
+            raise ValueError(f"ids must hold one tensor a sample ({len(latents)}), got {len(ids)}")
+        n, rows = self.registers, []
+        for i, x in zip(ids, latents, strict=True):
+            if i.is_floating_point() or i.dim() != 2 or i.shape[0] != x.shape[1] or not 1 <= i.shape[1] <= n:
+                raise ValueError(f"ids must be int [{x.shape[1]}, 1 to {n}], got {i.dtype} {list(i.shape)}")
+            low, high = (int(v) for v in i.aminmax())
+            if low < 0 or high >= self.config.codebook_size:
+                raise ValueError(f"ids must lie in 0..{self.config.codebook_size - 1}, got {low if low < 0 else high}")
+            rows.append(nn.functional.pad(i.long(), (0, n - i.shape[1])).flatten())
+        keep = self._per_sample("keep", n if keep is None else keep, len(latents), int)
+        for k in keep:
+            if not 0 <= k <= n:
+                raise ValueError(f"keep must lie in 0..{n}, got {k}")
+        keep = [min(k, i.shape[1]) for k, i in zip(keep, ids, strict=True)]
+        dtype = self.encoder.registers.dtype
+        codes = flexkernels.fsq_dequantize(torch.cat(rows).to(self.device), self.config.levels, dtype=dtype)
+        return codes, keep
+
+    def _check_prefix(self, prefix, latents) -> list[torch.Tensor] | None:
+        if prefix is None:
+            return None
+        if len(prefix) != len(latents):
+            raise ValueError(f"prefix must hold one tensor a sample ({len(latents)}), got {len(prefix)}")
+        prefix = self._check_latents("prefix", prefix)
+        for p, x in zip(prefix, latents, strict=True):
+            if p.shape[1] > x.shape[1] or p.shape[2:] != x.shape[2:]:
+                raise ValueError(f"prefix must fit into {list(x.shape)}, got {list(p.shape)}")
+        return prefix
+
+    def _check_register_ops(self, keep, prefix_frames, null, latents) -> None:
+        needs = {
+            "keep": ("keep below all registers", any(k < self.registers for k in keep)),
+            "prefix": ("conditioning frames", any(prefix_frames)),
+            "null": ("guidance or an unconditional pass", any(null)),
+        }
+        for op, (what, wanted) in needs.items():
+            # conditioning frames also work in a model that has no token for them
+            if wanted and op not in self.config.register_ops and op != "prefix":
+                raise ValueError(f"{what} needs a {op} token, which this model does not have")
+        for frames, x in zip(prefix_frames, latents, strict=True):
+            if not 0 <= frames <= x.shape[1]:
+                raise ValueError(f"prefix_frames must lie in 0..{x.shape[1]}, got {frames}")
+
+    @staticmethod
+    def _per_sample(name: str, value, count: int, kind: type) -> list:
+        values = [value] * count if isinstance(value, (int, bool)) else list(value)
+        if len(values) != count or not all(isinstance(v, (int, bool)) for v in values):
+            raise ValueError(f"{name} must be one {kind.__name__} or one a sample ({count}), got {value!r}")
+        return [kind(v) for v in values]
+
+    def _noise(self, ids, grid, seed: int) -> list[torch.Tensor]:
+        if grid is None:
+            if self.size is None:
+                raise ValueError("grid must be given where the model has no working size and no noise is given")
+            grid = self.codec.latent_shape(1, self.size, self.size)[2:]
+        grids = [grid] * len(ids) if isinstance(grid[0], int) else list(grid)
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(self.config.channels, len(i), *g) for i, g in zip(ids, grids, strict=True)]
+        return [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]

@@ -1,0 +1,205 @@
+"""``vft train``: trains a tokenizer on procedural video. Stop and start it at will: it resumes where it was.
+
+A run is a folder: ``state.safetensors`` (weights, EMA, optimiser moments; step and settings as metadata),
+``log.jsonl`` (the running loss), ``model.safetensors`` (the EMA weights, what ``Tokenizer.from_pretrained`` reads).
+Clips and random choices of a step depend on (seed, step) alone, so a resumed run repeats the same losses. Clips are
+rendered when first drawn and their latents are kept (20 kB each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..config import make_config, parse_config
+from ..files import replacing
+from ..tokenizer import Tokenizer
+from ..vae import load_codec
+from . import procedural
+from .loss import draw, flow_loss
+
+# the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
+TINY = {
+    "codec": "linear", "encoder_width": 192, "encoder_depth": 3, "decoder_width": 192, "decoder_depth": 4,
+    "registers": 32, "grid": 8, "size": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run. A run can only be resumed with the same ones (``steps`` may grow)."""
+
+    steps: int = 4000
+    batch: int = 32
+    clips: int = 20000
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    bf16: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``vft train`` beyond the common ones."""
+    defaults = Settings()
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="clips a step (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up")
+    parser.add_argument("--no-bf16", action="store_true", help="float32 instead of bfloat16 autocast")
+    parser.add_argument("--minutes", type=float, default=None, help="stop (resumably) after this much time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains as the parsed arguments say; returns the exit code."""
+    settings = Settings(
+        steps=args.steps, batch=args.batch, clips=args.clips, learning_rate=args.learning_rate, warmup=args.warmup, seed=args.seed or 0,
+        bf16=not args.no_bf16,
+    )  # fmt: skip
+    train(args.output, settings, minutes=args.minutes, config=make_config(**TINY))
+    return 0
+
+
+def train(folder: Path, settings: Settings, *, config: dict, minutes: float | None = None) -> None:
+    """Trains or resumes the run in ``folder``.
+
+    Raises ValueError when the folder holds a run with other settings, and RuntimeError when the loss is not finite
+    (the last saved state stays).
+    """
+    _check(settings)
+    torch.manual_seed(settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Tokenizer(parse_config(config), "tiny").train()
+    data = _Clips(model, settings)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = _optimizer(model, settings)
+    step = _resume(folder, settings, model, ema, optimizer)
+    started, saved, running = time.time(), time.time(), None
+    with (
+        (folder / "log.jsonl").open("a") as log,
+        tqdm(total=settings.steps, initial=step, desc="train", disable=not sys.stderr.isatty()) as bar,
+    ):
+        while step < settings.steps:
+            loss = _step(model, data, optimizer, settings, step)
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss is {loss} at step {step}; the last saved state in {folder} is unharmed")
+            step += 1
+            _update_ema(ema, model, min(settings.ema, (1 + step) / (10 + step)))
+            running = loss if running is None else 0.98 * running + 0.02 * loss
+            bar.update()
+            bar.set_postfix(loss=f"{running:.4f}")
+            if step % 20 == 0:
+                seconds = round(time.time() - started, 1)
+                log.write(json.dumps({"step": step, "loss": round(running, 5), "seconds": seconds}) + "\n")
+                log.flush()
+            timed_out = minutes is not None and time.time() - started > 60 * minutes
+            if time.time() - saved > 120 or timed_out or step == settings.steps:
+                _save(folder, settings, model, ema, optimizer, step)
+                saved = time.time()
+            if timed_out:
+                break
+
+
+def _check(settings: Settings) -> None:
+    for name in ("steps", "batch", "clips", "warmup"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not 0 < settings.learning_rate < 1:
+        raise ValueError(f"learning_rate must lie between 0 and 1, got {settings.learning_rate}")
+
+
+def _optimizer(model: Tokenizer, settings: Settings) -> torch.optim.AdamW:
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine down to 2% at the last step."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+class _Clips:
+    """Latents of procedural clips, rendered on first use."""
+
+    def __init__(self, model: Tokenizer, settings: Settings) -> None:
+        self.codec, self.seed = load_codec(model.config.codec), settings.seed
+        self.size, self.frames = model.size, model.config.chunk_size
+        self.latents: dict[int, torch.Tensor] = {}
+
+    def batch(self, indices: list[int]) -> torch.Tensor:
+        missing = sorted(set(indices) - self.latents.keys())
+        if missing:
+            clips = procedural.batch(self.seed, missing, self.size, self.frames, torch.get_num_threads())
+            self.latents.update(zip(missing, self.codec.encode(clips), strict=True))
+        return torch.stack([self.latents[i] for i in indices])
+
+
+def _step(model: Tokenizer, data: _Clips, optimizer, settings: Settings, step: int) -> float:
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    latents = data.batch(torch.randint(settings.clips, (settings.batch,), generator=generator).tolist())
+    choices = draw(latents, model.registers, generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+        loss = flow_loss(model, latents, choices)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def _update_ema(ema: dict[str, torch.Tensor], model: Tokenizer, decay: float) -> None:
+    torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
+
+
+def _save(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer, step: int) -> None:
+    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {f"ema.{n}": p for n, p in ema.items()}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    with replacing(folder / "state.safetensors") as temporary:
+        save_file(tensors, temporary, {"step": str(step), "settings": json.dumps(asdict(settings))})
+    averaged = Tokenizer(model.config, model.name)
+    averaged.load_state_dict(ema)
+    averaged.steps, averaged.guidance = model.steps, model.guidance
+    averaged.save(folder / "model.safetensors")
+
+
+def _resume(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer) -> int:
+    path = folder / "state.safetensors"
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        before = json.loads(metadata["settings"])
+        changed = {k: v for k, v in before.items() if k != "steps" and v != getattr(settings, k)}
+        if changed:
+            raise ValueError(f"the run in {folder} was made with {changed}; resume it with the same settings")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(file.get_tensor(f"model.{name}"))
+                ema[name].copy_(file.get_tensor(f"ema.{name}"))
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[p] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+    return int(metadata["step"])

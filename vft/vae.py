@@ -1,0 +1,213 @@
+"""Latent codecs: what turns a video into the latents that the tokenizer works on, and back.
+
+Every codec is causal and packs 1 + 4k frames into 1 + k latent frames at an eighth of the resolution: the first frame
+alone, then groups of four. `LinearCodec` is small and ships in the package; `vft.vidtok.VidTokCodec` is the published
+variational autoencoder.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .files import replacing
+
+ASSET = Path(__file__).parent / "assets" / "codec.safetensors"
+LINEAR = "linear"
+VIDTOK = "vidtok_kl_causal_488_16chn"
+
+
+class Codec(torch.nn.Module):
+    """The interface. A codec has `name` and `channels`, and implements `_encode` and `_decode` on checked input."""
+
+    temporal_stride = 4
+    spatial_stride = 8
+    name: str
+    channels: int
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, 1 + k, H / 8, W / 8) for a video of 1 + 4k frames of H x W pixels; ValueError for any other size."""
+        if frames < 1 or frames % self.temporal_stride != 1:
+            raise ValueError(f"video must have 1 + {self.temporal_stride}k frames, got {frames}")
+        for axis, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.spatial_stride:
+                raise ValueError(f"video {axis} must be a positive multiple of {self.spatial_stride}, got {size}")
+        stride = self.spatial_stride
+        return self.channels, 1 + frames // self.temporal_stride, height // stride, width // stride
+
+    @torch.no_grad()
+    def encode(self, video: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Video, floating [B, 3, T, H, W] in [-1, 1], T = 1 + 4k -> latents, float32 [B, C, 1 + k, H / 8, W / 8].
+
+        With a generator, a codec that has a posterior samples it; without one it gives the mean. Raises TypeError for
+        an integer video, ValueError for a wrong shape.
+        """
+        if not video.is_floating_point():
+            raise TypeError(f"video must be floating point, got {video.dtype}")
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
+        self.latent_shape(*video.shape[2:])
+        return self._encode(video, generator).float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents, floating [B, C, 1 + k, h, w] -> video, float32 [B, 3, 1 + 4k, 8h, 8w].
+
+        The video is not clamped: values may leave [-1, 1]. Raises TypeError for integers, ValueError for a wrong shape.
+        """
+        if not latents.is_floating_point():
+            raise TypeError(f"latents must be floating point, got {latents.dtype}")
+        if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape[2:]:
+            raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
+        return self._decode(latents).float()
+
+
+class LinearCodec(Codec):
+    """A fixed linear transform of 8 x 8 blocks: two orthonormal bases fitted by principal components.
+
+    A block of the first frame (192 values) and of each group of four frames (768 values) becomes `channels`
+    coefficients, each group by itself. Latent = scale[part, c] times the coefficient, with scale proportional to
+    std(c)**-0.5: half of the whitening, so that a flow model sees a spectrum of small range and variance 1 on average.
+    """
+
+    name = LINEAR
+
+    def __init__(self, first_basis, first_mean, group_basis, group_mean, scale, metadata=None):
+        super().__init__()
+        self.channels = first_basis.shape[0]
+        self.metadata = dict(metadata or {})
+        self.register_buffer("first_basis", first_basis)  # [C, 192], a row is (channel, y, x)
+        self.register_buffer("first_mean", first_mean)  # [192]
+        self.register_buffer("group_basis", group_basis)  # [C, 768], a row is (channel, t, y, x)
+        self.register_buffer("group_mean", group_mean)  # [768]
+        self.register_buffer("scale", scale)  # [2, C]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike = ASSET) -> "LinearCodec":
+        """Reads a file that `save` wrote; the embedded one by default. Raises ValueError for any other file."""
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
+        channels = len(tensors.get("first_basis", ()))
+        expected = _linear_shapes(channels)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if channels == 0 or found != expected:
+            raise ValueError(f"{os.fspath(path)!r} must hold a linear codec {expected}, got {found}")
+        return cls(**{name: tensor.float() for name, tensor in tensors.items()}, metadata=metadata)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, complete or not at all: float32, 3.9 kB a channel."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata=self.metadata))
+
+    def _encode(self, video, generator):
+        first, groups = _blocks(video.float())
+        first = (first - self.first_mean) @ self.first_basis.T * self.scale[0]
+        groups = (groups - self.group_mean) @ self.group_basis.T * self.scale[1]
+        return torch.cat([first, groups], 1).permute(0, 4, 1, 2, 3).contiguous()
+
+    def _decode(self, latents):
+        latents = latents.float().permute(0, 2, 3, 4, 1)
+        first = (latents[:, :1] / self.scale[0]) @ self.first_basis + self.first_mean
+        groups = (latents[:, 1:] / self.scale[1]) @ self.group_basis + self.group_mean
+        return torch.cat([_frames(first, 1), _frames(groups, 4)], 2)
+
+
+def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None) -> Codec:
+    """The codec called `name`: "linear" (embedded), or VidTok from its `state_dict` with the published names.
+
+    Raises ValueError for an unknown name, or a state_dict that is missing, unwanted or does not fit.
+    """
+    if name == LINEAR:
+        if state_dict is not None:
+            raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
+        return LinearCodec.load()
+    if name == VIDTOK:
+        from .vidtok import VidTokCodec
+
+        if state_dict is None:
+            raise ValueError(f"state_dict must hold the weights of {name!r}, got None")
+        return VidTokCodec.from_state_dict(state_dict)
+    raise ValueError(f"codec must be one of {[LINEAR, VIDTOK]}, got {name!r}")
+
+
+def fit_linear_codec(seed: int, clips: int, channels: int = 16, size: int = 64, threads: int = 1) -> LinearCodec:
+    """Fits a `LinearCodec` to `clips` procedural clips of 17 x size x size pixels.
+
+    The embedded one is `fit_linear_codec(seed=1_000_000, clips=2000).save(ASSET)`.
+    """
+    from .train.procedural import batch
+
+    if not 1 <= channels <= 192:
+        raise ValueError(f"channels must be in 1..192, got {channels}")
+    moments = [_Moments(192), _Moments(768)]
+    for start in range(0, clips, 16):
+        video = batch(seed, range(start, min(start + 16, clips)), size=size, threads=threads)
+        for part, blocks in zip(moments, _blocks(video), strict=True):
+            part.add(blocks)
+    (first_basis, first_mean, first_scale), (group_basis, group_mean, group_scale) = (m.fit(channels) for m in moments)
+    metadata = {"format": "vft.linear_codec", "channels": channels, "seed": seed, "clips": clips, "size": size}
+    return LinearCodec(
+        first_basis,
+        first_mean,
+        group_basis,
+        group_mean,
+        torch.stack([first_scale, group_scale]),
+        {key: str(value) for key, value in metadata.items()},
+    )
+
+
+class _Moments:
+    """Running mean and covariance of vectors, in float64."""
+
+    def __init__(self, size):
+        self.count, self.sum, self.square = 0, torch.zeros(size).double(), torch.zeros(size, size).double()
+
+    def add(self, vectors):
+        vectors = vectors.flatten(0, -2).double()
+        self.count += len(vectors)
+        self.sum += vectors.sum(0)
+        self.square += vectors.T @ vectors
+
+    def fit(self, channels):
+        """The leading eigenvectors [C, n] (largest first, largest entry positive), the mean and the scale [C]."""
+        mean = self.sum / self.count
+        variance, vectors = torch.linalg.eigh(self.square / self.count - mean.outer(mean))
+        basis, std = vectors[:, -channels:].flip(1).T, variance[-channels:].flip(0).sqrt()
+        peak = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        scale = std**-0.5 / std.mean() ** 0.5
+        return tuple(t.float().contiguous() for t in (basis * peak.sign(), mean, scale))
+
+
+def _linear_shapes(channels):
+    return {
+        "first_basis": (channels, 192),
+        "first_mean": (192,),
+        "group_basis": (channels, 768),
+        "group_mean": (768,),
+        "scale": (2, channels),
+    }
+
+
+def _blocks(video):
+    """Video [B, 3, 1 + 4k, 8h, 8w] -> first frame's blocks [B, 1, h, w, 192], groups' blocks [B, k, h, w, 768]."""
+    batch, _, _, height, width = video.shape
+
+    def cut(part, length):
+        part = part.reshape(batch, 3, part.shape[2] // length, length, height // 8, 8, width // 8, 8)
+        return part.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+    return cut(video[:, :, :1], 1), cut(video[:, :, 1:], 4)
+
+
+def _frames(blocks, length):
+    """The inverse of `_blocks` for one part: [B, k, h, w, 3 * length * 64] -> [B, 3, k * length, 8h, 8w]."""
+    batch, groups, height, width = blocks.shape[:4]
+    video = blocks.reshape(batch, groups, height, width, 3, length, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return video.reshape(batch, 3, groups * length, height * 8, width * 8)
