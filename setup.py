@@ -84,7 +84,8 @@ def find_compiler():
 
 def find_nvcc():
     names = [os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    names[1:1] = [os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    names[1:1] = [os.path.join(home, "bin", "nvcc") for home in homes]
     return next((shutil.which(name) for name in names if name and shutil.which(name)), None)
 
 
@@ -137,6 +138,9 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath("flexkernels._C")).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         archs = cmake_archs(nvcc) if nvcc else []
+        if not nvcc:
+            # an object of an earlier build would not match this one's ops
+            (target.parent / "flexkernels_cuda.so").unlink(missing_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build),
             f"-DFLEXKERNELS_OUTPUT={target.parent}",
@@ -160,5 +164,6 @@ class BuildNative(build_ext):
                 )
 
 
-extensions = [] if build_mode() == "off" else [Extension("flexkernels._C", [f"csrc/{name}" for name in SOURCES])]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    native = Extension("flexkernels._C", [f"csrc/{name}" for name in SOURCES])
+    setup(ext_modules=[] if build_mode() == "off" else [native], cmdclass={"build_ext": BuildNative})

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,21 +35,16 @@ void check(bool ok, const std::string& message) {
 }
 
 void check_lengths(const char* name, const Int32s& lengths) {
-  for (py::ssize_t i = 0; i < lengths.size(); ++i) {
-    const int32_t length = lengths.data()[i];
-    check(length >= 0, std::string(name) + " must not be negative, got " + std::to_string(length));
-  }
+  const int32_t* end = lengths.data() + lengths.size();
+  const int32_t* bad = std::find_if(lengths.data(), end, [](int32_t length) { return length < 0; });
+  if (bad != end) throw py::value_error(std::string(name) + " must not be negative, got " + std::to_string(*bad));
 }
 
 void check_frame_offsets(const Int32s& offsets, py::ssize_t frames) {
   const py::ssize_t last = offsets.size() - 1;
   check(last >= 0 && offsets.data()[0] == 0 && offsets.data()[last] == frames,
         "frame_offsets must run from 0 to the number of frames, " + std::to_string(frames));
-  for (py::ssize_t b = 0; b < last; ++b) {
-    check(offsets.data()[b] <= offsets.data()[b + 1], "frame_offsets must not fall, got " +
-                                                          std::to_string(offsets.data()[b]) + " before " +
-                                                          std::to_string(offsets.data()[b + 1]));
-  }
+  check(std::is_sorted(offsets.data(), offsets.data() + last + 1), "frame_offsets must not fall");
 }
 
 plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 
@@ -44,12 +43,11 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 
 
 def finite(name: str, value) -> float:
-    """A finite Python number, returned as float. Symbolic numbers of torch.compile pass."""
-    if isinstance(value, torch.SymFloat):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt)):
+    """A finite Python number (or the symbolic one of torch.compile), as a float."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         reject(name, "be a number", type(value).__name__, TypeError)
-    if not math.isfinite(value):
+    # inf - inf and nan - nan are nan; math.isfinite cannot be traced with a symbolic number
+    if value - value != 0:
         reject(name, "be finite", value)
     return float(value)
 

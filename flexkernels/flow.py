@@ -29,8 +29,6 @@ from .flow_math import (
     velocity,
 )
 
-DOUBLE_TOO = (*checks.FLOATS, torch.float64)
-
 
 @dataclass(frozen=True)
 class CFG:
@@ -96,6 +94,7 @@ def flow_step(
 
     Returns x_next in x's shape and dtype, and the momentum buffer for the next step (float32, x's shape) when guidance
     is APG with a momentum, else None. Arithmetic is in float32. Empty rows are left out; an empty x gives an empty x.
+    torch.compile takes the numbers as constants: a new dt, scale or prefix_time compiles anew, new sizes do not.
     Raises TypeError or ValueError for wrong dtypes, shapes, devices or numbers. Offsets are checked on the CPU alone;
     elsewhere that would wait for the device, and offsets out of order leave elements of the results unwritten.
     Source: arXiv 2410.02416, algorithm 1, with norms per channel as in VideoFlexTok (arXiv 2604.12887).
@@ -122,7 +121,9 @@ def flow_step_ref(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The specification of `flow_step` in plain, differentiable PyTorch; it takes float64 too and then computes so."""
     tensors = Tensors(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise)
-    rows, numbers = _check_step(tensors, dt, guidance, prefix_time, DOUBLE_TOO, DOUBLE_TOO)
+    rows, numbers = _check_step(
+        tensors, dt, guidance, prefix_time, (*checks.FLOATS, torch.float64), (torch.float32, torch.float64)
+    )
     flat = flatten(tensors, torch.float64 if torch.float64 in (x.dtype, v_cond.dtype) else torch.float32)
     row = Rows(rows, row_offsets, x)
     out = flat.x + dt * velocity(flat, row, numbers)
@@ -215,9 +216,7 @@ def _check_leading(x: torch.Tensor, prefix: torch.Tensor):
     """prefix [B, C, k, ...] holds the first k of x [B, C, n, ...], so that it leads every row."""
     same = prefix.shape[:2] == x.shape[:2] and prefix.shape[3:] == x.shape[3:] and prefix.dim() == x.dim() > 2
     if not same or prefix.shape[2] > x.shape[2]:
-        checks.reject(
-            "prefix", f"be [B, C, k, ...] with x's other sizes {list(x.shape)}", f"shape {list(prefix.shape)}"
-        )
+        checks.reject("prefix", f"be [B, C, k, ...] like x {list(x.shape)}", f"shape {list(prefix.shape)}")
 
 
 def _check_offsets(name: str, offsets: torch.Tensor, x: torch.Tensor):
@@ -294,8 +293,8 @@ def _step_backward(ctx, grad_x_next, grad_momentum_next):
 _step_op = library.define(
     "flow_step",
     "(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, Tensor? prefix, "
-    "Tensor? prefix_offsets, Tensor? prefix_noise, int rows, float dt, int guidance, float scale, float threshold, "
-    "float eta, float momentum, float prefix_time) -> (Tensor, Tensor)",
+    "Tensor? prefix_offsets, Tensor? prefix_noise, SymInt rows, float dt, int guidance, float scale, "
+    "float threshold, float eta, float momentum, float prefix_time) -> (Tensor, Tensor)",
     _step_impl,
     _step_fake,
 )

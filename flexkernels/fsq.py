@@ -36,7 +36,7 @@ def fsq_quantize(
     int32): the mixed-radix number of the levels, first component fastest. A NaN gets level 0; an empty z gives empty
     results. The gradient with respect to z is that of bound(z) / (L // 2), the value before rounding.
 
-    Raises TypeError or ValueError for a wrong dtype, shape or level, and when prod(levels) ids do not fit `ids_dtype`.
+    Raises TypeError or ValueError for a wrong dtype, shape or level, and when prod(levels) does not fit `ids_dtype`.
     Source: arXiv 2309.15505, section 3 and appendix A.
     """
     levels = _check_quantize(z, levels, codes, ids, ids_dtype)
@@ -156,9 +156,7 @@ def _check_quantize(z, levels, codes, ids, ids_dtype) -> tuple[int, ...]:
     checks.tensor("z", z, checks.FLOATS)
     levels = _check_levels(levels)
     if z.dim() == 0 or z.shape[-1] != len(levels):
-        checks.reject(
-            "z", f"have {len(levels)} components (one a level) in its last dimension", f"shape {list(z.shape)}"
-        )
+        checks.reject("z", f"have the shape [..., {len(levels)}], a component for each level", list(z.shape))
     if not (codes or ids):
         checks.reject("codes or ids", "be asked for", "neither")
     if ids_dtype not in checks.INTEGERS:
@@ -185,7 +183,7 @@ def _check_levels(levels) -> tuple[int, ...]:
 
 
 def _check_fits(levels: tuple[int, ...], dtype: torch.dtype):
-    size, most = math.prod(levels), torch.iinfo(dtype).max + 1
+    size, most = math.prod(levels), torch.iinfo(dtype).max
     if size > most:
         checks.reject("levels", f"multiply to at most {most} for {checks.short(dtype)} ids", size)
 
@@ -246,9 +244,9 @@ def _dequantize_fake(ids, levels, dtype):
 
 
 def _check_range(ids: torch.Tensor, size: int):
-    low, high = torch.aminmax(ids)
+    low, high = (int(end) for end in torch.aminmax(ids))
     if low < 0 or high >= size:
-        checks.reject("ids", f"lie between 0 and {size - 1}", f"{int(low)} to {int(high)}")
+        checks.reject("ids", f"lie between 0 and {size - 1}", f"{low} to {high}")
 
 
 _quantize_op = library.define(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +128,7 @@ class SequenceLayout:
             raise ValueError(f"block_q and block_k must be >= 0, got {block_q} and {block_k}")
         key = (block_q, block_k)
         if key not in self._plans:
-            make = getattr(_native.C, "plan", plan_ref)
+            make = _native.C.plan if _native.C else plan_ref
             mask = MASKS.index(self.mask)
             cross = np.array(self.cross, dtype=np.int32)
             arrays = make(self.frame_offsets, self.prefix_len, self.suffix_len, mask, cross, block_q, block_k)
@@ -196,5 +197,5 @@ def plan_ref(frame_offsets, prefix_len, suffix_len, mask, cross, block_q, block_
 
 
 def _tile_bounds(total: int, parts: np.ndarray, block: int) -> list[tuple[int, int]]:
-    starts = parts[:-1].tolist() if block == 0 else list(range(0, total, block))
-    return [(s, e) for s, e in zip(starts, [*starts[1:], total], strict=True) if e > s]
+    bounds = parts.tolist() if block == 0 else [*range(0, total, block), total]
+    return list(pairwise(bounds)) if total else []

@@ -110,8 +110,8 @@ def _choose(op: str, args) -> Row:
         if reason is None:
             return _table[op][name]
         reasons.append(f"{name}: {reason}")
-    asked = "no backend" if forced == "auto" else f"the forced backend {forced!r}"
-    raise RuntimeError(f"flexkernels.{op}: {asked} can serve this call on {device} ({'; '.join(reasons)})")
+    asked = "no backend can" if forced == "auto" else f"the forced backend {forced!r} cannot"
+    raise RuntimeError(f"flexkernels.{op}: {asked} serve this call on {device} ({'; '.join(reasons)})")
 
 
 def _refusal(op: str, name: str, device: torch.device, args) -> str | None:

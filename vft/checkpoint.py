@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from .config import TokenizerConfig
 from .files import replacing
@@ -158,4 +158,4 @@ def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConf
     tensors = {published_name(n, config): p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     metadata = {key: json.dumps(value) for key, value in (config.raw | extra).items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(serialize(tensors, metadata))

@@ -275,7 +275,7 @@ class Tokenizer(nn.Module):
         height, width = self._frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
         first, rest = self._token_chunks(tokens.ids)
-        chunks, left = [first, *rest], tokens.frames
+        chunks, left, last = [first, *rest], tokens.frames, None
         prefix = None if conditioning is None else self._encode_frames(conditioning[None])
         for i, ids in enumerate(chunks):
             if i > 0:

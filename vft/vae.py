@@ -146,6 +146,8 @@ def fit_linear_codec(seed: int, clips: int, channels: int = 16, size: int = 64, 
 
     if not 1 <= channels <= 192:
         raise ValueError(f"channels must be in 1..192, got {channels}")
+    if clips < 1:
+        raise ValueError(f"clips must be >= 1, got {clips}")
     moments = [_Moments(192), _Moments(768)]
     for start in range(0, clips, 16):
         video = batch(seed, range(start, min(start + 16, clips)), size=size, threads=threads)

@@ -19,7 +19,13 @@ from vft.files import replacing
 DEFAULT_FPS = 25.0
 PATCH = 16
 
-_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
+# text that FFmpeg draws as a video, and lists of other files, which may lie on the network
+_REFUSED = {"tty", "hls", "dash", "concat", "sdp", "image2", "rtsp", "rtp"}
+_READ_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": ",".join(sorted(av.formats_available - _REFUSED)),
+}
+OUTPUT_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 
 
 class VideoError(ValueError):
@@ -109,11 +115,8 @@ def _opened(path) -> Iterator[tuple]:
     if os.path.getsize(name) == 0:
         raise VideoError(f"{name}: the file is empty")
     try:
-        # "file:": a colon in the name must not start a protocol. Whitelist: a playlist must not reach the network.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{name}", options=options, metadata_errors="ignore") as container:
-            if container.format.name == "tty":
-                raise VideoError(f"{name}: not a video (a text file)")
+        # "file:" because a colon in the name would otherwise end a protocol
+        with av.open(f"file:{name}", options=_READ_OPTIONS, metadata_errors="ignore") as container:
             pictures = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & pictures), None)
             if stream is None:
@@ -207,9 +210,9 @@ def output_format(path: str | os.PathLike) -> str:
         ValueError: the suffix is not known.
     """
     suffix = os.path.splitext(os.fspath(path))[1].lower()
-    if suffix not in _FORMATS:
-        raise ValueError(f"video output must end in {', '.join(_FORMATS)}, got {os.fspath(path)!r}")
-    return _FORMATS[suffix]
+    if suffix not in OUTPUT_FORMATS:
+        raise ValueError(f"video output must end in {', '.join(OUTPUT_FORMATS)}, got {os.fspath(path)!r}")
+    return OUTPUT_FORMATS[suffix]
 
 
 def _images(pieces: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
@@ -325,13 +328,16 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def contact_sheet(rows: list[tuple[str, torch.Tensor]], columns: int = 8, tile: int = 128) -> Image.Image:
+def contact_sheet(
+    rows: list[tuple[str, torch.Tensor]], columns: int = 8, tile: int = 128, footer: str = ""
+) -> Image.Image:
     """A picture with one labelled row for each video, its frames evenly spaced over time from first to last.
 
     Args:
         rows: (label, uint8 ``[T, H, W, 3]``); a label may have several lines. Rows may differ in length and size.
         columns: frames in a row; a shorter video shows each of its frames once.
         tile: height of a frame in the picture, in pixels.
+        footer: a line of small text under the rows.
 
     Raises:
         ValueError: no rows, no columns, or frames of another shape or dtype.
@@ -344,8 +350,11 @@ def contact_sheet(rows: list[tuple[str, torch.Tensor]], columns: int = 8, tile: 
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 4 * gap + max(math.ceil(measure.multiline_textbbox((0, 0), label, font=font)[2]) for label, _ in strips)
     width = margin + max(sum(image.width + gap for image in images) for _, images in strips)
-    sheet = Image.new("RGB", (width, gap + len(strips) * (tile + gap)), "white")
+    bottom = gap + len(strips) * (tile + gap)
+    small = ImageFont.load_default(size=max(10, tile // 10))
+    sheet = Image.new("RGB", (width, bottom + (2 * small.size if footer else 0)), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((margin, bottom + small.size), footer, fill="#606060", font=small, anchor="lm")
     for row, (label, images) in enumerate(strips):
         top = gap + row * (tile + gap)
         draw.multiline_text((2 * gap, top + tile // 2), label, fill="#202020", font=font, anchor="lm")

@@ -20,7 +20,7 @@ struct FlowStep {
   const float* prefix_noise;      // like prefix, or null
   void* x_next;                   // [total]
   float* momentum_next;           // [total] or null
-  int64_t rows, row_length;
+  int64_t rows, row_length;  // row_length: the mean one when row_offsets is given
   int guidance;
   float dt, scale, threshold, eta, momentum, prefix_time;
   Dtype x_dtype, v_dtype;

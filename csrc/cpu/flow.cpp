@@ -1,4 +1,4 @@
-// Guided flow step: per row one pass for the sums APG needs (float64), one that writes x_next.
+// Guided flow step: per row one pass for the sums APG needs, one that writes x_next.
 #include "../core/flow.h"
 
 #include "kernels.h"
@@ -15,15 +15,17 @@ inline void for_vectors(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, Part{static_cast<int>(end - i)});
 }
 
+// a float64 total of float32 partial sums, each of at most kBlock terms a lane
+constexpr int64_t kBlock = 8;
+
 struct Sum {
   vd low = {}, high = {};
 
-  void add_product(vf a, vf b) {
-    vd a_low, a_high, b_low, b_high;
-    widen<vd, vf_half>(a, &a_low, &a_high);
-    widen<vd, vf_half>(b, &b_low, &b_high);
-    low += a_low * b_low;
-    high += a_high * b_high;
+  void add(vf partial) {
+    vd partial_low, partial_high;
+    widen<vd, vf_half>(partial, &partial_low, &partial_high);
+    low += partial_low;
+    high += partial_high;
   }
 
   double total() const {
@@ -42,17 +44,26 @@ inline vf difference(const FlowStep& p, int64_t i, vf v_cond, IO io) {
   return d;
 }
 
-template <typename V>
-FlowCoefficients<double> coefficients(const FlowStep& p, int64_t begin, int64_t end) {
+template <typename X, typename V>
+inline __attribute__((always_inline)) FlowCoefficients<double> coefficients(const FlowStep& p, int64_t begin, int64_t end) {
   if (p.guidance != kFlowAPG) return flow_plain<double>(p);
   Sum dd, dc, cc;
-  for_vectors(begin, end, [&](int64_t i, auto io) {
-    const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
-    const vf d = difference<V>(p, i, c, io);
-    dd.add_product(d, d);
-    dc.add_product(d, c);
-    cc.add_product(c, c);
-  });
+  for (int64_t block = begin; block < end; block += kBlock * W) {
+    vf block_dd = {}, block_dc = {}, block_cc = {};
+    for_vectors(block, end - block < kBlock * W ? end : block + kBlock * W, [&](int64_t i, auto io) {
+      const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
+      const vf d = difference<V>(p, i, c, io);
+      // the second pass finds its own operands on their way
+      __builtin_prefetch(static_cast<const X*>(p.x) + i);
+      __builtin_prefetch(static_cast<const X*>(p.x_next) + i, 1);
+      block_dd += d * d;
+      block_dc += d * c;
+      block_cc += c * c;
+    });
+    dd.add(block_dd);
+    dc.add(block_dc);
+    cc.add(block_cc);
+  }
   return flow_apg<double>(p, dd.total(), dc.total(), cc.total());
 }
 
@@ -65,9 +76,9 @@ void write_prefix(const FlowStep& p, int64_t row, int64_t begin) {
 }
 
 template <typename X, typename V>
-void step_row(const FlowStep& p, int64_t row) {
+inline __attribute__((always_inline)) void step_row(const FlowStep& p, int64_t row) {
   const int64_t begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
-  const FlowCoefficients<double> k = coefficients<V>(p, begin, end);
+  const FlowCoefficients<double> k = coefficients<X, V>(p, begin, end);
   const float alpha = static_cast<float>(k.alpha), beta = static_cast<float>(k.beta), dt = p.dt;
   for_vectors(begin, end, [&](int64_t i, auto io) {
     const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
@@ -84,7 +95,9 @@ void step_row(const FlowStep& p, int64_t row) {
 }
 
 template <typename X, typename V>
-void step_rows(const FlowStep& p, int64_t begin, int64_t end) {
+void step_rows(const FlowStep& args, int64_t begin, int64_t end) {
+  // a copy of our own: the compiler sees that stores to x_next cannot change it
+  const FlowStep p = args;
   for (int64_t row = begin; row < end; ++row) step_row<X, V>(p, row);
 }
 

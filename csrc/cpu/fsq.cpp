@@ -56,13 +56,21 @@ void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T*
   }
 }
 
-template <typename Id>
-inline void sum_rows(const int64_t* weighted, int dims, int rows, Id* ids) {
-  for (int r = 0; r < rows; ++r) {
-    int64_t id = 0;
-    for (int d = 0; d < dims; ++d) id += weighted[r * dims + d];
+// ids[r] = sum of weighted[r, :]; D is known so that the sum unrolls
+template <typename Id, int D>
+void sum_rows(const int64_t* weighted, int rows, Id* ids) {
+  for (int r = 0; r < rows; ++r, weighted += D) {
+    int64_t id = weighted[0];
+#pragma GCC unroll 16
+    for (int d = 1; d < D; ++d) id += weighted[d];
     ids[r] = static_cast<Id>(id);
   }
+}
+
+template <typename Id, int D = kFsqMaxDims>
+void sum_rows_of(int dims, const int64_t* weighted, int rows, Id* ids) {
+  if (dims == D) return sum_rows<Id, D>(weighted, rows, ids);
+  if constexpr (D > 1) sum_rows_of<Id, D - 1>(dims, weighted, rows, ids);
 }
 
 template <typename T, bool kIds>
@@ -85,9 +93,9 @@ void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
     }
     if constexpr (kIds) {
       if (p.ids64)
-        sum_rows(weighted, p.dims, rows, static_cast<int64_t*>(p.ids) + row);
+        sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
       else
-        sum_rows(weighted, p.dims, rows, static_cast<int32_t*>(p.ids) + row);
+        sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
     }
   }
 }

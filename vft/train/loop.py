@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from tqdm import tqdm
 
 from ..config import make_config, parse_config
@@ -179,7 +179,7 @@ def _save(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer, st
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{key}.{name}"] = value
     with replacing(folder / "state.safetensors") as temporary:
-        save_file(tensors, temporary, {"step": str(step), "settings": json.dumps(asdict(settings))})
+        temporary.write_bytes(serialize(tensors, {"step": str(step), "settings": json.dumps(asdict(settings))}))
     averaged = Tokenizer(model.config, model.name)
     averaged.load_state_dict(ema)
     averaged.steps, averaged.guidance = model.steps, model.guidance

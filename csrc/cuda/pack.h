@@ -1,0 +1,42 @@
+// 16-byte packs of elements, and the check behind a launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../core/dtype.h"
+
+namespace flexkernels::cuda {
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(kernel) + " did not launch: " + cudaGetErrorString(error));
+  }
+}
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? alignof(T) : 16) Pack {
+  T v[N];
+};
+
+template <int N, typename T>
+static __device__ __forceinline__ void load_floats(const T* p, float (&out)[N]) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
+}
+
+template <int N, typename T>
+static __device__ __forceinline__ void store_floats(T* p, const float (&in)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; ++j) from_float(in[j], &pack.v[j]);
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+}  // namespace flexkernels::cuda

@@ -1,0 +1,103 @@
+"""FSQ in Triton, float32 inside whatever comes in.
+
+quantize:   level_d = count(thresholds[d] < z_d),  code_d = (level_d - L_d // 2) / (L_d // 2),  id = sum level_d * basis_d
+dequantize: level_d = id // basis_d mod L_d,  code_d as above
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_QUANTIZE = 256
+BLOCK_DEQUANTIZE = 512
+NUM_WARPS = 4
+
+
+@triton.jit
+def fsq_quantize_kernel(
+    p_z,
+    p_thresholds,
+    p_codes,
+    p_ids,
+    n,
+    width,
+    LEVELS: tl.constexpr,
+    BASIS: tl.constexpr,
+    DIMS: tl.constexpr,
+    CODES: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # z [n, DIMS], thresholds [DIMS, width]
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    b_id = tl.zeros([BLOCK], dtype=tl.int64)
+    for d in tl.static_range(DIMS):
+        b_z = tl.load(p_z + o_n * DIMS + d, mask=m_n, other=0.0).to(tl.float32)
+        b_level = count_below(b_z, p_thresholds + d * width, LEVELS[d] - 1)
+        if CODES:
+            b_code = tl.div_rn((b_level - LEVELS[d] // 2).to(tl.float32), (LEVELS[d] // 2) * 1.0)
+            tl.store(p_codes + o_n * DIMS + d, b_code.to(p_codes.dtype.element_ty), mask=m_n)
+        if IDS:
+            b_id += b_level.to(tl.int64) * BASIS[d]
+    if IDS:
+        tl.store(p_ids + o_n, b_id.to(p_ids.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def count_below(b_z, p_row, COUNT: tl.constexpr):
+    """How many of the COUNT rising values at p_row are below b_z, by bisection; 0 for NaN."""
+    b_level = tl.zeros_like(b_z).to(tl.int32)
+    for bit in tl.static_range(8):
+        if (128 >> bit) <= COUNT:
+            o_t = b_level + ((128 >> bit) - 1)
+            b_t = tl.load(p_row + o_t, mask=o_t < COUNT, other=float("inf"))
+            b_level = tl.where(b_z > b_t, o_t + 1, b_level)
+    return b_level
+
+
+@triton.jit
+def fsq_dequantize_kernel(p_ids, p_codes, n, LEVELS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    # ids [n], codes [n, DIMS]
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    b_rest = tl.load(p_ids + o_n, mask=m_n, other=0)
+    for d in tl.static_range(DIMS):
+        b_level = b_rest % LEVELS[d]
+        b_rest = b_rest // LEVELS[d]
+        b_code = tl.div_rn((b_level - LEVELS[d] // 2).to(tl.float32), (LEVELS[d] // 2) * 1.0)
+        tl.store(p_codes + o_n * DIMS + d, b_code.to(p_codes.dtype.element_ty), mask=m_n)
+
+
+def fsq_quantize_triton(z, thresholds, levels, codes, ids):
+    """Fills codes [n, D] and ids [n], either of which may be None, from z [n, D] and thresholds [D, width]."""
+    n, dims = z.shape
+    # a codebook that no id is asked of may be too large for int64
+    basis = tuple(math.prod(levels[:d]) if ids is not None else 0 for d in range(dims))
+    with torch.cuda.device_of(z):
+        fsq_quantize_kernel[(triton.cdiv(n, BLOCK_QUANTIZE),)](
+            z,
+            thresholds,
+            codes,
+            ids,
+            n,
+            thresholds.shape[1],
+            LEVELS=tuple(levels),
+            BASIS=basis,
+            DIMS=dims,
+            CODES=codes is not None,
+            IDS=ids is not None,
+            BLOCK=BLOCK_QUANTIZE,
+            num_warps=NUM_WARPS,
+        )
+
+
+def fsq_dequantize_triton(ids, levels, codes):
+    """Fills codes [n, D] from ids [n]."""
+    n, dims = codes.shape
+    with torch.cuda.device_of(ids):
+        fsq_dequantize_kernel[(triton.cdiv(n, BLOCK_DEQUANTIZE),)](
+            ids, codes, n, LEVELS=tuple(levels), DIMS=dims, BLOCK=BLOCK_DEQUANTIZE, num_warps=NUM_WARPS
+        )

@@ -1,0 +1,334 @@
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, FLOATS, inductor, interpreted, needs_gpu, on_every_backend
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import flexkernels
+from flexkernels import fsq
+
+PUBLISHED = [8, 8, 8, 5, 5, 5]
+LEVEL_SETS = [PUBLISHED, [2], [3, 2], [256, 255, 17], [7] * 16, [2, 255] * 7]
+SIZES = [1, 17, 129, 151]
+op = torch.ops.flexkernels
+
+
+def draw(rows, levels, dtype=torch.float32, device="cpu"):
+    # drawn in its own dtype; wide enough to reach the outer levels
+    return (2 * torch.randn(rows, len(levels))).to(dtype).to(device)
+
+
+def quantize(place, z, levels, **settings):
+    with flexkernels.backend(place[0]):
+        codes, ids = flexkernels.fsq_quantize(z.to(place[1]), levels, **settings)
+    return None if codes is None else codes.cpu(), None if ids is None else ids.cpu()
+
+
+def assert_codes_equal(place, codes, expected):
+    assert codes.dtype == expected.dtype
+    if interpreted(place) and codes.dtype == torch.bfloat16:
+        torch.testing.assert_close(codes, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+    else:
+        assert torch.equal(codes, expected)
+
+
+def written_out(z, levels):
+    """The formula of the paper one number at a time, in Python's double precision: levels and id."""
+    result, index, basis = [], 0, 1
+    for value, level in zip(z.tolist(), levels, strict=True):
+        half = (level - 1) * (1 + 1e-3) / 2
+        offset = 0.0 if level % 2 else 0.5
+        bound = math.tanh(value + math.atanh(offset / half)) * half - offset
+        result.append(round(bound) / (level // 2))
+        index, basis = index + (round(bound) + level // 2) * basis, basis * level
+    return result, index
+
+
+def test_reference_is_the_formula_of_the_paper():
+    z = draw(200, PUBLISHED)
+    codes, ids = flexkernels.fsq_quantize_ref(z, PUBLISHED)
+    expected = [written_out(row, PUBLISHED) for row in z]
+    assert ids.tolist() == [index for _, index in expected]
+    torch.testing.assert_close(codes, torch.tensor([row for row, _ in expected]), rtol=1e-6, atol=1e-7)
+
+
+@on_every_backend
+def test_agrees_on_random_input(place):
+    z = draw(500 if interpreted(place) else 163840, PUBLISHED)
+    codes, ids = quantize(place, z, PUBLISHED)
+    expected_codes, expected_ids = flexkernels.fsq_quantize_ref(z, PUBLISHED)
+    assert int((codes != expected_codes).sum()) == 0
+    assert int((ids != expected_ids).sum()) == 0
+    assert len(expected_ids.unique()) > 400
+
+
+@on_every_backend
+@pytest.mark.parametrize("first", range(2, 257, 16))
+def test_agrees_next_to_every_boundary(place, first):
+    if place[0] == "reference" and place[1] != "cpu":
+        pytest.skip("the reference evaluates the formula with the GPU's tanh")
+    levels = [min(first + d, 256) for d in range(16)]
+    boundary = fsq.thresholds(tuple(levels), torch.device("cpu")).t()
+    ordinal = fsq._ordinal(boundary.contiguous())
+    # the boundary itself, one float below and one above it
+    z = torch.cat([fsq._from_ordinal(ordinal + step) for step in (-1, 0, 1)])
+    z = torch.where(torch.isfinite(z), z, 0)
+    codes, _ = quantize(place, z, levels, ids=False)
+    expected, _ = flexkernels.fsq_quantize_ref(z, levels, ids=False)
+    assert torch.equal(codes, expected)
+    # the step really lies between the boundary and the float above it
+    n = len(boundary)
+    steps = (codes[2 * n :] - codes[n : 2 * n]) * torch.tensor([level // 2 for level in levels])
+    assert (steps.round() == torch.isfinite(boundary)).all()
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("levels", LEVEL_SETS, ids=str)
+def test_level_sets_and_dtypes(place, dtype, levels):
+    z = draw(151, levels, dtype)
+    fits = math.prod(levels) < 2**63
+    codes, ids = quantize(place, z, levels, ids=fits)
+    expected_codes, expected_ids = flexkernels.fsq_quantize_ref(z, levels, ids=fits)
+    assert_codes_equal(place, codes, expected_codes)
+    if fits:
+        assert torch.equal(ids, expected_ids)
+        with flexkernels.backend(place[0]):
+            back = flexkernels.fsq_dequantize(ids.to(place[1]), levels, dtype=dtype).cpu()
+        assert_codes_equal(place, back, expected_codes)
+
+
+@on_every_backend
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+def test_odd_sizes_and_either_result(place, rows, ids_dtype):
+    z = draw(rows, PUBLISHED)
+    codes, ids = quantize(place, z, PUBLISHED, ids_dtype=ids_dtype)
+    assert ids.dtype == ids_dtype
+    assert torch.equal(ids.long(), flexkernels.fsq_quantize_ref(z, PUBLISHED)[1])
+    only_codes, none = quantize(place, z, PUBLISHED, ids=False)
+    assert none is None and torch.equal(only_codes, codes)
+    none, only_ids = quantize(place, z, PUBLISHED, codes=False, ids_dtype=ids_dtype)
+    assert none is None and torch.equal(only_ids, ids)
+    with flexkernels.backend(place[0]):
+        assert torch.equal(flexkernels.fsq_dequantize(ids.to(place[1]), PUBLISHED).cpu(), codes)
+
+
+@on_every_backend
+def test_strided_input_batch_shape_and_repeatability(place):
+    z = torch.randn(6, 2 * 11, 3, device=place[1]).permute(2, 1, 0)[:, ::2]
+    assert not z.is_contiguous()
+    codes, ids = quantize(place, z, PUBLISHED)
+    assert codes.shape == (3, 11, 6) and ids.shape == (3, 11)
+    expected_codes, expected_ids = flexkernels.fsq_quantize_ref(z.cpu(), PUBLISHED)
+    assert torch.equal(codes, expected_codes) and torch.equal(ids, expected_ids)
+    again = quantize(place, z, PUBLISHED)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], ids)
+    with flexkernels.backend(place[0]):
+        back = flexkernels.fsq_dequantize(ids.t().to(place[1]), PUBLISHED)
+    assert torch.equal(back.cpu().transpose(0, 1), codes)
+
+
+@on_every_backend
+def test_empty_nan_and_infinity(place):
+    codes, ids = quantize(place, torch.zeros(4, 0, 6), PUBLISHED)
+    assert codes.shape == (4, 0, 6) and ids.shape == (4, 0)
+    with flexkernels.backend(place[0]):
+        assert flexkernels.fsq_dequantize(ids.to(place[1]), PUBLISHED).shape == (4, 0, 6)
+    z = torch.tensor([[math.nan], [math.inf], [-math.inf], [0.0], [-0.0]])
+    _, ids = quantize(place, z, [8])
+    assert ids.tolist() == [0, 7, 0, 4, 4]
+
+
+@on_every_backend
+def test_largest_codebooks(place):
+    levels = [128] * 8 + [127]
+    z = torch.full((3, 9), 9.0)
+    assert quantize(place, z, levels)[1].tolist() == [math.prod(levels) - 1] * 3
+    levels = [128] * 4 + [7]
+    _, ids = quantize(place, z[:, :5], levels, ids_dtype=torch.int32)
+    assert ids.tolist() == [math.prod(levels) - 1] * 3
+    with flexkernels.backend(place[0]):
+        assert (flexkernels.fsq_dequantize(ids.to(place[1]), levels).cpu() > 0.7).all()
+
+
+def test_every_id_survives_the_round_trip():
+    ids = torch.arange(math.prod(PUBLISHED))
+    codes = flexkernels.fsq_dequantize(ids, PUBLISHED)
+    # a code is the value before rounding, so atanh leads back to a z of the same level
+    half, offset, shift = fsq._bound_terms(tuple(PUBLISHED), codes)
+    bound = codes * torch.tensor([level // 2 for level in PUBLISHED])
+    z = torch.atanh((bound + offset) / half) - shift
+    assert torch.equal(flexkernels.fsq_quantize(z, PUBLISHED)[1], ids)
+
+
+# gradient
+
+
+def expected_gradient(z, levels, grad):
+    z = z.detach().double().requires_grad_()
+    value = fsq._bound(z, tuple(levels)) / torch.tensor([level // 2 for level in levels], device=z.device)
+    return torch.autograd.grad(value, z, grad.double())[0]
+
+
+def test_bound_passes_gradcheck():
+    z = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: fsq._bound(value, tuple(PUBLISHED)), z)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_straight_through_gradient(place, dtype):
+    z = draw(33, PUBLISHED, dtype, place[1]).requires_grad_()
+    with flexkernels.backend(place[0]):
+        codes, ids = flexkernels.fsq_quantize(z, PUBLISHED)
+    assert codes.requires_grad and not ids.requires_grad
+    grad = torch.randn_like(codes)
+    codes.backward(grad)
+    assert z.grad.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    # 1 - tanh**2 in float32 loses its last digits where it is near 0
+    torch.testing.assert_close(z.grad.double(), expected_gradient(z, PUBLISHED, grad), rtol=2 * eps, atol=1e-6)
+
+
+def test_no_gradient_through_ids_alone():
+    z = torch.randn(4, 6, requires_grad=True)
+    codes, ids = flexkernels.fsq_quantize(z, PUBLISHED, codes=False)
+    assert codes is None and not ids.requires_grad
+
+
+# dispatch, tracing
+
+
+@pytest.mark.parametrize(("codes", "ids"), [(True, True), (True, False), (False, True)])
+def test_opcheck(codes, ids):
+    for shape in ((5, 7, 6), (0, 6)):
+        z = torch.randn(shape, device=DEVICE, requires_grad=codes)
+        torch.library.opcheck(op.fsq_quantize.default, (z, PUBLISHED, codes, ids, torch.int32))
+    ids = torch.arange(10, device=DEVICE).view(2, 5)
+    torch.library.opcheck(op.fsq_dequantize.default, (ids, PUBLISHED, torch.bfloat16))
+
+
+def round_trip(z):
+    codes, ids = flexkernels.fsq_quantize(z, PUBLISHED)
+    return codes, flexkernels.fsq_dequantize(ids, PUBLISHED) + 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", inductor])
+def test_compiles_to_one_graph(compiler):
+    z = torch.randn(3, 5, 6, device=DEVICE, requires_grad=True)
+    codes, back = torch.compile(round_trip, fullgraph=True, backend=compiler)(z)
+    assert torch.equal(codes + 1, back)
+    codes.sum().backward()
+    torch.testing.assert_close(
+        z.grad.double(), expected_gradient(z, PUBLISHED, torch.ones_like(z)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_new_lengths_do_not_recompile():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(round_trip, fullgraph=True, backend=counter)
+    for rows in (5, 9, 30):
+        z = torch.randn(rows, 6, device=DEVICE)
+        torch._dynamo.mark_dynamic(z, 0)
+        assert torch.equal(compiled(z)[0], flexkernels.fsq_quantize(z, PUBLISHED)[0])
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors_tell_shapes_and_leave_the_cache_alone():
+    fsq.thresholds.cache_clear()
+    with FakeTensorMode():
+        codes, ids = flexkernels.fsq_quantize(torch.empty(3, 5, 6, dtype=torch.float16), PUBLISHED)
+        assert codes.shape == (3, 5, 6) and codes.dtype == torch.float16
+        assert ids.shape == (3, 5) and ids.dtype == torch.int64
+    assert fsq.thresholds.cache_info().currsize == 0
+
+
+def test_thresholds_made_in_inference_mode_serve_training_later():
+    fsq.thresholds.cache_clear()
+    with torch.inference_mode():
+        flexkernels.fsq_quantize(torch.randn(4, 6), PUBLISHED)
+    assert not fsq.thresholds(tuple(PUBLISHED), torch.device("cpu")).is_inference()
+    z = torch.randn(4, 6, requires_grad=True)
+    flexkernels.fsq_quantize(z, PUBLISHED)[0].sum().backward()
+    assert z.grad is not None
+
+
+@needs_gpu
+def test_cuda_graph_replays():
+    z = draw(1000, PUBLISHED, device="cuda")
+    flexkernels.fsq_quantize(z, PUBLISHED)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes, ids = flexkernels.fsq_quantize(z, PUBLISHED)
+    z.copy_(draw(1000, PUBLISHED))
+    graph.replay()
+    expected_codes, expected_ids = flexkernels.fsq_quantize(z, PUBLISHED)
+    assert torch.equal(codes, expected_codes) and torch.equal(ids, expected_ids)
+
+
+@needs_gpu
+def test_offsets_beyond_31_bits():
+    z = torch.zeros(2**29 + 3, 6, dtype=torch.bfloat16, device="cuda")
+    z[-1] = 9
+    _, ids = flexkernels.fsq_quantize(z, PUBLISHED, codes=False)
+    assert int(ids[-1]) == math.prod(PUBLISHED) - 1 and int(ids[0]) == int(ids[-2])
+
+
+# wrong input
+
+Z = torch.zeros(2, 6)
+WRONG_QUANTIZE = [
+    (([1.0], PUBLISHED), {}, TypeError, "z must be a torch.Tensor, got list"),
+    ((Z.double(), PUBLISHED), {}, TypeError, "z must be float32 or bfloat16 or float16, got float64"),
+    ((Z.long(), PUBLISHED), {}, TypeError, "z must be .*got int64"),
+    ((Z, [8, 8]), {}, ValueError, r"z must have the shape \[..., 2\].*got \[2, 6\]"),
+    ((torch.tensor(1.0), [8]), {}, ValueError, r"z must have the shape \[..., 1\].*got \[\]"),
+    ((Z, []), {}, ValueError, "levels must not be empty"),
+    ((Z, 8), {}, TypeError, "levels must be a list or tuple of ints, got int"),
+    ((Z, [8, 8, 8, 5, 5, 5.0]), {}, TypeError, "levels must hold ints alone, got 5.0"),
+    ((Z, [8, 8, 8, 5, 5, 1]), {}, ValueError, "levels must lie between 2 and 256, got 1"),
+    ((Z, [8, 8, 8, 5, 5, 257]), {}, ValueError, "levels must lie between 2 and 256, got 257"),
+    ((torch.zeros(2, 17), [2] * 17), {}, ValueError, "levels must have at most 16 entries, got 17"),
+    ((Z, PUBLISHED), {"codes": False, "ids": False}, ValueError, "codes or ids must be asked for"),
+    ((Z, PUBLISHED), {"ids_dtype": torch.int16}, TypeError, "ids_dtype must be int64 or int32, got torch.int16"),
+    (
+        (Z, [64] * 6),
+        {"ids_dtype": torch.int32},
+        ValueError,
+        "multiply to at most 2147483647 for int32 ids, got 68719476736",
+    ),
+    ((torch.zeros(2, 5), [128] * 4 + [8]), {"ids_dtype": torch.int32}, ValueError, "for int32 ids, got 2147483648"),
+    ((torch.zeros(2, 9), [128] * 9), {}, ValueError, "for int64 ids, got 9223372036854775808"),
+    ((torch.zeros(2, 16), [16] * 16), {}, ValueError, "levels must multiply to at most 9223372036854775807 for int64"),
+]
+
+
+@pytest.mark.parametrize(("args", "settings", "error", "message"), WRONG_QUANTIZE)
+def test_wrong_input_is_refused(args, settings, error, message):
+    for function in (flexkernels.fsq_quantize, flexkernels.fsq_quantize_ref):
+        with pytest.raises(error, match=message):
+            function(*args, **settings)
+
+
+def test_a_codebook_beyond_its_ids_still_gives_codes():
+    codes, ids = flexkernels.fsq_quantize(torch.zeros(2, 16), [256] * 16, ids=False)
+    assert ids is None and torch.equal(codes, torch.zeros(2, 16))
+
+
+def test_wrong_ids_are_refused():
+    for function, levels, dtype in itertools.product(
+        (flexkernels.fsq_dequantize,), ([8, 5],), (torch.int64, torch.int32)
+    ):
+        for bad in (-1, 40):
+            with pytest.raises(ValueError, match="ids must lie between 0 and 39, got"):
+                function(torch.tensor([0, bad], dtype=dtype), levels)
+    with pytest.raises(TypeError, match="ids must be int64 or int32, got float32"):
+        flexkernels.fsq_dequantize(torch.zeros(2), [8, 5])
+    with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16 or float16, got torch.float64"):
+        flexkernels.fsq_dequantize(torch.zeros(2, dtype=torch.int64), [8, 5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="levels must multiply to at most"):
+        flexkernels.fsq_dequantize(torch.zeros(2, dtype=torch.int64), [16] * 16)

@@ -1,0 +1,414 @@
+"""The compiled ops, called directly against plain PyTorch formulas, at every ISA level; the planner against dense masks."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexkernels import _native
+
+pytestmark = pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {_native.cpu_unavailable}")
+
+ops = torch.ops.flexkernels_native
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISA_LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ([2], [3, 2], [8, 8, 8, 5, 5, 5], [33, 34, 7], [256, 2, 100], [5] * 16)
+
+
+# --- FSQ
+
+
+def thresholds_for(levels):
+    width = max(levels) - 1
+    rows = torch.full((len(levels), width), math.inf)
+    for row, level in zip(rows, levels, strict=True):
+        row[: level - 1] = (torch.randn(level - 1) * 2).sort().values
+    return rows
+
+
+def fsq_formula(z, thresholds, levels):
+    level = (z.float()[:, :, None] > thresholds).sum(-1)
+    half = torch.tensor(levels) // 2
+    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))])
+    return ((level - half).float() / half.float()).to(z.dtype), (level * basis).sum(-1)
+
+
+def fsq_quantize(z, thresholds, levels, ids_dtype=torch.int64):
+    codes, ids = torch.empty_like(z), torch.empty(len(z), dtype=ids_dtype)
+    ops.fsq_quantize(z, thresholds, levels, codes, ids)
+    return codes, ids
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", LEVELS, ids=str)
+def test_kernel_fsq_quantize(levels, dtype):
+    thresholds = thresholds_for(levels)
+    ids_dtype = torch.int32 if math.prod(levels) < 2**31 else torch.int64
+    for n in (0, 1, 15, 16, 17, 151, 6001):
+        z = (torch.randn(n, len(levels)) * 2).to(dtype)
+        codes, ids = fsq_quantize(z, thresholds, levels, ids_dtype)
+        want_codes, want_ids = fsq_formula(z, thresholds, levels)
+        assert torch.equal(codes, want_codes) and torch.equal(ids.long(), want_ids), (n, levels)
+
+
+@pytest.mark.parametrize("levels", ([8, 5], [64, 3]), ids=str)
+def test_kernel_fsq_edges(levels):
+    """A threshold itself is not passed, NaN is level 0, infinities are the outer levels."""
+    thresholds = thresholds_for(levels)
+    z = torch.cat([thresholds.T, torch.tensor([[math.nan] * 2, [math.inf] * 2, [-math.inf] * 2])]).contiguous()
+    codes, ids = fsq_quantize(z, thresholds, levels)
+    want_codes, want_ids = fsq_formula(z, thresholds, levels)
+    assert torch.equal(codes, want_codes) and torch.equal(ids, want_ids)
+    assert ids[-3:].tolist() == [0, math.prod(levels) - 1, 0]
+
+
+def test_kernel_fsq_one_output_only():
+    levels, z = [8, 5, 7], torch.randn(50, 3)
+    thresholds = thresholds_for(levels)
+    want_codes, want_ids = fsq_formula(z, thresholds, levels)
+    codes, ids = torch.empty_like(z), torch.empty(50, dtype=torch.int32)
+    ops.fsq_quantize(z, thresholds, levels, codes, None)
+    ops.fsq_quantize(z, thresholds, levels, None, ids)
+    assert torch.equal(codes, want_codes) and torch.equal(ids.long(), want_ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("levels", [*LEVELS, [256] * 7], ids=str)
+def test_kernel_fsq_dequantize(levels, dtype):
+    codebook = math.prod(levels)
+    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))])
+    level, half = torch.tensor(levels), torch.tensor(levels) // 2
+    for n in (0, 1, 17, 4001):
+        ids = torch.randint(codebook, (n,))
+        want = ((ids[:, None] // basis % level - half).float() / half.float()).to(dtype)
+        for given_ids in [ids, ids.int()] if codebook < 2**31 else [ids]:
+            codes = torch.empty(n, len(levels), dtype=dtype)
+            ops.fsq_dequantize(given_ids, levels, codes)
+            assert torch.equal(codes, want)
+
+
+def test_kernel_fsq_foreign_ids_stay_in_the_codebook():
+    codes = torch.empty(4, 2)
+    ops.fsq_dequantize(torch.tensor([-1, 40, 2**62, -(2**63)]), [8, 5], codes)
+    assert codes.abs().max() <= 1
+
+
+Z, IDS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((Z, Z[:, :1], [8, 5], None, IDS), "thresholds must have 14 elements, got 4"),
+        ((Z, torch.zeros(2, 7).double(), [8, 5], None, IDS), "thresholds must have dtype Float, got Double"),
+        ((Z.double(), torch.zeros(2, 7), [8, 5], None, IDS), "z must have dtype float32, bfloat16 or float16"),
+        ((Z, torch.zeros(2, 7), [8, 5, 5], None, IDS), r"z must have shape \[n, 3\]"),
+        ((Z.T.contiguous().T, torch.zeros(2, 7), [8, 5], None, IDS), "z must be contiguous"),
+        ((Z, torch.zeros(2, 7), [8, 1], None, IDS), "levels must be integers of at least 2, got 1"),
+        ((Z, torch.zeros(2, 7), [], None, IDS), "levels must have 1 to 16 entries, got 0"),
+        ((Z, torch.zeros(2, 7), [8, 5], Z.half(), IDS), "codes must have dtype Float, got Half"),
+        ((Z, torch.zeros(2, 7), [8, 5], Z[:2], IDS), "codes must have 8 elements, got 4"),
+        ((Z, torch.zeros(2, 7), [8, 5], Z, IDS[:3]), "ids must have 4 elements, got 3"),
+        ((Z, torch.zeros(2, 7), [8, 5], Z, IDS.float()), "ids must have dtype int32 or int64, got Float"),
+    ],
+)
+def test_fsq_quantize_refuses(args, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.fsq_quantize(*args)
+
+
+def test_fsq_refuses_a_codebook_beyond_the_ids():
+    z, levels = torch.zeros(1, 4), [256] * 4
+    with pytest.raises(RuntimeError, match="ids must have a dtype that holds the product of levels, got int32"):
+        ops.fsq_quantize(z, torch.zeros(4, 255), levels, None, torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="got int64"):
+        ops.fsq_dequantize(torch.zeros(1, dtype=torch.int64), [256] * 8, torch.zeros(1, 8))
+
+
+# --- guided flow step
+
+DT, SCALE, THRESHOLD, ETA, MOMENTUM = -0.025, 25.0, 0.6, 0.3, -0.5
+
+
+def row_formula(x, v_cond, v_uncond, buffer, guidance, threshold=THRESHOLD):
+    """One row, in the dtype of its arguments: (x_next, d)."""
+    v, d = v_cond, None
+    if guidance == 1:
+        v = v_uncond + SCALE * (v_cond - v_uncond)
+    if guidance == 2:
+        d = v_cond - v_uncond + (MOMENTUM * buffer if buffer is not None else 0)
+        shrunk = d * min(1.0, threshold / float(d.norm())) if threshold > 0 and d.norm() > 0 else d
+        unit = v_cond / v_cond.norm().clamp_min(1e-12)
+        parallel = (shrunk * unit).sum() * unit
+        v = v_cond + (SCALE - 1) * (shrunk - parallel + ETA * parallel)
+    return x + DT * v, d
+
+
+def flow_step(x, v_cond, v_uncond, buffer, offsets, rows, guidance, prefix=None, prefix_offsets=None, noise=None,
+              threshold=THRESHOLD):  # fmt: skip
+    x_next = torch.empty_like(x)
+    momentum_next = torch.empty(x.shape) if buffer is not None else None
+    ops.flow_step(
+        x, v_cond, v_uncond, buffer, offsets, rows, DT, guidance, SCALE, threshold, ETA, MOMENTUM, prefix,
+        prefix_offsets, noise, 0.25, x_next, momentum_next,
+    )  # fmt: skip
+    return x_next, momentum_next
+
+
+def rows_of(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+RAGGED = rows_of(0, 1, 17, 129, 0, 151, 1000, 5120)
+
+
+def check_flow(x_dtype, v_dtype, guidance, with_buffer, offsets, equal_rows=False, threshold=THRESHOLD):
+    total, rows = int(offsets[-1]), len(offsets) - 1
+    x = torch.randn(total).to(x_dtype)
+    v_cond, v_uncond = torch.randn(2, total).to(v_dtype)
+    buffer = torch.randn(total) if with_buffer else None
+    given_offsets = None if equal_rows else offsets
+    got, got_d = flow_step(
+        x, v_cond, v_uncond if guidance else None, buffer, given_offsets, rows, guidance, threshold=threshold
+    )
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        row = slice(begin, end)
+
+        def formula(dtype, row=row):
+            parts = [t[row].to(dtype) if t is not None else None for t in (x, v_cond, v_uncond, buffer)]
+            return row_formula(*parts, guidance, threshold)
+
+        exact, exact_d = formula(torch.float64)
+        single = formula(torch.float32)[0].to(x_dtype).double()
+        budget = 2 * (single - exact).abs().max() if end > begin else 0
+        allowed = budget + 1e-6 * exact.abs() + torch.finfo(x_dtype).eps / 2 * exact.abs()
+        assert ((got[row].double() - exact).abs() <= allowed).all(), (begin, end)
+        if with_buffer:
+            torch.testing.assert_close(got_d[row].double(), exact_d, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("v_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize(("guidance", "with_buffer"), [(0, False), (1, False), (2, False), (2, True)])
+def test_kernel_flow_step(x_dtype, v_dtype, guidance, with_buffer):
+    check_flow(x_dtype, v_dtype, guidance, with_buffer, RAGGED)
+
+
+@pytest.mark.parametrize("length", [1, 15, 64, 129])
+def test_kernel_flow_equal_rows(length):
+    check_flow(torch.float32, torch.float32, 2, True, rows_of(*[length] * 7), equal_rows=True)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e6])
+def test_kernel_flow_threshold_off_or_never_reached(threshold):
+    check_flow(torch.float32, torch.float32, 2, False, rows_of(300, 40), threshold=threshold)
+
+
+def test_kernel_flow_zero_velocities():
+    x, zero = torch.randn(40), torch.zeros(40)
+    assert torch.equal(flow_step(x, zero, zero, None, None, 2, 2)[0], x)
+
+
+def test_kernel_flow_nan_stays_in_its_row():
+    x, v_cond, v_uncond = torch.randn(3, 60)
+    v_cond[25] = math.nan
+    x_next = flow_step(x, v_cond, v_uncond, None, None, 3, 2)[0].view(3, 20)
+    assert x_next[1].isnan().all() and not x_next[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_kernel_flow_prefix(x_dtype, noisy):
+    offsets, prefix_offsets = rows_of(40, 0, 33, 17), rows_of(40, 0, 3, 0)
+    x, v = torch.randn(2, 90).to(x_dtype)
+    prefix, noise = torch.randn(2, 43)
+    got, _ = flow_step(x, v, None, None, offsets, 4, 0, prefix, prefix_offsets, noise if noisy else None)
+    want, _ = flow_step(x, v, None, None, offsets, 4, 0)
+    mixed = (0.75 * prefix + 0.25 * noise if noisy else prefix).to(x_dtype)
+    want[:40], want[40:43] = mixed[:40], mixed[40:]
+    assert torch.equal(got, want)
+
+
+def test_kernel_flow_empty():
+    empty = torch.empty(0)
+    assert flow_step(empty, empty, empty, None, None, 0, 2)[0].shape == (0,)
+    assert flow_step(empty, empty, empty, None, rows_of(0, 0), 2, 2)[0].shape == (0,)
+
+
+X = torch.zeros(12)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (dict(v_cond=X[:6]), "v_cond must have 12 elements, got 6"),
+        (dict(v_uncond=None), "v_uncond must be given when guidance is 2, got none"),
+        (dict(v_uncond=X.half()), "v_uncond must have dtype Float, got Half"),
+        (dict(guidance=3), "guidance must be 0, 1 or 2, got 3"),
+        (dict(guidance=1, buffer=X), "momentum_buffer and momentum_next must be absent unless guidance is 2"),
+        (dict(buffer=X.half()), "momentum_buffer must have dtype Float, got Half"),
+        (dict(rows=5), "rows must divide the 12 elements of x, got 5"),
+        (dict(offsets=rows_of(5, 8)), "row_offsets must run from 0 to 12, got 0 to 13"),
+        (dict(offsets=torch.tensor([0, 13, 12])), "row_offsets must not fall, got 13 before 12"),
+        (dict(offsets=rows_of(12)), "row_offsets must have 3 elements, got 2"),
+        (dict(prefix=X), "prefix and prefix_offsets must be given together"),
+        (dict(prefix=X[:7], prefix_offsets=rows_of(7, 0)), "prefix_offsets must give row 0 at most its 6 elements"),
+        (dict(noise=X), "prefix must be given with prefix_noise"),
+    ],
+)
+def test_flow_step_refuses(args, message):
+    call = dict(x=X, v_cond=X, v_uncond=X, buffer=None, offsets=None, rows=2, guidance=2)
+    with pytest.raises(RuntimeError, match=message):
+        flow_step(**{**call, **args})
+
+
+# --- ISA levels
+
+
+def test_capability_is_one_that_was_built():
+    assert _native.C.cpu_capability() in _native.C.build_info()["isa_levels"]
+
+
+def with_capability(level, *command):
+    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("level", ISA_LEVELS)
+def test_every_isa_level(level):
+    """The kernel tests of this file once more, in a process that is held to `level`."""
+    if _native.C is None or ISA_LEVELS.index(level) >= ISA_LEVELS.index(_native.C.cpu_capability()):
+        pytest.skip(f"{level} is not below this process's own level")
+    probe = f"from flexkernels import _native; assert _native.C.cpu_capability() == {level!r}"
+    assert with_capability(level, "-c", probe).returncode == 0
+    done = with_capability(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_kernel", __file__)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown_isa_level_is_a_reason_not_a_crash():
+    program = "from flexkernels import _native; print(_native.cpu_unavailable)"
+    done = with_capability("sse9", "-c", program)
+    assert "FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2 or avx512, got 'sse9'" in done.stdout, done.stderr
+
+
+# --- planner
+
+FULL, CAUSAL, FRAME_CAUSAL, FRAME_CAUSAL_PREFIX = range(4)
+NONE, ALL, RANK_CAUSAL = range(3)
+
+
+def plan(sequences, mask, cross, block_q, block_k):
+    frames = [frame for sequence in sequences for frame in sequence]
+    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
+    prefix = np.array([p for p, _ in frames], dtype=np.int32)
+    suffix = np.array([s for _, s in frames], dtype=np.int32)
+    return _native.C.plan(offsets, prefix, suffix, mask, np.array(cross, dtype=np.int32), block_q, block_k)
+
+
+def dense_mask(frames, mask, cross):
+    """Bool [tokens, tokens] of one sequence, straight from the definitions."""
+    tokens = [(f, rank) for f, (p, s) in enumerate(frames) for rank in [-1] * p + list(range(s))]
+
+    def visible(i, j):
+        (f_q, r_q), (f_k, r_k) = tokens[i], tokens[j]
+        if mask == FULL:
+            return True
+        if mask == CAUSAL:
+            return j <= i
+        if mask == FRAME_CAUSAL or f_k > f_q:
+            return f_k <= f_q
+        if f_k == f_q:
+            return r_k <= r_q
+        rule = cross[2 * (r_q >= 0) + (r_k >= 0)]
+        return rule == ALL or (rule == RANK_CAUSAL and r_k <= r_q)
+
+    n = len(tokens)
+    return np.array([[visible(i, j) for j in range(n)] for i in range(n)], dtype=bool).reshape(n, n)
+
+
+def tile_bounds(frames, block):
+    n = sum(p + s for p, s in frames)
+    if block:
+        return [(i, min(i + block, n)) for i in range(0, n, block)]
+    ends = np.cumsum([length for frame in frames for length in frame if length]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
+
+
+def brute_force_plan(sequences, mask, cross, block_q, block_k):
+    q_tiles, k_ptr, k_tiles, start = [], [0], [], 0
+    for b, frames in enumerate(sequences):
+        dense = dense_mask(frames, mask, cross)
+        for q0, q1 in tile_bounds(frames, block_q):
+            for k0, k1 in tile_bounds(frames, block_k):
+                part = dense[q0:q1, k0:k1]
+                if part.any():
+                    k_tiles.append([start + k0, start + k1, int(part.all())])
+            q_tiles.append([b, start + q0, start + q1, 0])
+            k_ptr.append(len(k_tiles))
+        start += len(dense)
+    return q_tiles, k_ptr, k_tiles
+
+
+frame_lengths = st.tuples(st.integers(0, 7), st.integers(0, 7))
+sequence_frames = st.lists(frame_lengths, max_size=4)
+rules = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1), st.integers(0, 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sequences=st.lists(sequence_frames, max_size=3).flatmap(
+        lambda found: st.lists(st.sampled_from(found or [[]]), max_size=5)
+    ),
+    mask=st.integers(0, 3),
+    cross=rules,
+    block_q=st.sampled_from([0, 1, 3, 4, 8]),
+    block_k=st.sampled_from([0, 1, 3, 4, 8]),
+)
+def test_plan_equals_the_dense_mask(sequences, mask, cross, block_q, block_k):
+    got = plan(sequences, mask, cross, block_q, block_k)
+    for array, want in zip(got, brute_force_plan(sequences, mask, cross, block_q, block_k), strict=True):
+        assert array.dtype == np.int32 and array.tolist() == want
+
+
+def test_plan_shapes_without_tokens():
+    for sequences in ([], [[]], [[(0, 0)], []]):
+        shapes = [array.shape for array in plan(sequences, FULL, [1] * 4, 128, 128)]
+        assert shapes == [(0, 4), (1,), (0, 3)]
+
+
+def test_plan_copies_a_run_of_identical_sequences():
+    frames = [[(256, 256)] * 5]
+    for mask in range(4):
+        q_tiles, _, k_tiles = plan(frames * 64, mask, [1] * 4, 128, 128)
+        _, one_ptr, one_k = plan(frames, mask, [1] * 4, 128, 128)
+        assert len(q_tiles) == 64 * 20 and len(k_tiles) == 64 * one_ptr[-1]
+        assert np.array_equal(k_tiles[-len(one_k) :] - one_k, [[63 * 2560, 63 * 2560, 0]] * len(one_k))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(mask=4), ValueError, "mask must be 0 to 3, got 4"),
+        (dict(block_q=-1), ValueError, "block_q and block_k must not be negative, got -1 and 8"),
+        (dict(cross=np.array([1, 1, 1], np.int32)), ValueError, "cross must have 4 entries, got 3"),
+        (dict(cross=np.array([2, 1, 1, 1], np.int32)), ValueError, "cross must hold 0 or 1"),
+        (dict(prefix=np.array([1, -2], np.int32)), ValueError, "prefix_len must not be negative, got -2"),
+        (dict(suffix=np.array([1], np.int32)), ValueError, "must be of equal length, got 2 and 1"),
+        (dict(offsets=np.array([0, 3], np.int32)), ValueError, "frame_offsets must run from 0 to the number of frames"),
+        (dict(offsets=np.array([0, 3, 2], np.int32)), ValueError, "frame_offsets must not fall"),
+        (dict(prefix=np.array([2**31 - 1, 1], np.int32)), ValueError, "fewer than 2\\*\\*31 tokens"),
+        (dict(prefix=np.array([1.5, 2.5])), TypeError, "incompatible function arguments"),
+    ],
+)
+def test_plan_refuses(change, error, message):
+    pair = np.array([1, 1], np.int32)
+    call = dict(offsets=np.array([0, 2], np.int32), prefix=pair, suffix=pair, mask=0, cross=np.ones(4, np.int32))
+    call |= dict(block_q=8, block_k=8) | change
+    with pytest.raises(error, match=message):
+        _native.C.plan(*call.values())

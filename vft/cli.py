@@ -1,0 +1,339 @@
+"""The ``vft`` command: encode, decode, reconstruct, demo, info, train.
+
+Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+import flexkernels
+from flexkernels.library import BACKENDS
+from vft import demo, video
+from vft.files import check_output
+from vft.tokens import MAGIC, TokensError, VideoTokens
+
+DEFAULT_MODEL = "tiny"
+_TOKENS_SUFFIX = ".vft"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"vft: error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with ``argv`` (default: the process's own arguments) and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser(argv).parse_args(argv)
+    except SystemExit as stop:
+        return stop.code
+    try:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        backend = flexkernels.backend(args.backend) if args.backend else contextlib.nullcontext()
+        with _terminable(), backend:
+            return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("vft: interrupted", file=sys.stderr)
+        return 130
+    except _Terminated:
+        return 143
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"vft: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that unfinished files are removed."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(*_):
+        raise _Terminated
+
+    # only the main thread may set a signal
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def encode(args: argparse.Namespace) -> None:
+    """``vft encode``: a video file to a .vft file."""
+    check_output(args.output)
+    tokenizer = load_tokenizer(args)
+    _check_keep(args.keep, tokenizer.registers)
+    tokens = tokenizer.encode(args.input)
+    if args.keep is not None:
+        tokens = tokens.truncate(args.keep)
+    tokens.save(args.output)
+    print(f"{args.output}: {_describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def decode(args: argparse.Namespace) -> None:
+    """``vft decode``: a .vft file, or the beginning of one, to a video file."""
+    _check_video_output(args.output)
+    tokens = VideoTokens.load(args.input)
+    _check_keep(args.keep, tokens.registers)
+    if args.model is None and tokens.model != DEFAULT_MODEL:
+        raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
+    tokenizer = load_tokenizer(args)
+    count = video.write_video(args.output, _decoded(tokenizer, tokens, args), tokens.fps, args.quality)
+    print(f"{args.output}: {count} frames, {tokens.fps:g} fps, from {args.keep or tokens.registers} registers a frame")
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """``vft reconstruct``: a video file through the tokens and back, with sizes and PSNR."""
+    _check_video_output(args.output)
+    tokenizer = load_tokenizer(args)
+    _check_keep(args.keep, tokenizer.registers)
+    clip = video.read_video(args.input, tokenizer.size)
+    source = video.to_uint8(video.preprocess(clip.frames, tokenizer.size))
+    tokens = tokenizer.encode(clip).truncate(args.keep or tokenizer.registers)
+    pieces = list(_decoded(tokenizer, tokens, args, resize=False))
+    quality = video.psnr(torch.cat(pieces), source)
+    video.write_video(args.output, _resized(pieces, args.size), tokens.fps, args.quality)
+    pixels = math.prod(source.shape[:3])
+    print(f"source: {os.path.getsize(args.input)} bytes, {tokens.frames} frames, {tokens.width}x{tokens.height}")
+    print(f"tokens: {_describe(tokens)}, {tokens.nbytes} bytes, {8 * tokens.nbytes / pixels:.4f} bits per pixel")
+    print(f"PSNR: {quality:.2f} dB at {source.shape[2]}x{source.shape[1]}, where the model works")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """``vft demo``."""
+    demo.run(load_tokenizer(args), args.output, **_sampler(args))
+
+
+def info(args: argparse.Namespace) -> int | None:
+    """``vft info``: facts about a .vft file, a video file or a model; without an argument, about the installation."""
+    if args.target is None:
+        from flexkernels import info as installation
+
+        return installation.main([])
+    facts = _facts(args)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return None
+
+
+def _facts(args: argparse.Namespace) -> dict:
+    target = args.target
+    if os.path.isdir(target) or target.endswith(".safetensors") or not (os.path.exists(target) or _names_file(target)):
+        args.model = target
+        tokenizer = load_tokenizer(args)
+        parameters = sum(parameter.numel() for parameter in tokenizer.parameters())
+        size = f"{tokenizer.size}x{tokenizer.size}" if tokenizer.size else "any multiple of 16"
+        levels = ",".join(map(str, tokenizer.config.levels))
+        return {
+            "kind": "model", "name": tokenizer.name, "parameters": parameters, "frame size": size,
+            "registers": tokenizer.registers, "codebook": f"{math.prod(tokenizer.config.levels)} ids, levels {levels}",
+        }  # fmt: skip
+    if _is_tokens(target):
+        tokens = VideoTokens.load(target)
+        return {
+            "kind": "tokens", "model": tokens.model, "tokens": _describe(tokens), "frames": tokens.frames,
+            "fps": f"{tokens.fps:g}", "source size": f"{tokens.width}x{tokens.height}",
+            "codebook": f"{tokens.codebook_size} ids, levels {','.join(map(str, tokens.levels))}",
+            "bytes": os.path.getsize(target),
+        }  # fmt: skip
+    probe = video.probe_video(target)
+    return {
+        "kind": "video", "container": probe.container, "codec": probe.codec, "size": f"{probe.width}x{probe.height}",
+        "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "bytes": os.path.getsize(target),
+    }  # fmt: skip
+
+
+def _names_file(target: str) -> bool:
+    return target.endswith((_TOKENS_SUFFIX, *video.OUTPUT_FORMATS))
+
+
+def _is_tokens(path: str) -> bool:
+    if path.endswith(_TOKENS_SUFFIX):
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def load_tokenizer(args: argparse.Namespace):
+    """The tokenizer that ``--model`` and ``--device`` ask for."""
+    from vft import Tokenizer
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not available on this machine")
+    return Tokenizer.from_pretrained(args.model or DEFAULT_MODEL, device=device)
+
+
+def _decoded(tokenizer, tokens: VideoTokens, args: argparse.Namespace, resize: bool = True) -> Iterator[torch.Tensor]:
+    """Decoded uint8 pieces [t, H, W, 3], with a progress bar over the solver's steps on a terminal."""
+    with tqdm(desc="decode", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        count = 0
+        stream = tokenizer.decode_stream(tokens, keep=args.keep, progress=progress, **_sampler(args))
+        for piece in stream:
+            count += piece.shape[1]
+            yield from _resized([video.to_uint8(piece).cpu()], args.size if resize else None)
+    if count != tokens.frames:
+        raise TokensError(f"the tokens hold {count} frames, but their header promises {tokens.frames}")
+
+
+def _resized(pieces, size: int | None) -> Iterator[torch.Tensor]:
+    for piece in pieces:
+        yield piece if size is None else video.resize(piece, size, size)
+
+
+def _sampler(args: argparse.Namespace) -> dict:
+    """The sampler's options that were given; the others are left to the model."""
+    options = {"seed": args.seed}
+    if args.steps is not None:
+        options["steps"] = args.steps
+    if args.guidance is not None:
+        options["guidance"] = _guidance(args.guidance)
+    return options
+
+
+def _guidance(text: str):
+    kind, _, scale = text.partition(":")
+    try:
+        if kind == "none" and not scale:
+            return None
+        if kind == "cfg":
+            return flexkernels.CFG(float(scale))
+        if kind == "apg":
+            return flexkernels.APG(scale=float(scale)) if scale else flexkernels.APG()
+    except ValueError as error:
+        raise ValueError(f"guidance {text!r}: {error}") from error
+    raise ValueError(f"guidance must be none, cfg:SCALE, apg or apg:SCALE, got {text!r}")
+
+
+def _check_keep(keep: int | None, registers: int) -> None:
+    if keep is not None and keep > registers:
+        raise ValueError(f"keep must be between 1 and {registers}, got {keep}")
+
+
+def _check_video_output(path: str) -> None:
+    video.output_format(path)
+    check_output(path)
+
+
+def _describe(tokens: VideoTokens) -> str:
+    return f"{tokens.latent_frames} x {tokens.registers} = {tokens.ids.numel()} tokens"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _at_least(smallest: int):
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {value}")
+        return value
+
+    return integer
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="vft", description="Tokenize video, and make video from tokens.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"vft {flexkernels.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    base, model, sampler, output = _base(), _model_options(), _sampler_options(), _output_options()
+
+    def add(name: str, run, help: str, *parents) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help, parents=[*parents, base], allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("encode", encode, "Turn a video into a .vft file of tokens.", model)
+    command.add_argument("input", help="video file of any size, rate and length; the centred square is used")
+    command.add_argument("-o", "--output", required=True, help=".vft file, replaced if it exists")
+    command.add_argument("-k", "--keep", type=_at_least(1), help="keep the first K registers of every latent frame")
+    command = add("decode", decode, "Turn a .vft file, whole or cut, into a video.", model, sampler, output)
+    command.add_argument("input", help=".vft file")
+    command = add("reconstruct", reconstruct, "Encode and decode a video; print PSNR.", model, sampler, output)
+    command.add_argument("input", help="video file")
+    command = add("demo", run_demo, "Reconstruct the shipped clip from more and more tokens.", model, sampler)
+    command.add_argument("-o", "--output", default=".", help="folder for demo.mp4 and demo.png (default: here)")
+    command = add("info", info, "Print facts about a .vft file, a video, a model, or the installation.")
+    command.add_argument("target", nargs="?", help="file, folder or model name; none: the installation")
+    command.set_defaults(device="cpu")
+    _add_train(add, argv)
+    return parser
+
+
+def _add_train(add, argv: list[str]) -> None:
+    command = add("train", None, "Train a tokenizer on procedural video.", _seed_option())
+    # the training loop is imported only where it is asked for
+    if argv[:1] == ["train"]:
+        from vft.train import loop
+
+        loop.add_arguments(command)
+        command.set_defaults(run=loop.run)
+
+
+def _base() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), help="kernels to use (default: the best there is)")
+    parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: all cores)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", help=f"name, folder, .safetensors file or org/repo (default: {DEFAULT_MODEL})")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    return parser
+
+
+def _seed_option() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of all random numbers (default: 0)")
+    return parser
+
+
+def _sampler_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[_seed_option()])
+    parser.add_argument("--steps", type=_at_least(1), help="solver steps (default: the model's)")
+    parser.add_argument("--guidance", help="none, cfg:SCALE, apg or apg:SCALE (default: the model's)")
+    return parser
+
+
+def _output_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    suffixes = ", ".join(video.OUTPUT_FORMATS)
+    parser.add_argument("-o", "--output", required=True, help=f"{suffixes} file, replaced if it exists")
+    parser.add_argument("-k", "--keep", type=_at_least(1), help="use the first K registers of every latent frame")
+    parser.add_argument("--size", type=_at_least(2), help="side of the square output in pixels (default: as decoded)")
+    parser.add_argument("--quality", type=int, default=18, help="0 (best) to 51 (smallest); default: 18")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
