@@ -259,7 +259,7 @@ def test_opcheck(guidance):
 @pytest.mark.parametrize("compiler", ["aot_eager", inductor])
 @every_guidance
 def test_compiles_to_one_graph(compiler, guidance):
-    if compiler == "inductor" and guidance is not GUIDANCE["apg_momentum"]:
+    if compiler == "inductor" and guidance is not GUIDANCE["cfg"]:
         pytest.skip("one guidance is enough for the slow compiler")
     arguments = convert(draw(guidance, (2, 3, 4, 5), prefix=(2, 3, 1, 5)), DEVICE)
     compiled = torch.compile(flexkernels.flow_step, fullgraph=True, backend=compiler)

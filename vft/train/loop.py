@@ -196,10 +196,13 @@ def _resume(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer) 
         changed = {k: v for k, v in before.items() if k != "steps" and v != getattr(settings, k)}
         if changed:
             raise ValueError(f"the run in {folder} was made with {changed}; resume it with the same settings")
+        stored = set(file.keys())
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(file.get_tensor(f"model.{name}"))
                 ema[name].copy_(file.get_tensor(f"ema.{name}"))
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[p] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+                # a token that no sample needed yet has had no gradient, so no moments
+                if f"optimizer.step.{name}" in stored:
+                    keys = ("step", "exp_avg", "exp_avg_sq")
+                    optimizer.state[p] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
     return int(metadata["step"])

@@ -65,7 +65,7 @@ def flow_loss(model: Tokenizer, latents: torch.Tensor, choices: Draw) -> torch.T
     velocity = model.decoder(
         list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null
     )
-    error = (torch.stack(velocity).float() - (choices.noise - latents)).square()
+    error = (torch.stack(velocity) - (choices.noise - latents)).square()
     counted = _counted(choices, latents)
     return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel())
 

@@ -1,0 +1,141 @@
+"""Training: the loss and its gradients, exact resume, and that a saved run is a model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flexkernels
+import vft
+from flexkernels import attention_ref
+from vft.config import make_config, parse_config
+from vft.train import loop
+from vft.train.loop import Settings, learning_rate, train
+from vft.train.loss import draw, flow_loss
+
+SMALL = make_config(
+    encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear", size=16
+)
+SETTINGS = Settings(steps=4, batch=3, clips=7, warmup=2, bf16=False)
+
+
+def test_a_resumed_run_repeats_an_unbroken_one(tmp_path):
+    train(tmp_path / "whole", SETTINGS, config=SMALL)
+    train(tmp_path / "parts", SETTINGS, config=SMALL, minutes=0)
+    state = load_file(tmp_path / "parts" / "state.safetensors")
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in state)
+    for _ in range(3):
+        train(tmp_path / "parts", SETTINGS, config=SMALL, minutes=0)
+    whole, parts = (load_file(tmp_path / run / "state.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+
+
+def test_a_run_is_a_model(tmp_path):
+    train(tmp_path, SETTINGS, config=SMALL)
+    model = vft.Tokenizer.from_pretrained(tmp_path / "model.safetensors")
+    averaged = load_file(tmp_path / "state.safetensors")
+    assert torch.equal(model.encoder.head.bias, averaged["ema.encoder.head.bias"])
+    tokens = model.encode(torch.zeros(5, 16, 16, 3, dtype=torch.uint8))
+    assert model.decode(tokens, steps=1).shape == (1, 3, 5, 16, 16)
+
+
+def test_other_settings_are_refused(tmp_path):
+    train(tmp_path, Settings(steps=1, batch=2, clips=3), config=SMALL)
+    with pytest.raises(ValueError, match="resume it with the same settings"):
+        train(tmp_path, Settings(steps=1, batch=3, clips=3), config=SMALL)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "flow_loss", lambda model, *_: model.encoder.head.bias.sum() * float("nan"))
+    with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
+        train(tmp_path, SETTINGS, config=SMALL)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("field", ["steps", "batch", "clips", "warmup"])
+def test_settings_are_checked(tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1"):
+        train(tmp_path, Settings(**{field: 0}), config=SMALL)
+
+
+def test_learning_rate():
+    settings = Settings(steps=100, warmup=10, learning_rate=1.0 - 1e-9)
+    rates = [learning_rate(settings, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(rates[10])
+    assert rates[100] == pytest.approx(0.02)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def model_and_batch():
+    torch.manual_seed(1)
+    model = vft.Tokenizer(parse_config(SMALL)).train()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(8, 16, 5, 2, 2, generator=generator)
+    choices = draw(latents, model.registers, generator, prefix_probability=0.5, null_probability=0.3)
+    assert set(choices.prefix_frames) == {0, 1}
+    assert set(choices.null) == {False, True}
+    return model, latents, choices
+
+
+def test_loss_is_zero_for_the_true_velocity():
+    model, latents, choices = model_and_batch()
+    model.decoder.forward = lambda *_: list(choices.noise - latents)
+    assert flow_loss(model, latents, choices) == 0
+
+
+def test_conditioning_frames_do_not_count():
+    model, latents, choices = model_and_batch()
+
+    def wrong_in_the_prefix(*_):
+        velocity = choices.noise - latents
+        for v, frames in zip(velocity, choices.prefix_frames, strict=True):
+            v[:, :frames] += 5
+        return list(velocity)
+
+    model.decoder.forward = wrong_in_the_prefix
+    assert flow_loss(model, latents, choices) == 0
+
+
+def test_draws():
+    generator = torch.Generator().manual_seed(0)
+    choices = draw(torch.zeros(4000, 1, 5, 1, 1), 32, generator)
+    assert (min(choices.keep), max(choices.keep)) == (1, 32)
+    assert 0.08 < sum(choices.null) / 4000 < 0.12
+    assert 0.22 < sum(choices.prefix_frames) / 4000 < 0.28
+    assert 0.6 < float(choices.t.mean()) < 0.7
+    assert choices.prefix_t.max() <= 0.02
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_of_the_whole_loss_against_float64(backend, monkeypatch):
+    """Through decoder, straight-through FSQ and encoder, against the dense float64 formulas."""
+    if flexkernels.available_backends()[backend] is not None:
+        pytest.skip(f"{backend}: {flexkernels.available_backends()[backend]}")
+    model, latents, choices = model_and_batch()
+    with flexkernels.backend(backend):
+        flow_loss(model, latents, choices).backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+
+    wide, wide_latents, _ = model_and_batch()
+    monkeypatch.setattr(flexkernels, "attention", attention_ref)
+    monkeypatch.setattr(flexkernels, "fsq_quantize", straight_through)
+    wide = wide.double()
+    wide_choices = replace(choices, t=choices.t.double(), noise=choices.noise.double())
+    flow_loss(wide, wide_latents.double(), wide_choices).backward()
+    for name, p in wide.named_parameters():
+        error = (got[name].double() - p.grad).norm() / p.grad.norm()
+        assert error < 1e-4, (name, float(error))
+
+
+def straight_through(z, levels, *, ids):
+    """The formula in z's own dtype: the code forward, the slope of bound(z) / (L // 2) backward."""
+    levels = torch.tensor(levels, dtype=z.dtype)
+    half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
+    bound = (z + torch.atanh(offset / half)).tanh() * half - offset
+    return (bound + (bound.round() - bound).detach()) / (levels // 2), None

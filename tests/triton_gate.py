@@ -1,0 +1,136 @@
+"""Compiles every Triton kernel of the package for one target, which need not be present, exactly as it is launched.
+
+    python tests/triton_gate.py cuda 90        prints JSON: name, shared (bytes), spills (bytes; null: no assembler)
+
+Run by test_triton_compile.py in a process of its own, since kernels imported under TRITON_INTERPRET=1 cannot compile.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flexkernels import flow_math
+from flexkernels.triton import flow, fsq
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+class Recorder:
+    """Stands in for a kernel and notes what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def fsq_launches():
+    launches = []
+    quantize, dequantize = fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel
+    fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel = Recorder(quantize, launches), Recorder(dequantize, launches)
+    for levels in ((8, 8, 8, 5, 5, 5), (256, 3), (7,) * 16):
+        thresholds = torch.zeros(len(levels), max(levels) - 1)
+        for dtype, ids_dtype in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32), (torch.float16, None)):
+            z = torch.zeros(32, len(levels), dtype=dtype)
+            ids = None if ids_dtype is None else torch.zeros(32, dtype=ids_dtype)
+            fsq.fsq_quantize_triton(z, thresholds, levels, z, ids)
+            if ids is not None:
+                fsq.fsq_quantize_triton(z, thresholds, levels, None, ids)
+                fsq.fsq_dequantize_triton(ids, levels, z)
+    return launches
+
+
+def flow_launches():
+    launches = []
+    flow.flow_step_kernel = Recorder(flow.flow_step_kernel, launches)
+    offsets = torch.zeros(3, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, wide = torch.zeros(64, dtype=dtype), torch.zeros(64)
+        for kind in (flow_math.NO_GUIDANCE, flow_math.GUIDANCE_CFG, flow_math.GUIDANCE_APG):
+            apg = kind == flow_math.GUIDANCE_APG
+            plain = flow_math.Tensors(x, x, x if kind else None, None, None, None, None, None)
+            full = plain._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
+            momentum = -0.5 if apg else 0.0
+            for tensors in (plain, full._replace(momentum_buffer=wide if apg else None)):
+                numbers = flow_math.Numbers(-0.1, kind, 3.0, 0.6, 0.0, momentum, 0.5)
+                flow.flow_step_triton(tensors, 2, numbers, x, wide if apg else None)
+    return launches
+
+
+def source(kernel, args, kwargs):
+    """What Triton would compile for this launch: types, constants and the alignment it finds."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value, path = values[parameter.name], (index,)
+        aligned = [["tt.divisibility", 16]]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[path] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[path] = POINTERS[value.dtype], aligned
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[path] = aligned
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def assembler(architecture: int):
+    """The ptxas that Triton brings along, else one on the path, else None."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ("ptxas-blackwell", "ptxas") if architecture >= 100 else ("ptxas",)
+    return next((str(folder / name) for name in names if (folder / name).exists()), shutil.which("ptxas"))
+
+
+def spills(compiled, target: GPUTarget):
+    if target.backend == "hip":
+        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+    program = assembler(target.arch)
+    if program is None:
+        return None
+    text = compiled.asm["ptx"]
+    architecture = re.search(r"\.target (\w+)", text).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(text)
+        command = [program, "-v", "--gpu-name", architecture, str(path), "-o", os.devnull]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+
+
+def main(backend: str, architecture: str):
+    target = GPUTarget(
+        backend, int(architecture) if backend == "cuda" else architecture, 64 if backend == "hip" else 32
+    )
+    results = []
+    for kernel, args, kwargs in fsq_launches() + flow_launches():
+        program, options = source(kernel, args, kwargs)
+        compiled = triton.compile(program, target=target, options=options)
+        results.append(
+            {"name": kernel.__name__, "shared": compiled.metadata.shared, "spills": spills(compiled, target)}
+        )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
