@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ def attention(
         k, v: ``[total, kv_heads, head_dim]``, heads a multiple of kv_heads (grouped-query attention).
         layout: built for exactly these tokens. Rows beyond ``layout.total`` are allowed and give zeros.
         softmax_scale: default ``1 / sqrt(head_dim)``.
-        key_log_weight: float32 ``[total]``, added to every logit of that key; no gradient flows to it.
+        key_log_weight: float32 ``[total]``, finite (checked on the CPU alone), added to every logit of that key; no
+            gradient flows to it.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
@@ -254,9 +256,7 @@ def attention_cpu(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross,
 
 def attention_reference(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross, scale, out, lse) -> None:
     layout = _rebuild(cu_seqlens, frame, rank, mask, cross)
-    o, s = attention_ref(
-        q, k, v, layout, softmax_scale=scale, key_log_weight=key_log_weight, return_lse=True
-    )
+    o, s = attention_ref(q, k, v, layout, softmax_scale=scale, key_log_weight=key_log_weight, return_lse=True)
     out.copy_(o)
     if lse is not None:
         lse.copy_(s)
@@ -264,10 +264,7 @@ def attention_reference(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, 
 
 def _rebuild(cu_seqlens, frame, rank, mask, cross) -> SequenceLayout:
     bounds = cu_seqlens.tolist()
-    frames = [
-        _frames_of(frame[a:b].cpu(), rank[a:b].cpu()) if b > a else []
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    frames = [_frames_of(frame[a:b].cpu(), rank[a:b].cpu()) if b > a else [] for a, b in itertools.pairwise(bounds)]
     layout = SequenceLayout(frames, MASKS[mask], device=frame.device)
     layout.cross = tuple(cross)
     return layout
@@ -297,23 +294,27 @@ def attention_backward_blocks(grad_out, q, k, v, cu_seqlens, frame, rank, key_lo
 
 def _block_backward(q, k, v, grad_out, seen, weight, scale):
     heads = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+    if heads > 1:
+        k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
     scores = scale * _widen(q @ k.transpose(-1, -2))
     if weight is not None:
         scores = scores + weight
-    p = _softmax(scores if seen is None else scores.masked_fill(~seen, float("-inf")))
+    p = _softmax(scores.masked_fill(~seen, float("-inf"))) if seen is not None else torch.softmax(scores, -1)
     dp = _widen(grad_out @ v.transpose(-1, -2))
-    ds = (scale * p * (dp - (dp * p).sum(-1, keepdim=True))).to(q.dtype)
+    ds = dp.sub_((dp * p).sum(-1, keepdim=True)).mul_(p).mul_(scale).to(q.dtype)
     dk, dv = ds.transpose(-1, -2) @ q, p.to(q.dtype).transpose(-1, -2) @ grad_out
-    return ds @ k, dk.unflatten(1, (-1, heads)).sum(2), dv.unflatten(1, (-1, heads)).sum(2)
+    if heads > 1:
+        dk, dv = (x.unflatten(1, (-1, heads)).sum(2) for x in (dk, dv))
+    return ds @ k, dk, dv
 
 
 def _attention(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross, softmax_scale, return_lse):
+    # elsewhere looking at values would wait for the device
+    if key_log_weight is not None and key_log_weight.device.type == "cpu" and not key_log_weight.isfinite().all():
+        checks.reject("key_log_weight", "be finite", "NaN or infinity")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    library.launch(
-        "attention", q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross, softmax_scale, out, lse
-    )
+    library.launch("attention", q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross, softmax_scale, out, lse)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 

@@ -174,7 +174,7 @@ def _cross_codes(mask: str, cross_frame: Mapping[str, str] | None) -> tuple[int,
 def plan_ref(frame_offsets, prefix_len, suffix_len, mask, cross, block_q, block_k):
     """The planner in NumPy, by evaluating the mask tile by tile: the specification of the C++ one, and its stand-in."""
     q_tiles, k_ptr, k_tiles, start = [], [0], [], 0
-    for sequence, (first, last) in enumerate(zip(frame_offsets[:-1], frame_offsets[1:], strict=True)):
+    for sequence, (first, last) in enumerate(pairwise(frame_offsets)):
         frames = list(zip(prefix_len[first:last].tolist(), suffix_len[first:last].tolist(), strict=True))
         layout = SequenceLayout([frames], MASKS[mask])
         layout.cross = tuple(int(c) for c in cross)

@@ -150,7 +150,9 @@ def test_gradients_against_float64(backend, dtype, mask):
 def test_one_tensor_as_q_k_and_v():
     q, _, _, layout = make("causal", frames=[[(9, 0)], [(5, 0)]])
     x, y = q.clone().requires_grad_(), q.double().requires_grad_()
-    torch.compile(lambda a: attention(a, a, a, layout), fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    torch.compile(lambda a: attention(a, a, a, layout), fullgraph=True, backend="aot_eager")(
+        x
+    ).square().sum().backward()
     attention_ref(y, y, y, layout).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-4, atol=1e-4)
 
@@ -215,6 +217,8 @@ def test_wrong_weight_and_head_dim():
         attention(q, k, v, layout, key_log_weight=torch.zeros(3))
     with pytest.raises(TypeError, match="key_log_weight must be float32"):
         attention(q, k, v, layout, key_log_weight=torch.zeros(len(q), dtype=torch.float64))
+    with pytest.raises(ValueError, match="key_log_weight must be finite"):
+        attention(q, k, v, layout, key_log_weight=torch.full((len(q),), -torch.inf))
     wide = torch.randn(len(q), 1, 257)
     with pytest.raises(ValueError, match="head_dim must lie between 1 and 256"):
         attention(wide, wide, wide, layout)

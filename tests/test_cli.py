@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import flexkernels
+from flexkernels import info as installation
 from vft import Tokenizer, cli, demo, video
 from vft.config import make_config, parse_config
 from vft.tokens import VideoTokens
@@ -118,6 +119,10 @@ def test_demo(tmp_path, model, capsys):
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d", line)]
     assert [row[:3] for row in rows] == [["1", "9", "18"], ["4", "36", "72"], ["8", "72", "144"]]
+    # the panels of the movie, scaled back, are what was measured
+    panels = [video.resize(movie.frames[:, 8:200, x : x + 192], 64, 64) for x in (8, 208, 408, 608)]
+    for row, panel in zip(rows, panels[1:], strict=True):
+        assert float(row[4]) == pytest.approx(video.psnr(panel, panels[0]), abs=1.5)
     assert "CC BY 3.0" in out
 
 
@@ -130,6 +135,13 @@ def test_info(tmp_path, model, tokens_file, capsys):
         assert cli.main(["info", target]) == 0
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
+
+
+def test_info_without_a_target_is_about_the_installation(capsys):
+    assert cli.main(["info"]) == 0
+    from_vft = capsys.readouterr().out
+    installation.main([])
+    assert from_vft == capsys.readouterr().out and flexkernels.__version__ in from_vft
 
 
 def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
@@ -241,6 +253,14 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vft {flexkernels.__version__}\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "vft.cli", "info"], stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == b""
 
 
 def test_pipes_get_no_progress_bar(tmp_path, model, tokens_file):

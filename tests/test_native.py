@@ -200,6 +200,18 @@ def test_kernel_flow_step(x_dtype, v_dtype, guidance, with_buffer):
     check_flow(x_dtype, v_dtype, guidance, with_buffer, RAGGED)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_conversions_round_as_torch_does(dtype):
+    """A step along x_next = 0 + dt * v is float32 arithmetic and one rounding; both ways, at every magnitude."""
+    special = torch.tensor([math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e-7, 6e-8, 3e-8, 2e-8, 3e38, 0.0])
+    v = torch.cat([torch.randn(4096) * torch.logspace(-12, 8, 4096), special / DT])
+    got, _ = flow_step(torch.zeros(len(v), dtype=dtype), v, None, None, None, 1, 0)
+    assert torch.equal(got.nan_to_num(7.0), (DT * v).to(dtype).nan_to_num(7.0))
+    low = torch.cat([v, torch.arange(2**16).to(torch.int16).view(torch.float16).float()]).to(dtype)
+    got, _ = flow_step(torch.zeros(len(low)), low, None, None, None, 1, 0)
+    assert torch.equal(got.nan_to_num(7.0), (DT * low.float()).nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("length", [1, 15, 64, 129])
 def test_kernel_flow_equal_rows(length):
     check_flow(torch.float32, torch.float32, 2, True, rows_of(*[length] * 7), equal_rows=True)

@@ -15,7 +15,14 @@ from vft.train.loop import Settings, learning_rate, train
 from vft.train.loss import draw, flow_loss
 
 SMALL = make_config(
-    encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear", size=16
+    encoder_width=32,
+    encoder_depth=1,
+    decoder_width=32,
+    decoder_depth=1,
+    head_dim=32,
+    registers=4,
+    codec="linear",
+    size=16,
 )
 SETTINGS = Settings(steps=4, batch=3, clips=7, warmup=2, bf16=False)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flexkernels
+
 pytest.importorskip("triton")
 
 # bytes of shared memory that one block may use
@@ -15,15 +17,21 @@ TARGETS = {"cuda-80": 163 * 1024, "cuda-90": 227 * 1024, "cuda-100": 227 * 1024,
 KERNELS = {"fsq_quantize_kernel", "fsq_dequantize_kernel", "flow_step_kernel"}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile(target, tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the gate tells of every target: one process without the interpreter, and a cache that is empty at first."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # a cache of its own, so that the kernels are really compiled
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(Path(__file__).with_name("triton_gate.py")), *target.split("-")]
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = str(Path(flexkernels.__file__).parents[1])
+    command = [sys.executable, str(Path(__file__).with_name("triton_gate.py")), *TARGETS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
-    kernels = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(compiled, target):
+    kernels = compiled[target]
     assert {kernel["name"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["shared"] <= TARGETS[target], kernel

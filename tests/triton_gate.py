@@ -1,6 +1,8 @@
-"""Compiles every Triton kernel of the package for one target, which need not be present, exactly as it is launched.
+"""Compiles every Triton kernel of the package, exactly as it is launched, for GPUs that need not be present.
 
-    python tests/triton_gate.py cuda 90        prints JSON: name, shared (bytes), spills (bytes; null: no assembler)
+    python tests/triton_gate.py cuda-90 hip-gfx942
+
+prints JSON, for each target a list of: name, shared (bytes), spills (bytes or registers; null without an assembler).
 
 Run by test_triton_compile.py in a process of its own, since kernels imported under TRITON_INTERPRET=1 cannot compile.
 """
@@ -45,15 +47,16 @@ def fsq_launches():
     launches = []
     quantize, dequantize = fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel
     fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel = Recorder(quantize, launches), Recorder(dequantize, launches)
-    for levels in ((8, 8, 8, 5, 5, 5), (256, 3), (7,) * 16):
+    cases = (
+        ((8, 8, 8, 5, 5, 5), torch.float32, torch.int64),
+        ((7,) * 16, torch.bfloat16, torch.int64),
+        ((256, 3), torch.float16, torch.int32),
+    )
+    for levels, dtype, ids_dtype in cases:
         thresholds = torch.zeros(len(levels), max(levels) - 1)
-        for dtype, ids_dtype in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32), (torch.float16, None)):
-            z = torch.zeros(32, len(levels), dtype=dtype)
-            ids = None if ids_dtype is None else torch.zeros(32, dtype=ids_dtype)
-            fsq.fsq_quantize_triton(z, thresholds, levels, z, ids)
-            if ids is not None:
-                fsq.fsq_quantize_triton(z, thresholds, levels, None, ids)
-                fsq.fsq_dequantize_triton(ids, levels, z)
+        z, ids = torch.zeros(32, len(levels), dtype=dtype), torch.zeros(32, dtype=ids_dtype)
+        fsq.fsq_quantize_triton(z, thresholds, levels, z, ids)
+        fsq.fsq_dequantize_triton(ids, levels, z)
     return launches
 
 
@@ -61,16 +64,16 @@ def flow_launches():
     launches = []
     flow.flow_step_kernel = Recorder(flow.flow_step_kernel, launches)
     offsets = torch.zeros(3, dtype=torch.int64)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, wide = torch.zeros(64, dtype=dtype), torch.zeros(64)
-        for kind in (flow_math.NO_GUIDANCE, flow_math.GUIDANCE_CFG, flow_math.GUIDANCE_APG):
-            apg = kind == flow_math.GUIDANCE_APG
-            plain = flow_math.Tensors(x, x, x if kind else None, None, None, None, None, None)
-            full = plain._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
-            momentum = -0.5 if apg else 0.0
-            for tensors in (plain, full._replace(momentum_buffer=wide if apg else None)):
-                numbers = flow_math.Numbers(-0.1, kind, 3.0, 0.6, 0.0, momentum, 0.5)
-                flow.flow_step_triton(tensors, 2, numbers, x, wide if apg else None)
+    for kind in (flow_math.NO_GUIDANCE, flow_math.GUIDANCE_CFG, flow_math.GUIDANCE_APG):
+        apg = kind == flow_math.GUIDANCE_APG
+        for x, everything in ((torch.zeros(64), False), (torch.zeros(64, dtype=torch.bfloat16), True)):
+            wide, last = torch.zeros(64), torch.zeros(64) if apg and everything else None
+            tensors = flow_math.Tensors(x, x, x if kind else None, last, None, None, None, None)
+            if everything:
+                tensors = tensors._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
+            momentum = -0.5 if last is not None else 0.0
+            numbers = flow_math.Numbers(-0.1, kind, 3.0, 0.6, 0.0, momentum, 0.5)
+            flow.flow_step_triton(tensors, 2, numbers, x, last)
     return launches
 
 
@@ -118,19 +121,18 @@ def spills(compiled, target: GPUTarget):
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def main(backend: str, architecture: str):
-    target = GPUTarget(
-        backend, int(architecture) if backend == "cuda" else architecture, 64 if backend == "hip" else 32
-    )
-    results = []
-    for kernel, args, kwargs in fsq_launches() + flow_launches():
+def parse(name: str) -> GPUTarget:
+    backend, architecture = name.split("-")
+    return GPUTarget(backend, architecture, 64) if backend == "hip" else GPUTarget(backend, int(architecture), 32)
+
+
+def gate(target: GPUTarget, launches):
+    for kernel, args, kwargs in launches:
         program, options = source(kernel, args, kwargs)
         compiled = triton.compile(program, target=target, options=options)
-        results.append(
-            {"name": kernel.__name__, "shared": compiled.metadata.shared, "spills": spills(compiled, target)}
-        )
-    print(json.dumps(results))
+        yield {"name": kernel.__name__, "shared": compiled.metadata.shared, "spills": spills(compiled, target)}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    launches = fsq_launches() + flow_launches()
+    print(json.dumps({name: list(gate(parse(name), launches)) for name in sys.argv[1:]}))

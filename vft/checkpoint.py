@@ -102,7 +102,7 @@ def _parse_literal(text: str) -> Any:
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} must be a complete safetensors file: {error}") from error
 
@@ -120,7 +120,9 @@ def _download(reference: str) -> Path:
     try:
         root = snapshot_download(f"{organisation}/{name}", revision=revision or None, allow_patterns=wanted)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise CheckpointError(f"model {reference!r} could not be had from the hub: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"model {reference!r} could not be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
     return Path(root) / folder
 
 
@@ -134,7 +136,9 @@ def load_weights(model: torch.nn.Module, config: TokenizerConfig, tensors: dict[
     given = {k: v for k, v in tensors.items() if not k.startswith((CODEC_PREFIX, *config.ignored))}
     wanted = {published_name(name, config): p for name, p in model.named_parameters()}
     for key in sorted(wanted.keys() - given.keys()):
-        raise CheckpointError(f"the checkpoint lacks the key {key} ({len(wanted.keys() - given.keys())} missing in all)")
+        raise CheckpointError(
+            f"the checkpoint lacks the key {key} ({len(wanted.keys() - given.keys())} missing in all)"
+        )
     for key in sorted(given.keys() - wanted.keys()):
         raise CheckpointError(f"the checkpoint has the unknown key {key} ({len(given.keys() - wanted.keys())} in all)")
     with torch.no_grad():

@@ -42,12 +42,18 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(args.threads)
         backend = flexkernels.backend(args.backend) if args.backend else contextlib.nullcontext()
         with _terminable(), backend:
-            return args.run(args) or 0
+            code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("vft: interrupted", file=sys.stderr)
         return 130
     except _Terminated:
         return 143
+    except BrokenPipeError:
+        # the reader of our output has gone; keep Python from writing to it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if args.debug:
             raise
@@ -121,17 +127,17 @@ def run_demo(args: argparse.Namespace) -> None:
     demo.run(load_tokenizer(args), args.output, **_sampler(args))
 
 
-def info(args: argparse.Namespace) -> int | None:
+def info(args: argparse.Namespace) -> None:
     """``vft info``: facts about a .vft file, a video file or a model; without an argument, about the installation."""
     if args.target is None:
         from flexkernels import info as installation
 
-        return installation.main([])
+        installation.main([])
+        return
     facts = _facts(args)
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
-    return None
 
 
 def _facts(args: argparse.Namespace) -> dict:

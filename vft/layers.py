@@ -17,6 +17,8 @@ import flexkernels
 from .config import PosEmb, TokenizerConfig, Trunk
 
 EPS = 1e-5
+# initial scale of positions and registers: near that of embedded patches, so that short training tells places apart
+POSITION_STD = 0.4
 
 
 def layer_norm(x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +105,7 @@ class PositionTable(nn.Module):
         sizes = config.sizes
         shape = (1, width, *sizes) if config.kind == "sincos" else (len(sizes), 1, width, sizes[0])
         self.table = nn.Parameter(torch.empty(shape), requires_grad=config.kind != "sincos")
-        nn.init.trunc_normal_(self.table, std=0.02)
+        nn.init.normal_(self.table, std=POSITION_STD)
 
     def forward(self, shape: tuple[int, ...]) -> torch.Tensor:
         """``[prod(shape), width]``: row (t, h, w) is pe_t[t] + pe_h[h] + pe_w[w], or their product."""
@@ -117,10 +119,7 @@ class PositionTable(nn.Module):
         for axis, n in enumerate(shape):
             rows = self.table[axis, 0, :, :n].T
             rows = rows.view(*[n if a == axis else 1 for a in range(len(shape))], -1)
-            if out is None:
-                out = rows
-            else:
-                out = out * rows if self.config.kind == "learnable_prod" else out + rows
+            out = rows if out is None else out * rows if self.config.kind == "learnable_prod" else out + rows
         return out.expand(*shape, -1).reshape(-1, self.table.shape[2])
 
 
@@ -201,7 +200,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(trunk, conditioned=False) for _ in range(trunk.depth))
         self.head = nn.Linear(trunk.width, len(config.levels))
         _init_linears(self)
-        nn.init.trunc_normal_(self.registers, std=0.02)
+        nn.init.normal_(self.registers, std=POSITION_STD)
 
     def forward(self, latents: list[torch.Tensor]) -> torch.Tensor:
         """List of ``[C, T, H, W]`` -> ``[sum T*N, len(levels)]``, the values before quantisation."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 
 import torch
 
@@ -67,7 +67,7 @@ def sample(
         states = [_State(noise, prefix, prefix_mode)]
     times = schedule(steps)
     momentum = None
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         now = resolve(guidance, t)
         x = [sample for state in states for sample in state.samples()]
         conditional, unconditional = (iter(v or ()) for v in velocity(x, t, now is not None))

@@ -1,7 +1,7 @@
 """The video tokenizer: encoder, FSQ and rectified-flow decoder (VideoFlexTok, arXiv 2604.12887).
 
-    frames --codec--> latents --encoder--> register values --FSQ--> ids [T, N]
-    ids --FSQ--> codes --decoder, flow ODE--> latents --codec--> frames
+frames --codec--> latents --encoder--> register values --FSQ--> ids [T, N]
+ids --FSQ--> codes --decoder, flow ODE--> latents --codec--> frames
 """
 
 from __future__ import annotations
@@ -271,6 +271,9 @@ class Tokenizer(nn.Module):
         """
         if tuple(tokens.levels) != self.config.levels:
             raise ValueError(f"tokens must have levels {list(self.config.levels)}, got {list(tokens.levels)}")
+        held = 1 + (tokens.latent_frames - 1) * self.codec.temporal_stride
+        if tokens.frames > held:
+            raise ValueError(f"tokens must hold all frames: {tokens.latent_frames} rows hold {held} of {tokens.frames}")
         steps = self.steps if steps is None else steps
         height, width = self._frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
@@ -303,7 +306,11 @@ class Tokenizer(nn.Module):
         return self.codec.encode(frames.to(self.device)).to(self.encoder.registers.dtype)
 
     def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
-        return (self.size, self.size) if self.size else (tokens.height, tokens.width)
+        # without a working size, encode has cropped the source to whole patches
+        crop = self.codec.spatial_stride * self.config.patch[1], self.codec.spatial_stride * self.config.patch[2]
+        if self.size:
+            return self.size, self.size
+        return tokens.height // crop[0] * crop[0], tokens.width // crop[1] * crop[1]
 
     def _check_latents(self, name: str, latents) -> list[torch.Tensor]:
         latents = list(latents)

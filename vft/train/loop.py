@@ -54,10 +54,14 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train`` beyond the common ones."""
     defaults = Settings()
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed"
+    )
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=defaults.batch, help="clips a step (default %(default)s)")
-    parser.add_argument("--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up")
     parser.add_argument("--no-bf16", action="store_true", help="float32 instead of bfloat16 autocast")

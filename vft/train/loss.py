@@ -1,6 +1,6 @@
 """The tokenizer's training loss: rectified flow with nested dropout (VideoFlexTok, arXiv 2604.12887).
 
-    x_t = (1 - t) clean + t noise,  loss = |v(x_t, t, codes of the first k registers) - (noise - clean)|^2
+x_t = (1 - t) clean + t noise,  loss = |v(x_t, t, codes of the first k registers) - (noise - clean)|^2
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def flow_loss(model: Tokenizer, latents: torch.Tensor, choices: Draw) -> torch.T
     codes, _ = flexkernels.fsq_quantize(values, model.config.levels, ids=False)
     t = _frame_times(choices, latents)
     x = (1 - t) * latents + t * choices.noise
-    velocity = model.decoder(
-        list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null
-    )
+    velocity = model.decoder(list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
     error = (torch.stack(velocity) - (choices.noise - latents)).square()
     counted = _counted(choices, latents)
     return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel())

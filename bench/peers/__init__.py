@@ -1,0 +1,1 @@
+"""What our ops are measured against: the formulas as PyTorch code would write them. One op family a file."""

@@ -1,0 +1,32 @@
+"""The cases of report.py under pytest-benchmark: `pytest bench`; ours and its peers form one group a case."""
+
+import pytest
+import torch
+from cases import CASES
+from measure import synchronize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    made = CASES[request.param](DEVICE)
+    wrong = made.check()
+    assert wrong is None, wrong
+    return made
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager formula", "eager float32", "torch.compile"])
+@torch.no_grad()
+def test_speed(case, contender, benchmark):
+    function = case.ours if contender == "ours" else case.peers.get(contender)
+    if function is None:
+        pytest.skip(f"{case.name} has no peer {contender}")
+    function()
+
+    def call():
+        function()
+        synchronize(DEVICE)
+
+    benchmark.group = case.name
+    benchmark(call)
