@@ -159,8 +159,8 @@ class BuildNative(build_ext):
         for command in (configure, ["cmake", "--build", str(build), "--parallel", jobs]):
             if subprocess.run(command, cwd=ROOT).returncode:
                 raise SystemExit(
-                    f"the native build of flexkernels failed in `{' '.join(command[:3])} ...`: the compiler's message is "
-                    "above; FLEXKERNELS_BUILD=off installs without native kernels"
+                    f"the native build of flexkernels failed in `{' '.join(command[:3])} ...`: see the message above; "
+                    "FLEXKERNELS_BUILD=off installs without native kernels"
                 )
 
 

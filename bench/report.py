@@ -138,8 +138,11 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print a table rather than a line a case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long the contenders of a case take turns")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: those of torch)")
     options = parser.parse_args()
     names = chosen(options.only)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     report = {"machine": machine(options.device), "ceilings": ceilings(options.device), "records": []}
     for name in names:
         record = measure(CASES[name](options.device), options.device, report["ceilings"], options.seconds)

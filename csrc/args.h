@@ -135,8 +135,8 @@ const T* read_optional(const char* name, const OptionalTensor& t, ScalarType typ
 
 inline FlowStep flow_step_args(const Tensor& x, const Tensor& v_cond, const OptionalTensor& v_uncond,
                                const OptionalTensor& momentum_buffer, const OptionalTensor& row_offsets, int64_t rows,
-                               double dt, int64_t guidance, double scale, double threshold, double eta,
-                               double momentum, const OptionalTensor& prefix, const OptionalTensor& prefix_offsets,
+                               double dt, int64_t guidance, double scale, double threshold, double eta, double momentum,
+                               const OptionalTensor& prefix, const OptionalTensor& prefix_offsets,
                                const OptionalTensor& prefix_noise, double prefix_time, const Tensor& x_next,
                                const OptionalTensor& momentum_next) {
   FlowStep p{};

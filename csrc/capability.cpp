@@ -25,8 +25,8 @@ Capability requested(Capability highest) {
   for (const Capability level : {Capability::baseline, Capability::avx2, Capability::avx512}) {
     if (std::string(name) == capability_name(level)) return level < highest ? level : highest;
   }
-  throw std::invalid_argument("FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2 or avx512, got '" +
-                              std::string(name) + "'");
+  throw std::invalid_argument("FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2 or avx512, got '" + std::string(name) +
+                              "'");
 }
 
 }  // namespace
@@ -38,9 +38,12 @@ Capability cpu_capability() {
 
 const char* capability_name(Capability level) {
   switch (level) {
-    case Capability::avx512: return "avx512";
-    case Capability::avx2: return "avx2";
-    default: return "baseline";
+    case Capability::avx512:
+      return "avx512";
+    case Capability::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

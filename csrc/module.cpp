@@ -50,8 +50,8 @@ void check_frame_offsets(const Int32s& offsets, py::ssize_t frames) {
 plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k) {
   check(mask >= plan::kFull && mask <= plan::kFrameCausalPrefix, "mask must be 0 to 3, got " + std::to_string(mask));
   check(cross.size() == 4, "cross must have 4 entries, got " + std::to_string(cross.size()));
-  check(block_q >= 0 && block_k >= 0, "block_q and block_k must not be negative, got " + std::to_string(block_q) +
-                                          " and " + std::to_string(block_k));
+  check(block_q >= 0 && block_k >= 0,
+        "block_q and block_k must not be negative, got " + std::to_string(block_q) + " and " + std::to_string(block_k));
   plan::Spec spec{mask, {}, block_q, block_k};
   for (int i = 0; i < 4; ++i) {
     const int32_t rule = cross.data()[i];

@@ -5,11 +5,10 @@
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
-#define FLEXKERNELS_SELECT(kernel)                                          \
-  (flexkernels::cpu_capability() == flexkernels::Capability::avx512         \
-       ? flexkernels::avx512::kernel                                        \
-       : flexkernels::cpu_capability() == flexkernels::Capability::avx2 ? flexkernels::avx2::kernel \
-                                                                        : flexkernels::baseline::kernel)
+#define FLEXKERNELS_SELECT(kernel)                                                                \
+  (flexkernels::cpu_capability() == flexkernels::Capability::avx512 ? flexkernels::avx512::kernel \
+   : flexkernels::cpu_capability() == flexkernels::Capability::avx2 ? flexkernels::avx2::kernel   \
+                                                                    : flexkernels::baseline::kernel)
 #else
 #define FLEXKERNELS_SELECT(kernel) (flexkernels::baseline::kernel)
 #endif
@@ -20,7 +19,9 @@ namespace {
 // elements of work that are worth a thread
 constexpr int64_t kGrain = 16384;
 
-int64_t grain_rows(int64_t elements_per_row) { return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1; }
+int64_t grain_rows(int64_t elements_per_row) {
+  return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1;
+}
 
 template <typename Args>
 void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows, int64_t elements_per_row) {
@@ -46,8 +47,7 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t rows, int64
   STD_TORCH_CHECK(offsets[0] == 0 && offsets[rows] == total, name, " must run from 0 to ", total, ", got ", offsets[0],
                   " to ", offsets[rows]);
   for (int64_t r = 0; r < rows; ++r) {
-    STD_TORCH_CHECK(offsets[r] <= offsets[r + 1], name, " must not fall, got ", offsets[r], " before ",
-                    offsets[r + 1]);
+    STD_TORCH_CHECK(offsets[r] <= offsets[r + 1], name, " must not fall, got ", offsets[r], " before ", offsets[r + 1]);
   }
 }
 
@@ -63,12 +63,12 @@ void check_prefix_fits(const FlowStep& p) {
 
 void flow_step_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
                    OptionalTensor row_offsets, int64_t rows, double dt, int64_t guidance, double scale,
-                   double threshold, double eta, double momentum, OptionalTensor prefix,
-                   OptionalTensor prefix_offsets, OptionalTensor prefix_noise, double prefix_time,
-                   const Tensor& x_next, OptionalTensor momentum_next) {
-  const FlowStep args = flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale,
-                                       threshold, eta, momentum, prefix, prefix_offsets, prefix_noise, prefix_time,
-                                       x_next, momentum_next);
+                   double threshold, double eta, double momentum, OptionalTensor prefix, OptionalTensor prefix_offsets,
+                   OptionalTensor prefix_noise, double prefix_time, const Tensor& x_next,
+                   OptionalTensor momentum_next) {
+  const FlowStep args =
+      flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale, threshold, eta,
+                     momentum, prefix, prefix_offsets, prefix_noise, prefix_time, x_next, momentum_next);
   check_offsets("row_offsets", args.row_offsets, rows, x.numel());
   check_offsets("prefix_offsets", args.prefix_offsets, rows, prefix ? prefix->numel() : 0);
   check_prefix_fits(args);

@@ -1,6 +1,7 @@
 """Loads the compiled objects. Importing this module never fails: a reason string says why one is missing.
 
-`C` is the pybind11 module flexkernels._C (or None); `cpu_unavailable` and `cuda_unavailable` are None where the backend is usable.
+`C` is the pybind11 module flexkernels._C, or None; `cpu_unavailable` and `cuda_unavailable` are None where the backend
+can be used.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 
 def finite(name: str, value) -> float:
     """A finite Python number (or the symbolic one of torch.compile), as a float."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real, torch.SymInt, torch.SymFloat)):
         reject(name, "be a number", type(value).__name__, TypeError)
     # inf - inf and nan - nan are nan; math.isfinite cannot be traced with a symbolic number
     if value - value != 0:

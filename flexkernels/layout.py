@@ -43,8 +43,8 @@ class SequenceLayout:
         frames: one list per sequence with one ``(prefix_len, suffix_len)`` pair per frame. Frames of a sequence may
             differ; empty frames and empty sequences are allowed.
         mask: ``"full"``: everything in the sequence. ``"causal"``: keys at or before the query's position.
-            ``"frame_causal"``: earlier frames and the whole own frame. ``"frame_causal_prefix"``: earlier frames; in the
-            own frame a prefix token sees the prefix, and register r sees the prefix and registers 0..r.
+            ``"frame_causal"``: earlier frames and the whole own frame. ``"frame_causal_prefix"``: earlier frames; in
+            the own frame a prefix token sees the prefix, and register r sees the prefix and registers 0..r.
         cross_frame: only for ``"frame_causal_prefix"``: how earlier frames are seen, a mapping from
             ``"prefix_to_prefix"``, ``"prefix_to_register"``, ``"register_to_prefix"``, ``"register_to_register"``
             (query to key) to ``"full"`` (default), ``"none"``, or, for register to register, ``"causal"`` (key
@@ -137,7 +137,7 @@ class SequenceLayout:
 
 
 def visible(mask, cross, q_index, q_frame, q_rank, k_index, k_frame, k_rank) -> torch.Tensor:
-    """Bool ``[queries, keys]``: the mask predicate for tokens of one sequence, from index, frame and rank (SPEC: masks)."""
+    """Bool ``[queries, keys]``: the mask predicate for tokens of one sequence, from index, frame and rank."""
     q_index, q_frame, q_rank = q_index[:, None], q_frame[:, None], q_rank[:, None]
     if mask == "full":
         return torch.ones(len(q_index), len(k_index), dtype=torch.bool, device=q_index.device)

@@ -1,4 +1,4 @@
-"""The compiled ops, called directly against plain PyTorch formulas, at every ISA level; the planner against dense masks."""
+"""The compiled ops, called directly, against plain PyTorch formulas at every ISA level; the planner against dense masks."""
 
 import math
 import os
@@ -151,11 +151,11 @@ def row_formula(x, v_cond, v_uncond, buffer, guidance, threshold=THRESHOLD):
 
 
 def flow_step(x, v_cond, v_uncond, buffer, offsets, rows, guidance, prefix=None, prefix_offsets=None, noise=None,
-              threshold=THRESHOLD):  # fmt: skip
+              threshold=THRESHOLD, dt=DT):  # fmt: skip
     x_next = torch.empty_like(x)
     momentum_next = torch.empty(x.shape) if buffer is not None else None
     ops.flow_step(
-        x, v_cond, v_uncond, buffer, offsets, rows, DT, guidance, SCALE, threshold, ETA, MOMENTUM, prefix,
+        x, v_cond, v_uncond, buffer, offsets, rows, dt, guidance, SCALE, threshold, ETA, MOMENTUM, prefix,
         prefix_offsets, noise, 0.25, x_next, momentum_next,
     )  # fmt: skip
     return x_next, momentum_next
@@ -202,14 +202,17 @@ def test_kernel_flow_step(x_dtype, v_dtype, guidance, with_buffer):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_conversions_round_as_torch_does(dtype):
-    """A step along x_next = 0 + dt * v is float32 arithmetic and one rounding; both ways, at every magnitude."""
-    special = torch.tensor([math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e-7, 6e-8, 3e-8, 2e-8, 3e38, 0.0])
-    v = torch.cat([torch.randn(4096) * torch.logspace(-12, 8, 4096), special / DT])
-    got, _ = flow_step(torch.zeros(len(v), dtype=dtype), v, None, None, None, 1, 0)
-    assert torch.equal(got.nan_to_num(7.0), (DT * v).to(dtype).nan_to_num(7.0))
-    low = torch.cat([v, torch.arange(2**16).to(torch.int16).view(torch.float16).float()]).to(dtype)
-    got, _ = flow_step(torch.zeros(len(low)), low, None, None, None, 1, 0)
-    assert torch.equal(got.nan_to_num(7.0), (DT * low.float()).nan_to_num(7.0))
+    """x_next = 0 + 1 * v is one rounding of v: every float16, every bfloat16 and every tie between two of them."""
+    half = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    ties = (half.float() + half.roll(-1).float()) / 2
+    bits = torch.arange(2**16, dtype=torch.int64) << 16
+    brain, brain_ties = (b.to(torch.int32).view(torch.float32) for b in (bits, bits + 2**15))
+    v = torch.cat([half.float(), ties, brain, brain_ties, torch.randn(999)])
+    got, _ = flow_step(torch.zeros(len(v), dtype=dtype), v, None, None, None, 1, 0, dt=1.0)
+    assert torch.equal(got.nan_to_num(7.0), (0 + v).to(dtype).nan_to_num(7.0))
+    low = v.to(dtype)
+    got, _ = flow_step(torch.zeros(len(v)), low, None, None, None, 1, 0, dt=1.0)
+    assert torch.equal(got.nan_to_num(7.0), low.float().nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("length", [1, 15, 64, 129])

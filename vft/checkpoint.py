@@ -102,7 +102,7 @@ def _parse_literal(text: str) -> Any:
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file}, file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} must be a complete safetensors file: {error}") from error
 
@@ -157,9 +157,9 @@ def published_name(name: str, config: TokenizerConfig) -> str:
     return config.names[prefix] + name[len(prefix) :]
 
 
-def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict[str, Any]) -> None:
+def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype=None) -> None:
     """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically."""
-    tensors = {published_name(n, config): p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    tensors = {published_name(n, config): p.detach().cpu().to(dtype).contiguous() for n, p in model.named_parameters()}
     metadata = {key: json.dumps(value) for key, value in (config.raw | extra).items()}
     with replacing(path) as temporary:
         temporary.write_bytes(serialize(tensors, metadata))

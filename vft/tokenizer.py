@@ -65,10 +65,13 @@ class Tokenizer(nn.Module):
             model.guidance = None if defaults["guidance"] is None else APG(**defaults["guidance"])
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names."""
+    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
+
+        The latent codec's weights are not in it. ``dtype`` is that of the stored weights, by default the model's own.
+        """
         guidance = vars(self.guidance) if isinstance(self.guidance, APG) else None
-        checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}})
+        checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +184,14 @@ class Tokenizer(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def encode(self, video: str | os.PathLike | Video | torch.Tensor, *, fps: float = 25.0, batch: int = 8):
+    def encode(
+        self,
+        video: str | os.PathLike | Video | torch.Tensor,
+        *,
+        fps: float = 25.0,
+        batch: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> VideoTokens | list[VideoTokens]:
         """Tokenizes video of any length.
 
         Args:
@@ -189,6 +199,7 @@ class Tokenizer(nn.Module):
                 [-1, 1] at the working size. Paths and uint8 frames are resized and centre-cropped to ``size``.
             fps: written into the tokens where the input does not know its rate.
             batch: chunks encoded in one packed call.
+            generator: samples the codec's posterior, where it has one; by default its mean is taken.
 
         Returns:
             :class:`VideoTokens`; for a float batch of B > 1, a list of B.
@@ -201,7 +212,7 @@ class Tokenizer(nn.Module):
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_clip(clip, fps, clip.shape[-2:], batch) for clip in video]
+            clips = [self._encode_clip(clip, fps, clip.shape[-2:], batch, generator) for clip in video]
             return clips[0] if len(clips) == 1 else clips
         if isinstance(video, (str, os.PathLike)):
             video = read_video(video, self.size)
@@ -209,9 +220,10 @@ class Tokenizer(nn.Module):
             video = Video(video, fps, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
-        return self._encode_clip(preprocess(video.frames, self.size), video.fps, (video.height, video.width), batch)
+        clip, source = preprocess(video.frames, self.size), (video.height, video.width)
+        return self._encode_clip(clip, video.fps, source, batch, generator)
 
-    def _encode_clip(self, clip: torch.Tensor, fps: float, source: tuple[int, int], batch: int) -> VideoTokens:
+    def _encode_clip(self, clip: torch.Tensor, fps: float, source, batch: int, generator) -> VideoTokens:
         # clip [3, T, H, W] in [-1, 1]
         if not torch.isfinite(clip).all():
             raise ValueError("video must be finite, got NaN or infinity")
@@ -221,7 +233,7 @@ class Tokenizer(nn.Module):
         chunks = list(self._chunks(clip))
         for start in range(0, len(chunks), batch):
             group = torch.stack(chunks[start : start + batch]).to(self.device)
-            latents = self.codec.encode(group).to(self.encoder.registers.dtype)
+            latents = self.codec.encode(group, generator).to(self.encoder.registers.dtype)
             for i, tokens in enumerate(self.encode_latents(latents), start):
                 ids.append(tokens.cpu() if i == 0 else tokens[1:].cpu())
         return VideoTokens(

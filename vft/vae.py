@@ -89,7 +89,7 @@ class LinearCodec(Codec):
         """Reads a file that `save` wrote; the embedded one by default. Raises ValueError for any other file."""
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error

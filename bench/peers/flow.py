@@ -9,10 +9,10 @@ def apg_step(x, v_cond, v_uncond, dt, scale, threshold, eta, projection=torch.fl
     """Adaptive projected guidance per channel; the published code projects in float64."""
     d = v_cond - v_uncond
     if threshold > 0:
-        norm = d.norm(dim=DIMS, keepdim=True)
+        norm = d.norm(p=2, dim=DIMS, keepdim=True)
         d = d * torch.minimum(torch.ones_like(norm), threshold / norm)
     wide = d.to(projection)
-    unit = torch.nn.functional.normalize(v_cond.to(projection).flatten(-3), dim=-1).view(v_cond.shape)
+    unit = torch.nn.functional.normalize(v_cond.to(projection), dim=DIMS)
     parallel = (wide * unit).sum(DIMS, keepdim=True) * unit
     update = (wide - parallel).to(d.dtype) + eta * parallel.to(d.dtype)
     return x + dt * (v_cond + (scale - 1) * update)

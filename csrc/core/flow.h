@@ -10,17 +10,17 @@ namespace flexkernels {
 enum FlowGuidance : int { kFlowNone = 0, kFlowCFG = 1, kFlowAPG = 2 };
 
 struct FlowStep {
-  const void* x;                 // [total]
-  const void* v_cond;            // [total]
-  const void* v_uncond;          // [total] or null
-  const float* momentum_buffer;  // [total] or null
-  const int64_t* row_offsets;    // [rows + 1] or null: rows of row_length
-  const float* prefix;           // flat, or null
+  const void* x;                  // [total]
+  const void* v_cond;             // [total]
+  const void* v_uncond;           // [total] or null
+  const float* momentum_buffer;   // [total] or null
+  const int64_t* row_offsets;     // [rows + 1] or null: rows of row_length
+  const float* prefix;            // flat, or null
   const int64_t* prefix_offsets;  // [rows + 1]
   const float* prefix_noise;      // like prefix, or null
   void* x_next;                   // [total]
   float* momentum_next;           // [total] or null
-  int64_t rows, row_length;  // row_length: the mean one when row_offsets is given
+  int64_t rows, row_length;       // row_length: the mean one when row_offsets is given
   int guidance;
   float dt, scale, threshold, eta, momentum, prefix_time;
   Dtype x_dtype, v_dtype;

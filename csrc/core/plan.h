@@ -141,10 +141,17 @@ inline Seen see_frame_prefix(const Spec& spec, const Tiling& qs, const Tile& q, 
 inline Seen see(const Spec& spec, const Tiling& qs, const Tile& q, const Tiling& ks, const Tile& k) {
   Seen seen;
   switch (spec.mask) {
-    case kFull: seen.add(true, true); return seen;
-    case kCausal: seen.add(k.begin < q.end, k.end <= q.begin + 1); return seen;
-    case kFrameCausal: seen.add(k.frame_first <= q.frame_last, k.frame_last <= q.frame_first); return seen;
-    default: return see_frame_prefix(spec, qs, q, ks, k);
+    case kFull:
+      seen.add(true, true);
+      return seen;
+    case kCausal:
+      seen.add(k.begin < q.end, k.end <= q.begin + 1);
+      return seen;
+    case kFrameCausal:
+      seen.add(k.frame_first <= q.frame_last, k.frame_last <= q.frame_first);
+      return seen;
+    default:
+      return see_frame_prefix(spec, qs, q, ks, k);
   }
 }
 

@@ -45,7 +45,8 @@ inline vf difference(const FlowStep& p, int64_t i, vf v_cond, IO io) {
 }
 
 template <typename X, typename V>
-inline __attribute__((always_inline)) FlowCoefficients<double> coefficients(const FlowStep& p, int64_t begin, int64_t end) {
+inline __attribute__((always_inline)) FlowCoefficients<double> coefficients(const FlowStep& p, int64_t begin,
+                                                                            int64_t end) {
   if (p.guidance != kFlowAPG) return flow_plain<double>(p);
   Sum dd, dc, cc;
   for (int64_t block = begin; block < end; block += kBlock * W) {

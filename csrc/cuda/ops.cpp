@@ -26,12 +26,12 @@ void fsq_dequantize_cuda(const Tensor& ids, Levels levels, const Tensor& codes) 
 
 void flow_step_cuda(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
                     OptionalTensor row_offsets, int64_t rows, double dt, int64_t guidance, double scale,
-                    double threshold, double eta, double momentum, OptionalTensor prefix,
-                    OptionalTensor prefix_offsets, OptionalTensor prefix_noise, double prefix_time,
-                    const Tensor& x_next, OptionalTensor momentum_next) {
-  const FlowStep args = flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale,
-                                       threshold, eta, momentum, prefix, prefix_offsets, prefix_noise, prefix_time,
-                                       x_next, momentum_next);
+                    double threshold, double eta, double momentum, OptionalTensor prefix, OptionalTensor prefix_offsets,
+                    OptionalTensor prefix_noise, double prefix_time, const Tensor& x_next,
+                    OptionalTensor momentum_next) {
+  const FlowStep args =
+      flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale, threshold, eta,
+                     momentum, prefix, prefix_offsets, prefix_noise, prefix_time, x_next, momentum_next);
   STD_TORCH_CHECK(rows <= INT32_MAX, "rows must be below 2**31, got ", rows);
   if (rows > 0) launch(cuda::flow_step_launch, args, x);
 }

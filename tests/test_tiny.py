@@ -1,0 +1,53 @@
+"""The embedded model: it is there, small, and more tokens look better."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vft
+from vft.checkpoint import ASSETS
+from vft.demo import CLIP
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from quality import held_out, one_video
+
+KEEPS = [1, 4, 16, 32]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return vft.Tokenizer.from_pretrained("tiny")
+
+
+def test_size(tiny):
+    assert sum(p.numel() for p in tiny.parameters()) <= 8_000_000
+    assert (ASSETS / "tiny.safetensors").stat().st_size < 12_000_000
+    assert (tiny.name, tiny.size, tiny.registers, tiny.config.levels) == ("tiny", 64, 32, (8, 8, 8, 5, 5, 5))
+
+
+def test_more_tokens_are_better_on_held_out_clips(tiny):
+    quality = held_out(tiny, 16, KEEPS)
+    steps = [quality[str(k)] for k in KEEPS]
+    assert steps == sorted(steps), steps
+    assert steps[-1] > steps[0] + 1, steps
+
+
+def test_more_tokens_are_better_on_a_real_clip(tiny):
+    quality = one_video(tiny, CLIP, KEEPS)
+    steps = [quality[str(k)] for k in KEEPS]
+    assert steps == sorted(steps), steps
+
+
+def test_tokens_say_something_about_the_clip(tiny):
+    """Decoding with another clip's tokens is worse than with the clip's own, by far."""
+    from quality import psnr
+
+    from vft.train import procedural
+
+    clips = procedural.batch(3_000_000, range(8))
+    ids = tiny.encode_latents(tiny.codec.encode(clips))
+    own = psnr(tiny.codec.decode(torch.stack(tiny.decode_latents(ids))), clips).mean()
+    other = psnr(tiny.codec.decode(torch.stack(tiny.decode_latents(ids[1:] + ids[:1]))), clips).mean()
+    assert own > other + 3, (float(own), float(other))
