@@ -1,4 +1,4 @@
-"""The compiled ops, called directly, against plain PyTorch formulas at every ISA level; the planner against dense masks."""
+"""The compiled ops called directly: against PyTorch formulas at every ISA level, the planner against dense masks."""
 
 import math
 import os

@@ -201,6 +201,8 @@ class Encoder(nn.Module):
         self.head = nn.Linear(trunk.width, len(config.levels))
         _init_linears(self)
         nn.init.normal_(self.registers, std=POSITION_STD)
+        # register values start well inside the range that FSQ resolves
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, latents: list[torch.Tensor]) -> torch.Tensor:
         """List of ``[C, T, H, W]`` -> ``[sum T*N, len(levels)]``, the values before quantisation."""
@@ -248,6 +250,8 @@ class Decoder(nn.Module):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, patch_dim)
         _init_linears(self)
+        # codes as loud as their positions
+        nn.init.normal_(self.code_embed.weight, std=len(config.levels) ** -0.5)
         for layer in (self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
 

@@ -39,16 +39,16 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run. A run can only be resumed with the same ones (``steps`` may grow)."""
+    """Settings of a run; the defaults made the embedded model. A run can only be resumed with the same ones (``steps`` may grow)."""
 
-    steps: int = 4000
-    batch: int = 32
+    steps: int = 3000
+    batch: int = 16
     clips: int = 20000
     learning_rate: float = 1.5e-3
-    warmup: int = 200
+    warmup: int = 150
     weight_decay: float = 0.05
     clip: float = 1.0
-    ema: float = 0.999
+    ema: float = 0.998
     seed: int = 0
     bf16: bool = True
 

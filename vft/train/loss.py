@@ -15,6 +15,8 @@ from ..tokenizer import Tokenizer
 
 # largest noise level put on conditioning frames, so that the decoder forgives its own small errors there
 PREFIX_NOISE = 0.02
+# the outermost levels begin near |z| = 1.3
+VALUE_RANGE, RANGE_WEIGHT = 1.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ def draw(
     registers: int,
     generator: torch.Generator,
     *,
-    time_mean: float = 0.8,
+    time_mean: float = 1.0,
+    time_std: float = 1.2,
     null_probability: float = 0.1,
     prefix_probability: float = 0.25,
 ) -> Draw:
-    """t = sigmoid(normal(time_mean, 1)), above 0.5 on average because the codes matter most where noise is strong; k
+    """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average because the codes matter most where noise is strong; k
     uniform over 1..N for half of the samples and over the powers of two for the others; the null condition and one
     conditioning frame with the given probabilities."""
     batch = len(latents)
@@ -47,7 +50,7 @@ def draw(
     pick = torch.rand(batch, generator=generator) < 0.5
     chance = torch.rand(2, batch, generator=generator)
     return Draw(
-        t=torch.sigmoid(time_mean + torch.randn(batch, generator=generator)),
+        t=torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator)),
         noise=torch.randn(latents.shape, generator=generator),
         keep=torch.where(pick, uniform, powers.clamp(max=registers)).tolist(),
         prefix_frames=(chance[0] < prefix_probability).int().tolist() if latents.shape[2] > 1 else [0] * batch,
@@ -57,7 +60,7 @@ def draw(
 
 
 def flow_loss(model: Tokenizer, latents: torch.Tensor, choices: Draw) -> torch.Tensor:
-    """Mean squared velocity error of latents ``[B, C, T, H, W]``; conditioning frames do not count."""
+    """Mean squared velocity error of latents ``[B, C, T, H, W]``, conditioning frames left out, and range penalty."""
     values = model.encoder(list(latents))
     codes, _ = flexkernels.fsq_quantize(values, model.config.levels, ids=False)
     t = _frame_times(choices, latents)
@@ -65,7 +68,8 @@ def flow_loss(model: Tokenizer, latents: torch.Tensor, choices: Draw) -> torch.T
     velocity = model.decoder(list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
     error = (torch.stack(velocity) - (choices.noise - latents)).square()
     counted = _counted(choices, latents)
-    return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel())
+    beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().mean()
+    return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel()) + RANGE_WEIGHT * beyond
 
 
 def _frame_index(latents: torch.Tensor) -> torch.Tensor:
