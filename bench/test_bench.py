@@ -16,7 +16,7 @@ def case(request):
     return made
 
 
-@pytest.mark.parametrize("contender", ["ours", "eager formula", "eager float32", "torch.compile"])
+@pytest.mark.parametrize("contender", ["ours", "eager formula", "eager float32", "torch.compile", "dense-mask SDPA"])
 @torch.no_grad()
 def test_speed(case, contender, benchmark):
     function = case.ours if contender == "ours" else case.peers.get(contender)

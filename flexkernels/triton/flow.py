@@ -94,7 +94,9 @@ def load_direction(b_c, p_uncond, p_buffer, o_row, m_row, momentum):
 
 
 @triton.jit
-def row_factors(p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
+def row_factors(
+    p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
+):
     """s = min(1, threshold / |d|) and p = s * d.c / max(|c|, 1e-12)^2 of one row."""
     b_dd = tl.zeros([BLOCK], dtype=tl.float32)
     b_cc = tl.zeros([BLOCK], dtype=tl.float32)

@@ -39,9 +39,9 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults made the embedded model. A run can only be resumed with the same ones (``steps`` may grow)."""
+    """Settings of a run; the defaults made the embedded model. A run is resumed with the same ones (``steps`` may grow)."""
 
-    steps: int = 3000
+    steps: int = 2050
     batch: int = 16
     clips: int = 20000
     learning_rate: float = 1.5e-3

@@ -41,7 +41,7 @@ def draw(
     null_probability: float = 0.1,
     prefix_probability: float = 0.25,
 ) -> Draw:
-    """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average because the codes matter most where noise is strong; k
+    """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; k
     uniform over 1..N for half of the samples and over the powers of two for the others; the null condition and one
     conditioning frame with the given probabilities."""
     batch = len(latents)
