@@ -1,6 +1,7 @@
 """FSQ in Triton, float32 inside whatever comes in.
 
-quantize:   level_d = count(thresholds[d] < z_d),  code_d = (level_d - L_d // 2) / (L_d // 2),  id = sum level_d * basis_d
+quantize:   level_d = count(thresholds[d] < z_d),  code_d = (level_d - L_d // 2) / (L_d // 2),
+            id = sum level_d * basis_d
 dequantize: level_d = id // basis_d mod L_d,  code_d as above
 """
 

@@ -39,7 +39,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults made the embedded model. A run is resumed with the same ones (``steps`` may grow)."""
+    """Settings of a run; the defaults made the embedded model. A run is resumed with the same (``steps`` aside)."""
 
     steps: int = 2050
     batch: int = 16
