@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,8 +292,10 @@ def test_capability_is_one_that_was_built():
 
 
 def with_capability(level, *command):
-    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level)
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    # this very package, also where the current folder holds another copy of it
+    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level, PYTHONPATH=str(Path(_native.__file__).parents[1]))
+    folder = Path(__file__).parent
+    return subprocess.run([sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("level", ISA_LEVELS)

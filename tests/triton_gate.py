@@ -98,27 +98,35 @@ def source(kernel, args, kwargs):
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
-def assembler(architecture: int):
-    """The ptxas that Triton brings along, else one on the path, else None."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ("ptxas-blackwell", "ptxas") if architecture >= 100 else ("ptxas",)
-    return next((str(folder / name) for name in names if (folder / name).exists()), shutil.which("ptxas"))
+def assemblers() -> list[str]:
+    """The assemblers that Triton brings along and the one on the path; they know different versions of PTX."""
+    bundled = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+    return [str(path) for path in bundled] + [path for path in [shutil.which("ptxas")] if path]
+
+
+def assemble(path: Path, architecture: str) -> str | None:
+    """What the first assembler that accepts the file says of it; None where there is no assembler at all."""
+    result = None
+    for program in assemblers():
+        command = [program, "-v", "--gpu-name", architecture, str(path), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return result.stderr
+    if result is not None:
+        raise RuntimeError(result.stderr)
+    return None
 
 
 def spills(compiled, target: GPUTarget):
     if target.backend == "hip":
         return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
-    program = assembler(target.arch)
-    if program is None:
-        return None
     text = compiled.asm["ptx"]
     architecture = re.search(r"\.target (\w+)", text).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(text)
-        command = [program, "-v", "--gpu-name", architecture, str(path), "-o", os.devnull]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+        report = assemble(path, architecture)
+    return None if report is None else sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
 def parse(name: str) -> GPUTarget:
