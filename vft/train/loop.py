@@ -41,7 +41,7 @@ STEPS = 4
 class Settings:
     """Settings of a run; the defaults made the embedded model. A run is resumed with the same (``steps`` aside)."""
 
-    steps: int = 2050
+    steps: int = 2650
     batch: int = 16
     clips: int = 20000
     learning_rate: float = 1.5e-3
