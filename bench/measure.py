@@ -76,6 +76,9 @@ def ceilings(device: str, seconds: float = 1.0) -> dict[str, float]:
 
 
 def bound_ms(bytes_moved: int, flops: int, dtype: torch.dtype, ceiling: dict[str, float]) -> float:
-    """The least time of a case on this machine: moving its bytes, or its arithmetic at the speed of matrix products."""
+    """The least time of a case on this machine: moving its bytes, or its arithmetic at the speed of matrix products.
+
+    The bytes go through memory; a case that stays in the caches can be faster, so its fraction of bound exceeds 1.
+    """
     gflop_s = ceiling["gemm_fp32_gflop_s" if dtype == torch.float32 else "gemm_bf16_gflop_s"]
     return max(bytes_moved / ceiling["copy_gb_s"], flops / gflop_s) / 1e6
