@@ -214,14 +214,15 @@ def _put(out: torch.Tensor, group: _Group, rows: slice, value: torch.Tensor) -> 
         out[group.index[:, rows]] = value
 
 
-def _block_mask(group, block, mask, cross) -> torch.Tensor | None:
+def _block_mask(group, block, mask, cross, device) -> torch.Tensor | None:
     if not block.partial:
         return None
     index = torch.arange(group.length)
     q, k = slice(block.q0, block.q1), slice(block.k0, block.k1)
-    return visible(
+    seen = visible(
         MASKS[mask], tuple(cross), index[q], group.frame[q], group.rank[q], index[k], group.frame[k], group.rank[k]
     )
+    return seen.to(device)
 
 
 def _weight(key_log_weight, group, block) -> torch.Tensor | None:
@@ -241,7 +242,7 @@ def attention_cpu(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross,
         gq, gk, gv = (_take(x, group) for x in (q, k, v))
         for block in group.blocks:
             rows, keys = slice(block.q0, block.q1), slice(block.k0, block.k1)
-            seen = _block_mask(group, block, mask, cross)
+            seen = _block_mask(group, block, mask, cross, q.device)
             weight = _weight(key_log_weight, group, block)
             bias = seen
             if weight is not None:
@@ -282,7 +283,7 @@ def attention_backward_blocks(grad_out, q, k, v, cu_seqlens, frame, rank, key_lo
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in operands[:3])
         for block in group.blocks:
             rows, keys = slice(block.q0, block.q1), slice(block.k0, block.k1)
-            seen, weight = _block_mask(group, block, mask, cross), _weight(key_log_weight, group, block)
+            seen, weight = _block_mask(group, block, mask, cross, q.device), _weight(key_log_weight, group, block)
             bq, bk, bv, bo = (x[:, :, s] for x, s in zip(operands, (rows, keys, keys, rows), strict=True))
             dq[:, :, rows], block_dk, block_dv = _block_backward(bq, bk, bv, bo, seen, weight, scale)
             dk[:, :, keys] += block_dk
