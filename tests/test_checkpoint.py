@@ -66,6 +66,49 @@ def test_single_file_round_trip(folder, tmp_path):
     assert (again.steps, again.guidance, again.config) == (7, vft.APG(scale=3.0), model.config)
 
 
+@pytest.mark.parametrize("guidance", [None, vft.CFG(2.0), vft.APG(scale=3.0, eta=0.5)])
+def test_the_sampler_is_kept(folder, tmp_path, guidance):
+    model = vft.Tokenizer.from_pretrained(folder)
+    assert (model.steps, model.guidance) == (40, vft.APG(25.0))
+    model.guidance = guidance
+    model.save(tmp_path / "one.safetensors")
+    assert vft.Tokenizer.from_pretrained(tmp_path / "one.safetensors").guidance == guidance
+
+
+@pytest.mark.parametrize("sampler", ["x", {"steps": 0, "guidance": None}, {"steps": 4, "guidance": {"type": "os"}}])
+def test_a_bad_sampler_is_refused(folder, sampler):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sampler": sampler}))
+    with pytest.raises(vft.CheckpointError, match="sampler must state"):
+        vft.Tokenizer.from_pretrained(folder)
+
+
+def places(tree, path=()):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_damaged_configs_never_raise_anything_else():
+    """Every entry in turn dropped or replaced by something of another kind."""
+    whole = json.loads((DATA / "base" / "config.json").read_text())
+    for path in places(whole):
+        for value in (None, "x", -1, [], {}, "drop"):
+            config = copy.deepcopy(whole)
+            parent = config
+            for key in path[:-1]:
+                parent = parent[key]
+            if value == "drop":
+                del parent[path[-1]]
+            else:
+                parent[path[-1]] = value
+            try:
+                parse_config(config)
+            except vft.ConfigError as error:
+                assert "\n" not in str(error)
+
+
 def test_published_single_file_metadata(folder, tmp_path):
     """The published single files carry the model's tree as Python literals, None included."""
     tree = json.loads((folder / "config.json").read_text())["video_flex_tok"]

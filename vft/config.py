@@ -148,6 +148,17 @@ def parse_config(raw: dict[str, Any]) -> TokenizerConfig:
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"config must be a mapping, got {type(raw).__name__}")
+    try:
+        return _parse(raw)
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError(f"config lacks the field {error}") from error
+    except (AttributeError, TypeError, ValueError, OverflowError, IndexError) as error:
+        raise ConfigError(f"config has a value of the wrong type: {error}") from error
+
+
+def _parse(raw: dict[str, Any]) -> TokenizerConfig:
     model = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
     _check_tree(model, "config")
     if _target(model, "config") != "wrappers.VideoFlexTok":

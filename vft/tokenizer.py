@@ -18,7 +18,7 @@ from flexkernels import APG, CFG
 from . import checkpoint
 from .config import TokenizerConfig, parse_config
 from .layers import Decoder, Encoder
-from .solver import sample
+from .solver import sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, preprocess, read_video
@@ -57,12 +57,11 @@ class Tokenizer(nn.Module):
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
         raw, tensors, name = checkpoint.read(reference)
-        defaults = raw.pop("sampler", {})
+        sampler = raw.pop("sampler", None)
         model = cls(parse_config(raw), name)
         model._codec_state = checkpoint.load_weights(model, model.config, tensors)
-        model.steps = int(defaults.get("steps", DEFAULT_STEPS))
-        if "guidance" in defaults:
-            model.guidance = None if defaults["guidance"] is None else APG(**defaults["guidance"])
+        if sampler is not None:
+            model.steps, model.guidance = _read_sampler(sampler)
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -70,7 +69,7 @@ class Tokenizer(nn.Module):
 
         The latent codec's weights are not in it. ``dtype`` is that of the stored weights, by default the model's own.
         """
-        guidance = vars(self.guidance) if isinstance(self.guidance, APG) else None
+        guidance = self.guidance and {"type": type(self.guidance).__name__, **vars(self.guidance)}
         checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
 
     @property
@@ -406,3 +405,16 @@ class Tokenizer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         shapes = [(self.config.channels, len(i), *g) for i, g in zip(ids, grids, strict=True)]
         return [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
+
+
+def _read_sampler(sampler: dict) -> tuple[int, CFG | APG | None]:
+    """Steps and guidance that a checkpoint states as its defaults."""
+    try:
+        steps, guidance = sampler["steps"], sampler["guidance"]
+        schedule(steps)
+        if guidance is None:
+            return steps, None
+        settings = dict(guidance)
+        return steps, {"CFG": CFG, "APG": APG}[settings.pop("type")](**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"sampler must state steps and guidance, got {sampler!r}") from error
