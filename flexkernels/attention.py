@@ -165,8 +165,7 @@ def _groups_of(cu_seqlens: bytes, frame: bytes, rank: bytes, mask: int, cross: t
 def _blocks(frame, rank, mask, cross) -> list[_Block]:
     by_part = mask == MASKS.index("frame_causal_prefix")
     by_frame = by_part or mask == MASKS.index("frame_causal")
-    layout = SequenceLayout([_frames_of(frame, rank)], MASKS[mask])
-    layout.cross = cross
+    layout = SequenceLayout.from_codes([_frames_of(frame, rank)], mask, cross)
     q_tiles, k_ptr, k_tiles = layout.plan(0 if by_frame else BLOCK_ROWS, 0 if by_frame else BLOCK_ROWS)
     blocks = []
     for i, (_, q0, q1, _) in enumerate(q_tiles.tolist()):
@@ -246,7 +245,7 @@ def attention_cpu(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross,
             weight = _weight(key_log_weight, group, block)
             bias = seen
             if weight is not None:
-                bias = weight.to(q.dtype).expand(-1, -1, block.q1 - block.q0, -1)
+                bias = weight.expand(-1, -1, block.q1 - block.q0, -1)
                 bias = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
             bq, bk, bv = gq[:, :, rows], gk[:, :, keys], gv[:, :, keys]
             o = F.scaled_dot_product_attention(bq, bk, bv, attn_mask=bias, scale=scale, enable_gqa=gqa)
@@ -266,9 +265,7 @@ def attention_reference(q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, 
 def _rebuild(cu_seqlens, frame, rank, mask, cross) -> SequenceLayout:
     bounds = cu_seqlens.tolist()
     frames = [_frames_of(frame[a:b].cpu(), rank[a:b].cpu()) if b > a else [] for a, b in itertools.pairwise(bounds)]
-    layout = SequenceLayout(frames, MASKS[mask], device=frame.device)
-    layout.cross = tuple(cross)
-    return layout
+    return SequenceLayout.from_codes(frames, mask, cross, frame.device)
 
 
 def attention_backward_blocks(grad_out, q, k, v, cu_seqlens, frame, rank, key_log_weight, mask, cross, scale):

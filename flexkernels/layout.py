@@ -103,6 +103,13 @@ class SequenceLayout:
             raise ValueError(f"mask must be full or causal for sequences without frames, got {mask!r}")
         return cls([[(int(n), 0)] for n in lengths], mask, device=device)
 
+    @classmethod
+    def from_codes(cls, frames, mask: int, cross: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
+        """The layout of the ops' own numbers: ``mask`` indexes MASKS, ``cross`` CROSS_VALUES, as CROSS_FRAME."""
+        layout = cls(frames, MASKS[mask], device=device)
+        layout.cross = tuple(int(code) for code in cross)
+        return layout
+
     def __repr__(self) -> str:
         return f"SequenceLayout({self.batch} sequences, {self.total} tokens, mask={self.mask!r}, device={self.device})"
 
@@ -176,8 +183,7 @@ def plan_ref(frame_offsets, prefix_len, suffix_len, mask, cross, block_q, block_
     q_tiles, k_ptr, k_tiles, start = [], [0], [], 0
     for sequence, (first, last) in enumerate(pairwise(frame_offsets)):
         frames = list(zip(prefix_len[first:last].tolist(), suffix_len[first:last].tolist(), strict=True))
-        layout = SequenceLayout([frames], MASKS[mask])
-        layout.cross = tuple(int(c) for c in cross)
+        layout = SequenceLayout.from_codes([frames], mask, cross)
         index = torch.arange(layout.total)
         parts = np.cumsum([0] + [n for frame in frames for n in frame if n])
         for q0, q1 in _tile_bounds(layout.total, parts, block_q):

@@ -95,6 +95,18 @@ def test_weight_is_a_number_of_copies(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_keep_their_precision_beside_bfloat16(backend):
+    """Weights of collapsed registers, log(1) to log(256): rounding them to bfloat16 would triple the error."""
+    q, k, v, layout = make("frame_causal", frames=[[(64, 33)] * 3], head_dim=64, dtype=torch.bfloat16)
+    weight = torch.randint(1, 257, (len(q),)).float().log()
+    with flexkernels.backend(backend):
+        got = attention(q, k, v, layout, key_log_weight=weight).double()
+    exact = float64(q, k, v, layout, key_log_weight=weight)
+    plain = attention_ref(q, k, v, layout, key_log_weight=weight).double()
+    assert (got - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_beyond_the_layout_are_zero(backend):
     q, k, v, layout = make(extra=5)
     q.requires_grad_(), k.requires_grad_(), v.requires_grad_()

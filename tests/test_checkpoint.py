@@ -159,6 +159,8 @@ BAD_CONFIGS = {
     "number": (set_in(*ENCODER, "enc_to_latents", "_target_", 3), "allowed _target_, got 3"),
     "unknown field": (set_in(*ENCODER, "enc_transformer", "rotary", True), "rotary is not a known field"),
     "unsupported value": (set_in(*ENCODER, "enc_to_latents", "use_mup_readout", True), "use_mup_readout must be False"),
+    "rotary": (set_in(*ENCODER, "enc_transformer", "rope_forward_read_key", "rope"), "must be None, got 'rope'"),
+    "pooled registers": (set_in(*ENCODER, "enc_register_module", "ordering_mode", "avg_pool"), "must be 'nested'"),
     "mask": (set_in(*ENCODER, "enc_seq_packer", "mask_mode", "diagonal"), "mask_mode must be one of"),
     "width": (set_in(*ENCODER, "enc_transformer", "dim", 100), "multiple of head_dim"),
     "width mismatch": (set_in(*ENCODER, "enc_patch_emb", "dim", 64), "must be the transformer's 128"),

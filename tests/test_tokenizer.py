@@ -53,6 +53,14 @@ def test_stream_gives_the_same_pieces():
     assert not torch.equal(pieces[0], next(model.decode_stream(tokens, seed=4)))
 
 
+def test_later_chunks_drop_their_first_latent_frame():
+    """Frames 16 to 32 are the second chunk of 33; its first latent frame is the first chunk's last frame once more."""
+    model, frames = small(), clip(33)
+    ids = model.encode(frames).ids
+    assert torch.equal(ids[:5], model.encode(frames[:17]).ids)
+    assert torch.equal(ids[5:], model.encode(frames[16:]).ids[1:])
+
+
 def test_later_chunks_start_from_the_decoded_frame():
     """A later chunk is the sampler on (re-encoded frame, its ids before the chunk's) with that frame kept clean."""
     model = small()

@@ -88,7 +88,7 @@ class TokenizerConfig:
 _INERT = {
     "weight_init_style", "drop", "drop_path_rate", "use_act_checkpoint", "zero_init_query_proj", "compile",
     "dropout_prob", "size_sampling_mode", "zipf_a", "flatten_patches", "pad_to_multiple", "compile_block_mask", "n_min",
-    "ordering_mode", "dtype_override", "intermediate_layers", "drop_quant_p", "corrupt_tokens_p",
+    "dtype_override", "intermediate_layers", "drop_quant_p", "corrupt_tokens_p",
     "min_corrupt_tokens_p", "prefix_len", "keep_prefix_prob", "ln", "stratisfied", "mode_scale", "force_vae_encode",
     "cond_sigma_min", "cond_sigma_max", "per_subseq_embs", "_partial_", "enable_mup_init",
 }  # fmt: skip
@@ -96,7 +96,8 @@ _INERT = {
 _FIXED = {
     "gated_mlp": (True,), "qk_norm": (True,), "use_mup_readout": (False,), "posemb_scaling": ("absolute",),
     "adaLN_expansion": (1, 2), "adaLN_bias": (True,), "temb_as_tokens": (False,), "replace_with_single_token": (False,),
-    "zero_noise": (False,),
+    "zero_noise": (False,), "ordering_mode": ("nested",), "rope_forward_read_key": (None,),
+    "score_mod_read_key": (None,),
 }  # fmt: skip
 
 _TARGETS: dict[str, set[str]] = {

@@ -6,7 +6,8 @@ A packed batch holds, sample by sample and frame by frame, the frame's patches a
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+import operator
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,8 @@ class Packing:
         for samples, t, p in runs:
             rows = table[row : row + samples]
             patch, register = rows[:, None, :1], rows[:, None, 1:]
-            shape = (samples, t, -1, table.shape[-1])
             frames = torch.cat([patch.expand(samples, t, p, -1), register.expand(samples, t, self.registers, -1)], 2)
-            pieces.append(frames.view(shape).reshape(-1, table.shape[-1]))
+            pieces.append(frames.reshape(-1, table.shape[-1]))
             row += samples if len(table) > 1 else 0
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -115,12 +115,12 @@ class PositionTable(nn.Module):
         if self.config.kind == "sincos":
             crop = self.table[(0, slice(None), *(slice(n) for n in shape))]
             return crop.flatten(1).T
-        out = None
+        axes = []
         for axis, n in enumerate(shape):
             rows = self.table[axis, 0, :, :n].T
-            rows = rows.view(*[n if a == axis else 1 for a in range(len(shape))], -1)
-            out = rows if out is None else out * rows if self.config.kind == "learnable_prod" else out + rows
-        return out.expand(*shape, -1).reshape(-1, self.table.shape[2])
+            axes.append(rows.view(*[n if a == axis else 1 for a in range(len(shape))], -1))
+        out = reduce(operator.mul if self.config.kind == "learnable_prod" else operator.add, axes)
+        return out.reshape(-1, self.table.shape[2])
 
 
 class Attention(nn.Module):
