@@ -1,4 +1,4 @@
-// pybind11 module flexkernels._C. Loading it also registers the native ops and their CPU kernels (ops.cpp).
+// pybind11 module flexkernels._C. Loading it also registers the native ops and their CPU kernels (ops/).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
@@ -93,7 +93,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, ISA levels and CUDA architectures of this build (dict)");
   m.def(
       "cpu_capability", [] { return flexkernels::capability_name(flexkernels::cpu_capability()); },
-      "ISA level in use: 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY names no level");
+      "ISA level in use: 'avx512_bf16', 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY names no level");
   m.def("plan", &make_plan, py::arg("frame_offsets"), py::arg("prefix_len"), py::arg("suffix_len"), py::arg("mask"),
         py::arg("cross"), py::arg("block_q"), py::arg("block_k"), R"(Tile schedule of a packed layout.
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {
 
 ops = torch.ops.flexkernels_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISA_LEVELS = ("baseline", "avx2", "avx512")
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 LEVELS = ([2], [3, 2], [8, 8, 8, 5, 5, 5], [33, 34, 7], [256, 2, 100], [5] * 16)
 
 
@@ -312,7 +312,9 @@ def test_every_isa_level(level):
 def test_unknown_isa_level_is_a_reason_not_a_crash():
     program = "from flexkernels import _native; print(_native.cpu_unavailable)"
     done = with_capability("sse9", "-c", program)
-    assert "FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2 or avx512, got 'sse9'" in done.stdout, done.stderr
+    assert "FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2, avx512 or avx512_bf16, got 'sse9'" in done.stdout, (
+        done.stderr
+    )
 
 
 # --- planner

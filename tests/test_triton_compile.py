@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 # bytes of shared memory that one block may use
 TARGETS = {"cuda-80": 163 * 1024, "cuda-90": 227 * 1024, "cuda-100": 227 * 1024, "hip-gfx942": 64 * 1024}
-KERNELS = {"fsq_quantize_kernel", "fsq_dequantize_kernel", "flow_step_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile(compiled, target):
     kernels = compiled[target]
-    assert {kernel["name"] for kernel in kernels} == KERNELS
+    assert {kernel["name"] for kernel in kernels} == set(compiled["kernels"])
     for kernel in kernels:
         assert kernel["shared"] <= TARGETS[target], kernel
     if any(kernel["spills"] is None for kernel in kernels):

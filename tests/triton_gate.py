@@ -2,13 +2,16 @@
 
     python tests/triton_gate.py cuda-90 hip-gfx942
 
-prints JSON, for each target a list of: name, shared (bytes), spills (bytes or registers; null without an assembler).
+prints JSON: the kernels' names, and for each target a list of: name, shared (bytes), spills (bytes or registers; null
+without an assembler).
 
 Run by test_triton_compile.py in a process of its own, since kernels imported under TRITON_INTERPRET=1 cannot compile.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -16,13 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import gates
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from flexkernels import flow_math
-from flexkernels.triton import flow, fsq
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -31,50 +32,6 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-
-
-class Recorder:
-    """Stands in for a kernel and notes what it is launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def fsq_launches():
-    launches = []
-    quantize, dequantize = fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel
-    fsq.fsq_quantize_kernel, fsq.fsq_dequantize_kernel = Recorder(quantize, launches), Recorder(dequantize, launches)
-    cases = (
-        ((8, 8, 8, 5, 5, 5), torch.float32, torch.int64),
-        ((7,) * 16, torch.bfloat16, torch.int64),
-        ((256, 3), torch.float16, torch.int32),
-    )
-    for levels, dtype, ids_dtype in cases:
-        thresholds = torch.zeros(len(levels), max(levels) - 1)
-        z, ids = torch.zeros(32, len(levels), dtype=dtype), torch.zeros(32, dtype=ids_dtype)
-        fsq.fsq_quantize_triton(z, thresholds, levels, z, ids)
-        fsq.fsq_dequantize_triton(ids, levels, z)
-    return launches
-
-
-def flow_launches():
-    launches = []
-    flow.flow_step_kernel = Recorder(flow.flow_step_kernel, launches)
-    offsets = torch.zeros(3, dtype=torch.int64)
-    for kind in (flow_math.NO_GUIDANCE, flow_math.GUIDANCE_CFG, flow_math.GUIDANCE_APG):
-        apg = kind == flow_math.GUIDANCE_APG
-        for x, everything in ((torch.zeros(64), False), (torch.zeros(64, dtype=torch.bfloat16), True)):
-            wide, last = torch.zeros(64), torch.zeros(64) if apg and everything else None
-            tensors = flow_math.Tensors(x, x, x if kind else None, last, None, None, None, None)
-            if everything:
-                tensors = tensors._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
-            momentum = -0.5 if last is not None else 0.0
-            numbers = flow_math.Numbers(-0.1, kind, 3.0, 0.6, 0.0, momentum, 0.5)
-            flow.flow_step_triton(tensors, 2, numbers, x, last)
-    return launches
 
 
 def source(kernel, args, kwargs):
@@ -142,5 +99,8 @@ def gate(target: GPUTarget, launches):
 
 
 if __name__ == "__main__":
-    launches = fsq_launches() + flow_launches()
-    print(json.dumps({name: list(gate(parse(name), launches)) for name in sys.argv[1:]}))
+    families = [importlib.import_module(f"gates.{m.name}") for m in pkgutil.iter_modules(gates.__path__)]
+    families = [family for family in families if hasattr(family, "launches")]
+    launches = [launch for family in families for launch in family.launches()]
+    report = {name: list(gate(parse(name), launches)) for name in sys.argv[1:]}
+    print(json.dumps(report | {"kernels": sorted(set().union(*(family.KERNELS for family in families)))}))

@@ -1,45 +1,10 @@
-// Every native schema, and the CPU launches: check, split the rows over torch's threads, call the kernel of the ISA
-// level at hand. Outputs are allocated by the caller; an op only fills them.
-#include "args.h"
-#include "capability.h"
-#include "cpu/kernels.h"
+// The flow ops: schemas and CPU launches. Outputs are allocated by the caller; an op only fills them.
+#include "flow.h"
 
-#if defined(__x86_64__)
-#define FLEXKERNELS_SELECT(kernel)                                                                \
-  (flexkernels::cpu_capability() == flexkernels::Capability::avx512 ? flexkernels::avx512::kernel \
-   : flexkernels::cpu_capability() == flexkernels::Capability::avx2 ? flexkernels::avx2::kernel   \
-                                                                    : flexkernels::baseline::kernel)
-#else
-#define FLEXKERNELS_SELECT(kernel) (flexkernels::baseline::kernel)
-#endif
+#include "cpu.h"
 
 namespace flexkernels {
 namespace {
-
-// elements of work that are worth a thread
-constexpr int64_t kGrain = 16384;
-
-int64_t grain_rows(int64_t elements_per_row) {
-  return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1;
-}
-
-template <typename Args>
-void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows, int64_t elements_per_row) {
-  if (rows == 0) return;
-  torch::stable::parallel_for(0, rows, grain_rows(elements_per_row),
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
-void fsq_quantize_cpu(const Tensor& z, const Tensor& thresholds, Levels levels, OptionalTensor codes,
-                      OptionalTensor ids) {
-  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids);
-  launch(FLEXKERNELS_SELECT(fsq_quantize_kernel), args, args.n, args.dims);
-}
-
-void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes) {
-  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes);
-  launch(FLEXKERNELS_SELECT(fsq_dequantize_kernel), args, args.n, args.dims);
-}
 
 // offsets [rows + 1] must start at 0, never fall, and end at `total`
 void check_offsets(const char* name, const int64_t* offsets, int64_t rows, int64_t total) {
@@ -78,9 +43,7 @@ void flow_step_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncon
 }  // namespace
 }  // namespace flexkernels
 
-STABLE_TORCH_LIBRARY(flexkernels_native, m) {
-  m.def("fsq_quantize(Tensor z, Tensor thresholds, int[] levels, Tensor(a!)? codes, Tensor(b!)? ids) -> ()");
-  m.def("fsq_dequantize(Tensor ids, int[] levels, Tensor(a!) codes) -> ()");
+STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
   m.def(
       "flow_step(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, int rows, "
       "float dt, int guidance, float scale, float threshold, float eta, float momentum, Tensor? prefix, "
@@ -88,8 +51,4 @@ STABLE_TORCH_LIBRARY(flexkernels_native, m) {
       "Tensor(b!)? momentum_next) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
-  m.impl("fsq_quantize", TORCH_BOX(&flexkernels::fsq_quantize_cpu));
-  m.impl("fsq_dequantize", TORCH_BOX(&flexkernels::fsq_dequantize_cpu));
-  m.impl("flow_step", TORCH_BOX(&flexkernels::flow_step_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) { m.impl("flow_step", TORCH_BOX(&flexkernels::flow_step_cpu)); }

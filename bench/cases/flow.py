@@ -1,0 +1,49 @@
+"""Solver steps at the size of eight clips."""
+
+import torch
+from peers import flow as flow_peers
+
+import flexkernels
+from flexkernels import APG, CFG
+
+from .case import Case, accurate, case, compiled, size
+
+DT, SCALE, THRESHOLD = -1 / 40, 25.0, 0.6
+
+
+def flow_tensors(device: str):
+    """x, v_cond, v_uncond of eight 17-frame clips at 256 x 256."""
+    x, v_cond, difference = (torch.randn(8, 16, 5, 32, 32, device=device) for _ in range(3))
+    return x, v_cond, v_cond + 0.1 * difference
+
+
+def flow_case(tensors, guidance, peers, note: str) -> Case:
+    def ours():
+        return flexkernels.flow_step(*tensors, dt=DT, guidance=guidance)[0]
+
+    def check():
+        exact = flexkernels.flow_step_ref(*(tensor.double() for tensor in tensors), dt=DT, guidance=guidance)[0]
+        return accurate(ours(), flexkernels.flow_step_ref(*tensors, dt=DT, guidance=guidance)[0], exact)
+
+    x = tensors[0]
+    return Case(x.dtype, list(x.shape), ours, peers, check, size(*tensors, x), note=note)
+
+
+@case("flow_step_apg_fp32")
+def flow_step_apg(device: str) -> Case:
+    tensors = flow_tensors(device)
+    settings = (DT, SCALE, THRESHOLD, 0.0)
+    peers = {
+        "eager formula": lambda: flow_peers.apg_step(*tensors, *settings),
+        "eager float32": lambda: flow_peers.apg_step(*tensors, *settings, projection=torch.float32),
+    }
+    peers |= {name: lambda f=f: f(*tensors, *settings) for name, f in compiled(flow_peers.apg_step, device).items()}
+    return flow_case(tensors, APG(SCALE, THRESHOLD), peers, "eager formula projects in float64, as published")
+
+
+@case("flow_step_cfg_fp32")
+def flow_step_cfg(device: str) -> Case:
+    tensors = flow_tensors(device)
+    peers = {"eager formula": lambda: flow_peers.cfg_step(*tensors, DT, SCALE)}
+    peers |= {name: lambda f=f: f(*tensors, DT, SCALE) for name, f in compiled(flow_peers.cfg_step, device).items()}
+    return flow_case(tensors, CFG(SCALE), peers, "")

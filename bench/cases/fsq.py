@@ -1,0 +1,56 @@
+"""FSQ at the size of 64 clips."""
+
+import torch
+from peers import fsq as fsq_peers
+
+import flexkernels
+
+from .case import Case, case, compiled, size
+
+LEVELS = [8, 8, 8, 5, 5, 5]
+
+
+def fsq_quantize(device: str, dtype: torch.dtype) -> Case:
+    z = (2 * torch.randn(163840, len(LEVELS))).to(dtype).to(device)
+    formula = fsq_peers.Formula(LEVELS, device)
+    codes, ids = flexkernels.fsq_quantize(z, LEVELS)
+
+    def check():
+        # the specification is the formula as the CPU evaluates it
+        expected_codes, expected_ids = flexkernels.fsq_quantize_ref(z.cpu(), LEVELS)
+        differing = int((codes.cpu() != expected_codes).sum()) + int((ids.cpu() != expected_ids).sum())
+        return f"{differing} codes and ids differ" if differing else None
+
+    peers = {"eager formula": lambda: formula.quantize(z)}
+    peers |= {name: lambda f=f: f(z) for name, f in compiled(formula.quantize, device).items()}
+    return Case(
+        dtype, list(z.shape), lambda: flexkernels.fsq_quantize(z, LEVELS), peers, check, size(z, codes, ids),
+        note="codes and int64 ids, levels 8,8,8,5,5,5",
+    )  # fmt: skip
+
+
+@case("fsq_quantize_fp32")
+def fsq_quantize_fp32(device: str) -> Case:
+    return fsq_quantize(device, torch.float32)
+
+
+@case("fsq_quantize_bf16")
+def fsq_quantize_bf16(device: str) -> Case:
+    return fsq_quantize(device, torch.bfloat16)
+
+
+@case("fsq_dequantize_fp32")
+def fsq_dequantize(device: str) -> Case:
+    ids = torch.randint(64000, (163840,), device=device)
+    formula = fsq_peers.Formula(LEVELS, device)
+    codes = flexkernels.fsq_dequantize(ids, LEVELS)
+
+    def check():
+        return None if torch.equal(codes, flexkernels.fsq_dequantize_ref(ids, LEVELS)) else "codes differ"
+
+    peers = {"eager formula": lambda: formula.dequantize(ids)}
+    peers |= {name: lambda f=f: f(ids) for name, f in compiled(formula.dequantize, device).items()}
+    return Case(
+        torch.float32, list(codes.shape), lambda: flexkernels.fsq_dequantize(ids, LEVELS), peers, check,
+        size(ids, codes), note="int64 ids, levels 8,8,8,5,5,5",
+    )  # fmt: skip

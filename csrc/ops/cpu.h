@@ -1,0 +1,34 @@
+// How a CPU op runs: the kernel of the ISA level at hand, its rows split over torch's threads.
+#pragma once
+
+#include "../capability.h"
+#include "../cpu/kernels.h"
+#include "args.h"
+
+#if defined(__x86_64__)
+#define FLEXKERNELS_SELECT(kernel)                                                                          \
+  (flexkernels::cpu_capability() == flexkernels::Capability::avx512_bf16 ? flexkernels::avx512_bf16::kernel \
+   : flexkernels::cpu_capability() == flexkernels::Capability::avx512    ? flexkernels::avx512::kernel      \
+   : flexkernels::cpu_capability() == flexkernels::Capability::avx2      ? flexkernels::avx2::kernel        \
+                                                                         : flexkernels::baseline::kernel)
+#else
+#define FLEXKERNELS_SELECT(kernel) (flexkernels::baseline::kernel)
+#endif
+
+namespace flexkernels {
+
+// elements of work that are worth a thread
+constexpr int64_t kGrain = 16384;
+
+inline int64_t grain_rows(int64_t elements_per_row) {
+  return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1;
+}
+
+template <typename Args>
+void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t rows, int64_t elements_per_row) {
+  if (rows == 0) return;
+  torch::stable::parallel_for(0, rows, grain_rows(elements_per_row),
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace flexkernels
