@@ -1,10 +1,12 @@
 // pybind11 module flexkernels._C. Loading it also registers the native ops and their CPU kernels (ops/).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -34,25 +36,33 @@ void check(bool ok, const std::string& message) {
   if (!ok) throw py::value_error(message);
 }
 
-void check_lengths(const char* name, const Int32s& lengths) {
+void check_lengths(const std::string& name, const Int32s& lengths) {
   const int32_t* end = lengths.data() + lengths.size();
   const int32_t* bad = std::find_if(lengths.data(), end, [](int32_t length) { return length < 0; });
-  if (bad != end) throw py::value_error(std::string(name) + " must not be negative, got " + std::to_string(*bad));
+  if (bad != end) throw py::value_error(name + " must not be negative, got " + std::to_string(*bad));
 }
 
-void check_frame_offsets(const Int32s& offsets, py::ssize_t frames) {
+using Lengths = std::tuple<Int32s, Int32s, Int32s>;  // frame_offsets, prefix_len, suffix_len
+
+plan::Side checked_side(const std::string& of, const Lengths& lengths) {
+  const auto& [offsets, prefix, suffix] = lengths;
+  check(prefix.size() == suffix.size(), of + " prefix_len and suffix_len must be of equal length, got " +
+                                            std::to_string(prefix.size()) + " and " + std::to_string(suffix.size()));
   const py::ssize_t last = offsets.size() - 1;
-  check(last >= 0 && offsets.data()[0] == 0 && offsets.data()[last] == frames,
-        "frame_offsets must run from 0 to the number of frames, " + std::to_string(frames));
-  check(std::is_sorted(offsets.data(), offsets.data() + last + 1), "frame_offsets must not fall");
+  check(last >= 0 && offsets.data()[0] == 0 && offsets.data()[last] == prefix.size(),
+        of + " frame_offsets must run from 0 to the number of frames, " + std::to_string(prefix.size()));
+  check(std::is_sorted(offsets.data(), offsets.data() + last + 1), of + " frame_offsets must not fall");
+  check_lengths(of + " prefix_len", prefix);
+  check_lengths(of + " suffix_len", suffix);
+  return {offsets.data(), prefix.data(), suffix.data()};
 }
 
-plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k) {
+plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k, bool transposed) {
   check(mask >= plan::kFull && mask <= plan::kFrameCausalPrefix, "mask must be 0 to 3, got " + std::to_string(mask));
   check(cross.size() == 4, "cross must have 4 entries, got " + std::to_string(cross.size()));
   check(block_q >= 0 && block_k >= 0,
         "block_q and block_k must not be negative, got " + std::to_string(block_q) + " and " + std::to_string(block_k));
-  plan::Spec spec{mask, {}, block_q, block_k};
+  plan::Spec spec{mask, {}, block_q, block_k, transposed};
   for (int i = 0; i < 4; ++i) {
     const int32_t rule = cross.data()[i];
     check(rule >= plan::kNone && rule <= (i == 3 ? plan::kRankCausal : plan::kAll),
@@ -71,19 +81,16 @@ py::array as_array(std::vector<int32_t> values, py::ssize_t width) {
   return py::array_t<int32_t>({rows, width}, owned->data(), owner);
 }
 
-py::tuple make_plan(const Int32s& frame_offsets, const Int32s& prefix_len, const Int32s& suffix_len, int mask,
-                    const Int32s& cross, int32_t block_q, int32_t block_k) {
-  check(prefix_len.size() == suffix_len.size(), "prefix_len and suffix_len must be of equal length, got " +
-                                                    std::to_string(prefix_len.size()) + " and " +
-                                                    std::to_string(suffix_len.size()));
-  check_frame_offsets(frame_offsets, prefix_len.size());
-  check_lengths("prefix_len", prefix_len);
-  check_lengths("suffix_len", suffix_len);
-  const plan::Spec spec = checked_spec(mask, cross, block_q, block_k);
-  plan::Plan made =
-      plan::make(frame_offsets.data(), frame_offsets.size() - 1, prefix_len.data(), suffix_len.data(), spec);
-  return py::make_tuple(as_array(std::move(made.q_tiles), 4), as_array(std::move(made.k_ptr), 1),
-                        as_array(std::move(made.k_tiles), 3));
+py::tuple make_plan(const Lengths& queries, const Lengths& keys, int mask, const Int32s& cross, int32_t block_q,
+                    int32_t block_k, bool transposed) {
+  const plan::Side q = checked_side("queries", queries), k = checked_side("keys", keys);
+  const py::ssize_t batch = std::get<0>(queries).size() - 1;
+  check(std::get<0>(keys).size() - 1 == batch, "keys must have as many sequences as queries, got " +
+                                                   std::to_string(std::get<0>(keys).size() - 1) + " and " +
+                                                   std::to_string(batch));
+  plan::Plan made = plan::make(q, k, batch, checked_spec(mask, cross, block_q, block_k, transposed));
+  return py::make_tuple(as_array(std::move(made.tiles), 4), as_array(std::move(made.ptr), 1),
+                        as_array(std::move(made.runs), 3));
 }
 
 }  // namespace
@@ -93,12 +100,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, ISA levels and CUDA architectures of this build (dict)");
   m.def(
       "cpu_capability", [] { return flexkernels::capability_name(flexkernels::cpu_capability()); },
-      "ISA level in use: 'avx512_bf16', 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY names no level");
-  m.def("plan", &make_plan, py::arg("frame_offsets"), py::arg("prefix_len"), py::arg("suffix_len"), py::arg("mask"),
-        py::arg("cross"), py::arg("block_q"), py::arg("block_k"), R"(Tile schedule of a packed layout.
+      "ISA level in use: 'avx512_bf16', 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY "
+      "names no level");
+  m.def("plan", &make_plan, py::arg("queries"), py::arg("keys"), py::arg("mask"), py::arg("cross"), py::arg("block_q"),
+        py::arg("block_k"), py::arg("transposed"), R"(Tile schedule of a packed layout.
 
-frame_offsets int32 [B + 1], prefix_len and suffix_len int32 [F], cross int32 [4]; mask 0 full, 1 causal,
-2 frame_causal, 3 frame_causal_prefix; a block of 0 gives one tile per frame part.
-Returns q_tiles int32 [n, 4] (sequence, first row, end row, 0), k_ptr int32 [n + 1] and
-k_tiles int32 [m, 3] (first key, end key, 1 if every row sees every key). ValueError for input out of range.)");
+queries, keys: (frame_offsets int32 [B + 1], prefix_len int32 [F], suffix_len int32 [F]); cross int32 [4]; mask 0 full,
+1 causal, 2 frame_causal, 3 frame_causal_prefix; a block of 0 gives one tile per frame part.
+Returns tiles int32 [n, 4] (sequence, first row, end row, number of full runs), ptr int32 [n + 1] and runs int32 [m, 3]
+(first, end, 1 if every query sees every key), a tile's full runs first. Tiles are of queries and runs of keys, or the
+other way round when transposed. ValueError for input out of range.)");
 }

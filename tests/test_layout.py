@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from flexkernels import SequenceLayout, _native
-from flexkernels.layout import CROSS_FRAME, MASKS, plan_ref
+from flexkernels.layout import CROSS_FRAME, MASKS, TilePlan, plan_ref
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 lengths = st.integers(0, 5)
-batches = st.lists(st.lists(st.tuples(lengths, lengths), max_size=4), max_size=4)
+sequences = st.lists(st.tuples(lengths, lengths), max_size=4)
+batches = st.lists(sequences, max_size=4)
 
 
 @st.composite
@@ -25,19 +26,22 @@ def layouts(draw):
         for name in CROSS_FRAME:
             values = ("full", "none", "causal") if name == "register_to_register" else ("full", "none")
             cross[name] = draw(st.sampled_from(values))
-    return SequenceLayout(draw(batches), mask, cross), cross
+    frames = draw(batches)
+    keys = [draw(sequences) for _ in frames] if draw(st.booleans()) else None
+    return SequenceLayout(frames, mask, cross, key_frames=keys), cross
 
 
 def sees(layout, cross, q, k):
     """The definitions, token by token."""
-    if layout.sequence[q] != layout.sequence[k]:
+    sequence, t = int(layout.sequence[q]), layout.tensors
+    if not t.cu_seqlens_k[sequence] <= k < t.cu_seqlens_k[sequence + 1]:
         return False
-    frame_q, frame_k = int(layout.frame[q]), int(layout.frame[k])
-    rank_q, rank_k = int(layout.rank[q]), int(layout.rank[k])
+    frame_q, frame_k = int(t.frame[q]), int(t.frame_k[k])
+    rank_q, rank_k = int(t.rank[q]), int(t.rank_k[k])
     if layout.mask == "full":
         return True
     if layout.mask == "causal":
-        return k <= q
+        return t.cu_seqlens_k[sequence + 1] - k >= t.cu_seqlens[sequence + 1] - q
     if layout.mask == "frame_causal":
         return frame_k <= frame_q
     if frame_q == frame_k:
@@ -54,9 +58,9 @@ def sees(layout, cross, q, k):
 def test_visible_is_the_definition(case):
     layout, cross = case
     dense = layout.visible()
-    assert dense.shape == (layout.total, layout.total)
+    assert dense.shape == (layout.total, layout.total_k)
     for q in range(layout.total):
-        for k in range(layout.total):
+        for k in range(layout.total_k):
             assert bool(dense[q, k]) == sees(layout, cross, q, k), (q, k)
 
 
@@ -75,19 +79,22 @@ def test_metadata():
     assert SequenceLayout([], "full").total == 0
 
 
-def check_plan(layout, plan, block_q, block_k):
-    """Every seen pair lies in exactly one tile, no tile sees nothing, and the full flag is exact."""
-    dense, covered = layout.visible().numpy(), np.zeros((layout.total,) * 2, dtype=int)
-    rows = np.zeros(layout.total, dtype=int)
-    for i, (sequence, q0, q1, _) in enumerate(plan.q_tiles):
-        rows[q0:q1] += 1
-        assert (layout.sequence[q0:q1] == sequence).all()
-        assert q1 > q0 and (block_q == 0 or q1 - q0 <= block_q)
-        for k0, k1, full in plan.k_tiles[plan.k_ptr[i] : plan.k_ptr[i + 1]]:
-            assert k1 > k0 and (block_k == 0 or k1 - k0 <= block_k)
-            assert dense[q0:q1, k0:k1].any()
-            assert bool(full) == bool(dense[q0:q1, k0:k1].all())
-            covered[q0:q1, k0:k1] += 1
+def check_plan(dense, sequence, plan, block_row, block_column):
+    """Every seen pair lies in exactly one run, no tile of a run sees nothing, flags and counts are exact."""
+    covered, rows = np.zeros(dense.shape, dtype=int), np.zeros(len(dense), dtype=int)
+    for i, (owner, r0, r1, full_runs) in enumerate(plan.tiles):
+        rows[r0:r1] += 1
+        assert (sequence[r0:r1] == owner).all()
+        assert r1 > r0 and (block_row == 0 or r1 - r0 <= block_row)
+        runs = plan.runs[plan.ptr[i] : plan.ptr[i + 1]]
+        assert runs[:, 2].tolist() == [1] * full_runs + [0] * (len(runs) - full_runs)
+        for c0, c1, full in runs:
+            assert c1 > c0
+            for c in range(c0, c1, block_column or c1 - c0):
+                part = dense[r0:r1, c : min(c + block_column, c1) if block_column else c1]
+                assert part.any()
+                assert full == part.all() or (block_column == 0 and not full)
+            covered[r0:r1, c0:c1] += 1
     assert (rows == 1).all()
     assert covered.max(initial=0) <= 1
     assert not (dense & (covered == 0)).any()
@@ -95,28 +102,52 @@ def check_plan(layout, plan, block_q, block_k):
 
 @pytest.mark.parametrize("planner", ["native", "reference"])
 @settings(max_examples=80, deadline=None)
-@given(case=layouts(), block_q=st.sampled_from([0, 1, 3, 4]), block_k=st.sampled_from([0, 1, 2, 5]))
-def test_plan(planner, case, block_q, block_k):
+@given(
+    case=layouts(), block_q=st.sampled_from([0, 1, 3, 4]), block_k=st.sampled_from([0, 1, 2, 5]),
+    transposed=st.booleans(),
+)  # fmt: skip
+def test_plan(planner, case, block_q, block_k, transposed):
     layout, _ = case
     if planner == "native":
         if _native.C is None:
             pytest.skip(f"no C++ planner: {_native.cpu_unavailable}")
-        plan = layout.plan(block_q, block_k)
+        plan = layout.plan(block_q, block_k, transposed)
     else:
-        arrays = (layout.frame_offsets, layout.prefix_len, layout.suffix_len)
-        made = plan_ref(*arrays, MASKS.index(layout.mask), np.array(layout.cross), block_q, block_k)
-        plan = type(layout.plan(block_q, block_k))(*made)
-    check_plan(layout, plan, block_q, block_k)
+        mask, cross = MASKS.index(layout.mask), np.array(layout.cross)
+        sides = (layout.queries.lengths, layout.keys.lengths)
+        plan = TilePlan(*plan_ref(*sides, mask, cross, block_q, block_k, transposed))
+    dense = layout.visible().numpy()
+    if transposed:
+        check_plan(dense.T, layout.keys.sequence().numpy(), plan, block_k, block_q)
+    else:
+        check_plan(dense, layout.sequence.numpy(), plan, block_q, block_k)
 
 
-def test_planner_visits_few_tiles_beyond_the_needed():
-    """The released encoder and decoder shapes, 128 x 128 tiles: visited area over seen area, in tiles."""
-    for mask, limit in (("frame_causal_prefix", 1.15), ("frame_causal", 1.0)):
-        layout = SequenceLayout([[(256, 256)] * 5], mask)
-        plan = layout.plan(128, 128)
-        spans = np.repeat(plan.q_tiles[:, 2] - plan.q_tiles[:, 1], np.diff(plan.k_ptr))
-        visited = int((spans * (plan.k_tiles[:, 1] - plan.k_tiles[:, 0])).sum())
-        assert visited <= limit * int(layout.visible().sum())
+def tiles_of(plan, block_row, block_column):
+    """The tiles that a plan visits."""
+    spans = plan.runs[:, 1] - plan.runs[:, 0]
+    return int(-(-spans // block_column).sum())
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("frames", [(256, 256), (256, 33)], ids=["full", "collapsed"])
+@pytest.mark.parametrize("mask", ["frame_causal_prefix", "frame_causal"])
+def test_planner_visits_few_tiles_beyond_the_needed(mask, frames, block):
+    """The released encoder and decoder shapes: tiles visited over tiles in which anything is seen."""
+    layout = SequenceLayout([[frames] * 5], mask)
+    dense, tiles = layout.visible().numpy(), range(0, layout.total, block)
+    needed = sum(bool(dense[i : i + block, j : j + block].any()) for i in tiles for j in tiles)
+    assert tiles_of(layout.plan(block, block), block, block) <= 1.15 * needed
+    assert tiles_of(layout.plan(block, block, transposed=True), block, block) <= 1.15 * needed
+
+
+def test_a_layout_is_made_once():
+    frames = [[(4, 3)] * 2, [(1, 1)]]
+    first = SequenceLayout.cached(frames, "frame_causal")
+    assert SequenceLayout.cached([list(s) for s in frames], "frame_causal", device="cpu") is first
+    assert SequenceLayout.cached(frames, "frame_causal_prefix") is not first
+    switched = SequenceLayout.cached(frames, "frame_causal_prefix", {"prefix_to_register": "none"})
+    assert switched.cross == (1, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +163,11 @@ def test_planner_visits_few_tiles_beyond_the_needed():
 def test_wrong_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         SequenceLayout(*arguments)
+
+
+def test_wrong_number_of_key_sequences():
+    with pytest.raises(ValueError, match="key_frames must have 1 sequences like frames, got 2"):
+        SequenceLayout([[(1, 1)]], "full", key_frames=[[(1, 1)], []])
 
 
 def test_wrong_tile_size():

@@ -323,24 +323,30 @@ FULL, CAUSAL, FRAME_CAUSAL, FRAME_CAUSAL_PREFIX = range(4)
 NONE, ALL, RANK_CAUSAL = range(3)
 
 
-def plan(sequences, mask, cross, block_q, block_k):
+def side(sequences):
     frames = [frame for sequence in sequences for frame in sequence]
     offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
-    prefix = np.array([p for p, _ in frames], dtype=np.int32)
-    suffix = np.array([s for _, s in frames], dtype=np.int32)
-    return _native.C.plan(offsets, prefix, suffix, mask, np.array(cross, dtype=np.int32), block_q, block_k)
+    return offsets, *(np.array([frame[part] for frame in frames], dtype=np.int32) for part in (0, 1))
 
 
-def dense_mask(frames, mask, cross):
-    """Bool [tokens, tokens] of one sequence, straight from the definitions."""
-    tokens = [(f, rank) for f, (p, s) in enumerate(frames) for rank in [-1] * p + list(range(s))]
+def plan(queries, keys, mask, cross, block_q, block_k, transposed=False):
+    cross = np.array(cross, dtype=np.int32)
+    return _native.C.plan(side(queries), side(keys), mask, cross, block_q, block_k, transposed)
+
+
+def dense_mask(queries, keys, mask, cross):
+    """Bool [queries, keys] of one sequence, straight from the definitions."""
+    q_tokens, k_tokens = (
+        [(f, rank) for f, (p, s) in enumerate(frames) for rank in [-1] * p + list(range(s))]
+        for frames in (queries, keys)
+    )
 
     def visible(i, j):
-        (f_q, r_q), (f_k, r_k) = tokens[i], tokens[j]
+        (f_q, r_q), (f_k, r_k) = q_tokens[i], k_tokens[j]
         if mask == FULL:
             return True
         if mask == CAUSAL:
-            return j <= i
+            return len(k_tokens) - j >= len(q_tokens) - i
         if mask == FRAME_CAUSAL or f_k > f_q:
             return f_k <= f_q
         if f_k == f_q:
@@ -348,8 +354,8 @@ def dense_mask(frames, mask, cross):
         rule = cross[2 * (r_q >= 0) + (r_k >= 0)]
         return rule == ALL or (rule == RANK_CAUSAL and r_k <= r_q)
 
-    n = len(tokens)
-    return np.array([[visible(i, j) for j in range(n)] for i in range(n)], dtype=bool).reshape(n, n)
+    rows = [[visible(i, j) for j in range(len(k_tokens))] for i in range(len(q_tokens))]
+    return np.array(rows, dtype=bool).reshape(len(q_tokens), len(k_tokens))
 
 
 def tile_bounds(frames, block):
@@ -360,19 +366,29 @@ def tile_bounds(frames, block):
     return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
 
 
-def brute_force_plan(sequences, mask, cross, block_q, block_k):
-    q_tiles, k_ptr, k_tiles, start = [], [0], [], 0
-    for b, frames in enumerate(sequences):
-        dense = dense_mask(frames, mask, cross)
-        for q0, q1 in tile_bounds(frames, block_q):
-            for k0, k1 in tile_bounds(frames, block_k):
-                part = dense[q0:q1, k0:k1]
+def brute_force_plan(queries, keys, mask, cross, block_q, block_k, transposed):
+    tiles, ptr, runs, starts = [], [0], [], [0, 0]
+    for b, frames in enumerate(zip(queries, keys, strict=True)):
+        dense = dense_mask(*frames, mask, cross)
+        bounds = [tile_bounds(frames[0], block_q), tile_bounds(frames[1], block_k)]
+        at = list(starts)
+        starts = [starts[0] + dense.shape[0], starts[1] + dense.shape[1]]
+        if transposed:
+            dense, bounds, at = dense.T, bounds[::-1], at[::-1]
+        for r0, r1 in bounds[0]:
+            found = {1: [], 0: []}
+            for c0, c1 in bounds[1]:
+                part = dense[r0:r1, c0:c1]
                 if part.any():
-                    k_tiles.append([start + k0, start + k1, int(part.all())])
-            q_tiles.append([b, start + q0, start + q1, 0])
-            k_ptr.append(len(k_tiles))
-        start += len(dense)
-    return q_tiles, k_ptr, k_tiles
+                    same = found[int(part.all())]
+                    if same and same[-1][1] == at[1] + c0:
+                        same[-1][1] = at[1] + c1
+                    else:
+                        same.append([at[1] + c0, at[1] + c1])
+            tiles.append([b, at[0] + r0, at[0] + r1, len(found[1])])
+            runs += [[*run, full] for full in (1, 0) for run in found[full]]
+            ptr.append(len(runs))
+    return tiles, ptr, runs
 
 
 frame_lengths = st.tuples(st.integers(0, 7), st.integers(0, 7))
@@ -380,35 +396,40 @@ sequence_frames = st.lists(frame_lengths, max_size=4)
 rules = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1), st.integers(0, 2))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
-    sequences=st.lists(sequence_frames, max_size=3).flatmap(
-        lambda found: st.lists(st.sampled_from(found or [[]]), max_size=5)
+    pairs=st.lists(st.tuples(sequence_frames, sequence_frames), max_size=3).flatmap(
+        lambda found: st.lists(st.sampled_from(found or [([], [])]), max_size=5)
     ),
+    self_attention=st.booleans(),
     mask=st.integers(0, 3),
-    cross=rules,
+    cross=st.sampled_from([(1, 1, 1, 1)]) | rules,
     block_q=st.sampled_from([0, 1, 3, 4, 8]),
     block_k=st.sampled_from([0, 1, 3, 4, 8]),
+    transposed=st.booleans(),
 )
-def test_plan_equals_the_dense_mask(sequences, mask, cross, block_q, block_k):
-    got = plan(sequences, mask, cross, block_q, block_k)
-    for array, want in zip(got, brute_force_plan(sequences, mask, cross, block_q, block_k), strict=True):
-        assert array.dtype == np.int32 and array.tolist() == want
+def test_plan_equals_the_dense_mask(pairs, self_attention, mask, cross, block_q, block_k, transposed):
+    queries = [q for q, _ in pairs]
+    keys = queries if self_attention else [k for _, k in pairs]
+    got = plan(queries, keys, mask, cross, block_q, block_k, transposed)
+    want = brute_force_plan(queries, keys, mask, cross, block_q, block_k, transposed)
+    for array, expected in zip(got, want, strict=True):
+        assert array.dtype == np.int32 and array.tolist() == expected
 
 
 def test_plan_shapes_without_tokens():
     for sequences in ([], [[]], [[(0, 0)], []]):
-        shapes = [array.shape for array in plan(sequences, FULL, [1] * 4, 128, 128)]
+        shapes = [array.shape for array in plan(sequences, sequences, FULL, [1] * 4, 128, 128)]
         assert shapes == [(0, 4), (1,), (0, 3)]
 
 
 def test_plan_copies_a_run_of_identical_sequences():
     frames = [[(256, 256)] * 5]
     for mask in range(4):
-        q_tiles, _, k_tiles = plan(frames * 64, mask, [1] * 4, 128, 128)
-        _, one_ptr, one_k = plan(frames, mask, [1] * 4, 128, 128)
-        assert len(q_tiles) == 64 * 20 and len(k_tiles) == 64 * one_ptr[-1]
-        assert np.array_equal(k_tiles[-len(one_k) :] - one_k, [[63 * 2560, 63 * 2560, 0]] * len(one_k))
+        tiles, _, runs = plan(frames * 64, frames * 64, mask, [1] * 4, 128, 128)
+        _, one_ptr, one = plan(frames, frames, mask, [1] * 4, 128, 128)
+        assert len(tiles) == 64 * 20 and len(runs) == 64 * one_ptr[-1]
+        assert np.array_equal(runs[-len(one) :] - one, [[63 * 2560, 63 * 2560, 0]] * len(one))
 
 
 @pytest.mark.parametrize(
@@ -428,7 +449,18 @@ def test_plan_copies_a_run_of_identical_sequences():
 )
 def test_plan_refuses(change, error, message):
     pair = np.array([1, 1], np.int32)
-    call = dict(offsets=np.array([0, 2], np.int32), prefix=pair, suffix=pair, mask=0, cross=np.ones(4, np.int32))
-    call |= dict(block_q=8, block_k=8) | change
+    lengths = dict(offsets=np.array([0, 2], np.int32), prefix=pair, suffix=pair)
+    good = tuple(lengths.values())
+    call = dict(mask=0, cross=np.ones(4, np.int32), block_q=8, block_k=8)
+    bad = tuple((lengths | {k: v for k, v in change.items() if k in lengths}).values())
+    call |= {k: v for k, v in change.items() if k in call}
     with pytest.raises(error, match=message):
-        _native.C.plan(*call.values())
+        _native.C.plan(bad, bad if bad[1] is bad[2] else good, *call.values(), False)
+    if "prefix" in change or "suffix" in change or "offsets" in change:
+        with pytest.raises(error, match=message):
+            _native.C.plan(good, bad, *call.values(), True)
+
+
+def test_plan_refuses_another_number_of_key_sequences():
+    with pytest.raises(ValueError, match="as many sequences as queries, got 2 and 1"):
+        plan([[(1, 1)]], [[(1, 1)], []], FULL, [1] * 4, 8, 8)
