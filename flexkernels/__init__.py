@@ -5,6 +5,7 @@ from .flow import APG, CFG, flow_step, flow_step_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
+from .varlen import flash_attn_varlen_func
 from .version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "attention_ref",
     "available_backends",
     "backend",
+    "flash_attn_varlen_func",
     "flow_step",
     "flow_step_ref",
     "fsq_dequantize",

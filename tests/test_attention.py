@@ -120,6 +120,34 @@ def test_rows_beyond_the_layout_are_zero(backend):
         assert torch.isfinite(x.grad).all()
 
 
+# a batch of queries, and of other keys: more, fewer, none, and frames that the queries do not have
+KEYS = [[(5, 6), (3, 1), (2, 2)], [(4, 4)], [(9, 3)], [], [(4, 3)] * 3, [(8, 8)] * 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_cross_attention(backend, mask):
+    """Keys of other lengths: output, lse and gradients against float64; a row without keys is zero."""
+    layout = SequenceLayout(FRAMES, *MASKS[mask], key_frames=KEYS)
+    q, grad = torch.randn(2, layout.total, 4, 32)
+    k, v = torch.randn(2, layout.total_k + 3, 2, 32)
+    weight = torch.randn(len(k))
+
+    def run(function, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, lse = function(*leaves, layout, key_log_weight=weight, return_lse=True)
+        out.backward(grad.to(out.dtype))
+        return out.detach(), lse.detach(), *(x.grad for x in leaves)
+
+    with flexkernels.backend(backend):
+        got = run(attention, q, k, v)
+    want = run(attention_ref, q.double(), k.double(), v.double())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w.float(), rtol=1e-5, atol=1e-5)
+    unseen = ~layout.visible().any(1)
+    assert (got[0][unseen] == 0).all() and (got[1][unseen] == -torch.inf).all() and unseen.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_views_and_repeatability(backend):
     q, k, v, layout = make("frame_causal_prefix")
@@ -172,21 +200,24 @@ def test_one_tensor_as_q_k_and_v():
 def test_opcheck():
     q, k, v, layout = make("frame_causal_prefix", frames=[[(2, 3), (1, 2)]], heads=2, kv_heads=2, head_dim=8)
     q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-    for weight, lse in ((None, False), (torch.randn(len(q)), True)):
-        arguments = (q, k, v, layout.cu_seqlens, layout.frame, layout.rank, weight, 3, list(layout.cross), 0.5, lse)
+    for weight in (None, torch.randn(len(q))):
+        arguments = (q, k, v, list(layout.tensors), weight, 3, list(layout.cross), 0.5)
         torch.library.opcheck(torch.ops.flexkernels.attention.default, arguments)
+    out, lse = torch.ops.flexkernels.attention(*(x.detach() for x in (q, k, v)), *arguments[3:])
+    plain = [x.detach() for x in (out, q, k, v, out, lse)]
+    torch.library.opcheck(torch.ops.flexkernels.attention_backward.default, (*plain, *arguments[3:]))
 
 
 def test_compile_without_recompiling_for_new_lengths():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter, dynamic=True)
-    def run(q, k, v, cu_seqlens, frame, rank):
-        return torch.ops.flexkernels.attention(q, k, v, cu_seqlens, frame, rank, None, 2, [1, 1, 1, 1], 0.2, False)[0]
+    def run(q, k, v, layout):
+        return torch.ops.flexkernels.attention(q, k, v, layout, None, 2, [1, 1, 1, 1], 0.2)[0]
 
     for frames in ([[(4, 3)] * 2], [[(5, 3)] * 3, [(2, 2)] * 2], [[(9, 1)], [(3, 3)], [(2, 8)]]):
         q, k, v, layout = make(frames=frames)
-        got = run(q, k, v, layout.cu_seqlens, layout.frame, layout.rank)
+        got = run(q, k, v, list(layout.tensors))
         torch.testing.assert_close(got, attention(q, k, v, layout, softmax_scale=0.2))
     assert counter.frame_count <= 2
 
@@ -208,7 +239,8 @@ WRONG = {
     "float64": (lambda q, k, v, layout: (q.double(), k, v, layout), TypeError, "q must be float32"),
     "mixed dtypes": (lambda q, k, v, layout: (q, k.half(), v, layout), TypeError, "like q"),
     "two dimensions": (lambda q, k, v, layout: (q[0], k, v, layout), ValueError, "q must have 3 dimensions"),
-    "fewer keys": (lambda q, k, v, layout: (q, k[1:], v[1:], layout), ValueError, "k must have"),
+    "fewer keys": (lambda q, k, v, layout: (q, k[1:], v[1:], layout), ValueError, "k must have at least the layout's"),
+    "other head_dim": (lambda q, k, v, layout: (q, k[..., 1:], v[..., 1:], layout), ValueError, "k must have head_dim"),
     "other v": (lambda q, k, v, layout: (q, k, v[:, :1], layout), ValueError, "v must have the shape"),
     "head counts": (lambda q, k, v, layout: (q, k[:, :2], v[:, :2], layout), ValueError, "multiple of k's 2 heads"),
     "longer layout": (lambda q, k, v, layout: (q[1:], k[1:], v[1:], layout), ValueError, "at least the layout's"),
