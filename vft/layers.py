@@ -1,13 +1,11 @@
-"""The layers of the tokenizer, over packed sequences: everything is ``[tokens, width]``, no padding, no batch axis.
-
-A packed batch holds, sample by sample and frame by frame, the frame's patches and then its registers.
-"""
+"""The layers of the tokenizer, over packed sequences: everything is ``[tokens, width]``, no padding, no batch axis."""
 
 from __future__ import annotations
 
 import math
 import operator
-from functools import lru_cache, reduce
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,69 +14,13 @@ from torch import nn
 import flexkernels
 
 from .config import PosEmb, TokenizerConfig, Trunk
+from .packing import Member, Packing, packing
 
 EPS = 1e-5
+# prepared hidden widths are multiples of this
+MLP_ALIGNMENT = 64
 # initial scale of positions and registers: near that of embedded patches, so that short training tells places apart
 POSITION_STD = 0.4
-
-
-def layer_norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the last axis without parameters, in float32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.layer_norm(x.to(dtype), x.shape[-1:], eps=EPS).to(x.dtype)
-
-
-class Packing:
-    """Where the tokens of a ragged batch lie. ``grids`` are (frames, rows, columns) in patches, one per sample."""
-
-    def __init__(self, grids: tuple[tuple[int, int, int], ...], registers: int, trunk: Trunk, device) -> None:
-        self.grids, self.registers = grids, registers
-        self.patches = [t * h * w for t, h, w in grids]
-        frames = [[(h * w, registers)] * t for t, h, w in grids]
-        self.layout = flexkernels.SequenceLayout(frames, trunk.mask, dict(trunk.cross_frame or ()), device)
-        # neighbouring samples with equally large frames form one run: (frames, patches a frame)
-        self.runs: list[tuple[int, int]] = []
-        for t, h, w in grids:
-            if self.runs and self.runs[-1][1] == h * w:
-                self.runs[-1] = (self.runs[-1][0] + t, h * w)
-            else:
-                self.runs.append((t, h * w))
-
-    def join(self, patches: torch.Tensor, registers: torch.Tensor) -> torch.Tensor:
-        """patches ``[sum T*P, width]`` and registers ``[sum T*N, width]`` -> packed ``[total, width]``."""
-        width, n, pieces, p0, r0 = patches.shape[-1], self.registers, [], 0, 0
-        for t, p in self.runs:
-            frame_patches = patches[p0 : p0 + t * p].view(t, p, width)
-            frame_registers = registers[r0 : r0 + t * n].view(t, n, width)
-            pieces.append(torch.cat([frame_patches, frame_registers], 1).view(-1, width))
-            p0, r0 = p0 + t * p, r0 + t * n
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-    def part(self, x: torch.Tensor, registers: bool) -> torch.Tensor:
-        """The registers ``[sum T*N, width]`` or the patches ``[sum T*P, width]`` of a packed sequence."""
-        pieces, start = [], 0
-        for t, p in self.runs:
-            frames = x[start : start + t * (p + self.registers)].view(t, p + self.registers, -1)
-            pieces.append((frames[:, p:] if registers else frames[:, :p]).reshape(-1, x.shape[-1]))
-            start += t * (p + self.registers)
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-    def expand(self, table: torch.Tensor) -> torch.Tensor:
-        """Modulation rows ``[samples or 1, 2, width]`` (for patches, for registers) -> one row a token."""
-        if len(table) == 1:
-            runs = [(1, t, p) for t, p in self.runs]
-        elif len(self.runs) == 1 and len({t for t, _, _ in self.grids}) == 1:
-            runs = [(len(self.grids), self.grids[0][0], self.runs[0][1])]
-        else:
-            runs = [(1, t, h * w) for t, h, w in self.grids]
-        pieces, row = [], 0
-        for samples, t, p in runs:
-            rows = table[row : row + samples]
-            patch, register = rows[:, None, :1], rows[:, None, 1:]
-            frames = torch.cat([patch.expand(samples, t, p, -1), register.expand(samples, t, self.registers, -1)], 2)
-            pieces.append(frames.reshape(-1, table.shape[-1]))
-            row += samples if len(table) > 1 else 0
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
@@ -123,7 +65,55 @@ class PositionTable(nn.Module):
         return out.reshape(-1, self.table.shape[2])
 
 
-class Attention(nn.Module):
+class Merged(nn.Module):
+    """A module whose linear layers' weights can lie side by side in one tensor, so that one product serves them all.
+
+    :meth:`prepare` moves weights that need no gradient into that tensor, once; the layers' own weights become views of
+    it, so nothing is held twice and names stay. Without it the weights are joined at each call, with their gradients.
+    """
+
+    _joined: dict[str, torch.Tensor] | None = None
+
+    def _join(self) -> dict[str, torch.Tensor | None]:
+        raise NotImplementedError
+
+    def _adopt(self, joined: dict[str, torch.Tensor | None]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        if self._joined is None and not next(self.parameters()).requires_grad:
+            joined = self._join()
+            self._adopt(joined)
+            self._joined = joined
+
+    def joined(self) -> dict[str, torch.Tensor | None]:
+        if self._joined is None or next(self.parameters()).requires_grad:
+            return self._join()
+        return self._joined
+
+    def _apply(self, fn, recurse=True):
+        # moving or casting gives every weight a place of its own
+        self._joined = None
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._joined = None
+
+
+def _cat(tensors) -> torch.Tensor | None:
+    return None if tensors[0] is None else torch.cat(tensors)
+
+
+def _take_views(whole: torch.Tensor | None, linears, name: str, starts) -> None:
+    if whole is not None:
+        for linear, start in zip(linears, starts, strict=True):
+            parameter = getattr(linear, name)
+            parameter.data = whole[start : start + len(parameter)]
+
+
+class Attention(Merged):
     """Self-attention with LayerNorm on q and k and softmax scale 8 / head_dim."""
 
     def __init__(self, trunk: Trunk) -> None:
@@ -134,15 +124,26 @@ class Attention(nn.Module):
         self.wv = nn.Linear(trunk.width, trunk.width, bias=trunk.qkv_bias)
         self.proj = nn.Linear(trunk.width, trunk.width, bias=trunk.proj_bias)
 
-    def forward(self, x: torch.Tensor, layout: flexkernels.SequenceLayout) -> torch.Tensor:
-        q, k, v = (w(x).unflatten(-1, (self.heads, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = layer_norm(q), layer_norm(k)
-        out = flexkernels.attention(q, k, v, layout, softmax_scale=8 / self.head_dim)
+    def _join(self):
+        linears = (self.wq, self.wk, self.wv)
+        return {"weight": _cat([x.weight for x in linears]), "bias": _cat([x.bias for x in linears])}
+
+    def _adopt(self, joined):
+        width = self.wq.out_features
+        for name, whole in joined.items():
+            _take_views(whole, (self.wq, self.wk, self.wv), name, (0, width, 2 * width))
+
+    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        qkv = F.linear(x, **self.joined())
+        q, k, v = flexkernels.qk_norm(qkv, self.heads, norm="layer", eps=EPS)
+        out = flexkernels.attention(
+            q, k, v, packing.layout, softmax_scale=8 / self.head_dim, key_log_weight=packing.key_log_weight
+        )
         return self.proj(out.flatten(-2))
 
 
-class GatedMLP(nn.Module):
-    """fc2(silu(fc1 x) * fc3 x)."""
+class GatedMLP(Merged):
+    """fc2(silu(fc1 x) * fc3 x); prepared, the hidden width is padded with zeros to a multiple of MLP_ALIGNMENT."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
@@ -150,8 +151,26 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(trunk.mlp_width, trunk.width, bias=trunk.mlp_bias)
         self.fc3 = nn.Linear(trunk.width, trunk.mlp_width, bias=trunk.mlp_bias)
 
+    def _join(self):
+        # silu(0) * 0 = 0: hidden units of zero weight add nothing
+        extra = -self.fc1.out_features % MLP_ALIGNMENT
+        pad = lambda x: None if x is None else F.pad(x, (0, 0, 0, extra) if x.dim() == 2 else (0, extra))  # noqa: E731
+        return {
+            "weight": torch.cat([pad(self.fc1.weight), pad(self.fc3.weight)]),
+            "bias": _cat([pad(self.fc1.bias), pad(self.fc3.bias)]),
+            "weight_out": F.pad(self.fc2.weight, (0, extra)),
+        }
+
+    def _adopt(self, joined):
+        half = len(joined["weight"]) // 2
+        for name in ("weight", "bias"):
+            _take_views(joined[name], (self.fc1, self.fc3), name, (0, half))
+        self.fc2.weight.data = joined["weight_out"][:, : self.fc2.in_features]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        joined = self.joined()
+        hidden = flexkernels.swiglu(F.linear(x, joined["weight"], joined["bias"]))
+        return F.linear(hidden, joined["weight_out"], self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -162,14 +181,38 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(trunk), GatedMLP(trunk)
         self.adaLN_modulation = _modulation(trunk.width, 2 * 6 * trunk.width) if conditioned else None
 
-    def forward(self, x: torch.Tensor, packing: Packing, temb: torch.Tensor | None = None) -> torch.Tensor:
-        if self.adaLN_modulation is None:
-            x = x + self.attn(layer_norm(x), packing.layout)
-            return x + self.mlp(layer_norm(x))
-        table = self.adaLN_modulation(temb).unflatten(-1, (2, -1))
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = packing.expand(table).chunk(6, -1)
-        x = x + gate_attn * self.attn(layer_norm(x) * (1 + scale_attn) + shift_attn, packing.layout)
-        return x + gate_mlp * self.mlp(layer_norm(x) * (1 + scale_mlp) + shift_mlp)
+
+class Modulation(NamedTuple):
+    """What adaLN adds; the rows of patches and of registers take turns.
+
+    blocks: ``[depth, 2 * times, 6 * width]``, gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp.
+    head: ``[2 * times, 2 * width]``, shift and scale.
+    """
+
+    blocks: torch.Tensor
+    head: torch.Tensor
+
+
+def run_blocks(blocks, x: torch.Tensor, packing: Packing, modulation: Modulation | None = None) -> torch.Tensor:
+    """The normalised (and modulated) input of the head, ``[total, width]``.
+
+    Gate, residual and the next branch's norm are one kernel, so each norm is computed where the branch before it ends.
+    """
+    if modulation is None:
+        gates, norms, segment = [None] * (2 * len(blocks)), [(None, None)] * (2 * len(blocks) + 1), None
+    else:
+        gates, norms = [], []
+        for table in modulation.blocks:
+            gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = table.chunk(6, -1)
+            gates += [gate_attn, gate_mlp]
+            norms += [(shift_attn, scale_attn), (shift_mlp, scale_mlp)]
+        norms.append(modulation.head.chunk(2, -1))
+        segment = packing.segment(len(modulation.head) // 2)
+    h = flexkernels.adaln_norm(x, *norms[0], segment, eps=EPS)
+    for i, block in enumerate(blocks):
+        for j, branch in ((2 * i, lambda h, b=block: b.attn(h, packing)), (2 * i + 1, block.mlp)):
+            x, h = flexkernels.gated_residual_adaln_norm(x, branch(h), gates[j], *norms[j + 1], segment, eps=EPS)
+    return h
 
 
 def _modulation(width: int, outputs: int) -> nn.Sequential:
@@ -207,13 +250,14 @@ class Encoder(nn.Module):
     def forward(self, latents: list[torch.Tensor]) -> torch.Tensor:
         """List of ``[C, T, H, W]`` -> ``[sum T*N, len(levels)]``, the values before quantisation."""
         config = self.config
-        packing = packing_of(latents, config, config.encoder)
-        x = embed_patches(latents, self.patch_embed, self.patch_posemb, packing, config)
-        registers = torch.cat([self.registers[:t].flatten(0, 1) for t, _, _ in packing.grids]).to(x.dtype)
-        x = packing.join(x, registers)
-        for block in self.blocks:
-            x = block(x, packing)
-        return self.head(layer_norm(packing.part(x, registers=True)))
+        grids = grids_of(latents, config)
+        members = tuple(Member(i, config.registers) for i in range(len(grids)))
+        packed = packing(grids, members, config.registers, (), config.encoder, False, latents[0].device)
+        patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids, config)
+        registers = torch.cat([self.registers[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
+        x = torch.cat([patches, registers]).index_select(0, packed.order)
+        h = run_blocks(self.blocks, x, packed)
+        return self.head(h.index_select(0, packed.register_at))
 
 
 class TimeEmbedding(nn.Sequential):
@@ -255,70 +299,58 @@ class Decoder(nn.Module):
         for layer in (self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, latents, t, codes, keep, prefix_frames, null) -> list[torch.Tensor]:
+    def forward(self, latents, t, codes, keep, prefix_frames, null, collapse: bool = True) -> list[torch.Tensor]:
         """The velocity at time t.
 
         latents: list of noised ``[C, T, H, W]``; t ``[samples or 1]`` in [0, 1]; codes ``[sum T*N, D]``; keep and
         prefix_frames: ints, one a sample; null: bools, one a sample (true: unconditional).
         """
+        members = tuple(map(Member, range(len(latents)), keep, prefix_frames, null))
+        packed = self.packing(latents, members, collapse)
+        return self.velocity(latents, self.embed_registers(codes, packed), self.modulation(t), packed)
+
+    def packing(self, latents, members: tuple[Member, ...], collapse: bool) -> Packing:
         config = self.config
-        packing = packing_of(latents, config, config.decoder)
-        patches = embed_patches(latents, self.patch_embed, self.patch_posemb, packing, config)
-        x = packing.join(patches, self.embed_registers(codes, packing, keep, prefix_frames, null))
-        temb = self.time_embed(t)
-        for block in self.blocks:
-            x = block(x, packing, temb)
-        x = packing.part(x, registers=False)
-        shift, scale = self._head_rows(temb, packing)
-        x = self.head(layer_norm(x) * (1 + scale) + shift)
-        pieces = x.split(packing.patches)
-        return [unpatchify(p, g, config.patch) for p, g in zip(pieces, packing.grids, strict=True)]
+        grids = grids_of(latents, config)
+        arguments = (config.registers, config.register_ops, config.decoder, collapse, latents[0].device)
+        return packing(grids, members, *arguments)
 
-    def _head_rows(self, temb: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.head_modulation(F.silu(temb))
-        if len(rows) > 1:
-            counts = torch.tensor(packing.patches, device=rows.device)
-            rows = rows.repeat_interleave(counts, 0, output_size=sum(packing.patches))
-        shift, scale = rows.chunk(2, -1)
-        return shift, scale
+    def velocity(self, latents, registers: torch.Tensor, modulation: Modulation, packed: Packing) -> list[torch.Tensor]:
+        """List of ``[C, T, H, W]``, one a sequence of the packing; registers as :meth:`embed_registers` gives them."""
+        config = self.config
+        patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids_of(latents, config), config)
+        x = torch.cat([patches, registers]).index_select(0, packed.order)
+        h = run_blocks(self.blocks, x, packed, modulation)
+        pieces = self.head(h.index_select(0, packed.patch_at)).split(packed.patches)
+        return [unpatchify(p, g, config.patch) for p, g in zip(pieces, packed.grids, strict=True)]
 
-    def embed_registers(self, codes, packing: Packing, keep, prefix_frames, null) -> torch.Tensor:
-        """codes ``[sum T*N, D]`` -> ``[sum T*N, width]`` with the config's order of embedding and masking."""
-        n = packing.registers
+    def modulation(self, t: torch.Tensor) -> Modulation:
+        """What adaLN adds at the times t ``[times]``, all blocks at once."""
+        temb = F.silu(self.time_embed(t))
+        blocks = [block.adaLN_modulation[1](temb).view(2 * len(t), -1) for block in self.blocks]
+        return Modulation(torch.stack(blocks), self.head_modulation(temb).repeat_interleave(2, 0))
+
+    def embed_registers(self, codes: torch.Tensor, packed: Packing) -> torch.Tensor:
+        """codes ``[sum T*N, D]`` of all samples -> ``[R, width]``, the registers of a packing in its order."""
         x = self.code_embed(codes)
-        frames = [t for t, _, _ in packing.grids]
-        rows = lambda values: torch.tensor(values, device=x.device).repeat_interleave(  # noqa: E731
-            torch.tensor([t * n for t in frames], device=x.device), output_size=sum(frames) * n
-        )
-        for op in self.config.register_ops:
-            if op == "posemb":
-                x = x + torch.cat([self.register_posemb((t, n)) for t in frames]).to(x.dtype)
-            elif op == "keep" and any(k < n for k in keep):
-                index = torch.arange(n, device=x.device).repeat(sum(frames))
-                x = torch.where((index < rows(keep))[:, None], x, self.mask_token.to(x.dtype))
-            elif op == "prefix" and any(prefix_frames):
-                index = torch.cat([torch.arange(t, device=x.device).repeat_interleave(n) for t in frames])
-                x = torch.where((index >= rows(prefix_frames))[:, None], x, self.prefix_token.to(x.dtype))
-            elif op == "null" and any(null):
-                x = torch.where(rows(null)[:, None], self.null_token.to(x.dtype), x)
-        return x
+        absent = x.new_zeros(x.shape[1])
+        tokens = [t if t is not None else absent for t in (self.mask_token, self.prefix_token, self.null_token)]
+        x = torch.cat([x, torch.stack(tokens).to(x.dtype)]).index_select(0, packed.register_base)
+        if self.register_posemb is None:
+            return x
+        positions = self.register_posemb((packed.frames, self.config.registers)).to(x.dtype)
+        return x + torch.cat([positions, absent[None]]).index_select(0, packed.register_position)
 
 
-def packing_of(latents: list[torch.Tensor], config: TokenizerConfig, trunk: Trunk) -> Packing:
-    """The packing of these latents, built once per set of shapes."""
-    grids = tuple(tuple(n // p for n, p in zip(x.shape[1:], config.patch, strict=True)) for x in latents)
-    return _packing(grids, config.registers, trunk, latents[0].device)
+def grids_of(latents: list[torch.Tensor], config: TokenizerConfig) -> tuple[tuple[int, int, int], ...]:
+    """(frames, rows, columns) in patches of each sample."""
+    return tuple(tuple(n // p for n, p in zip(x.shape[1:], config.patch, strict=True)) for x in latents)
 
 
-@lru_cache(maxsize=64)
-def _packing(grids, registers: int, trunk: Trunk, device: torch.device) -> Packing:
-    return Packing(grids, registers, trunk, device)
-
-
-def embed_patches(latents, linear, posemb, packing: Packing, config: TokenizerConfig) -> torch.Tensor:
+def embed_patches(latents, linear, posemb, grids, config: TokenizerConfig) -> torch.Tensor:
     """List of ``[C, T, H, W]`` -> ``[sum T*P, width]`` with positions added."""
     x = linear(torch.cat([patchify(z, config.patch) for z in latents]).to(linear.weight.dtype))
     if posemb is None:
         return x
-    tables = {g: posemb(g) for g in set(packing.grids)}
-    return x + torch.cat([tables[g] for g in packing.grids]).to(x.dtype)
+    tables = {g: posemb(g) for g in set(grids)}
+    return x + torch.cat([tables[g] for g in grids]).to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from flexkernels import APG, CFG
 
 from . import checkpoint
 from .config import TokenizerConfig, parse_config
-from .layers import Decoder, Encoder
-from .solver import sample, schedule
+from .layers import Decoder, Encoder, Merged
+from .modulation import ModulationTable
+from .packing import Member
+from .solver import evaluations, sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, preprocess, read_video
@@ -91,7 +94,7 @@ class Tokenizer(nn.Module):
         positional tables cover, or non-finite values.
         """
         latents = self._check_latents("latents", latents)
-        _, ids = flexkernels.fsq_quantize(self.encoder(latents), self.config.levels, codes=False)
+        _, ids = flexkernels.fsq_quantize(self.prepare().encoder(latents), self.config.levels, codes=False)
         sizes = [x.shape[1] * self.registers for x in latents]
         return [i.view(-1, self.registers) for i in ids.split(sizes)]
 
@@ -104,6 +107,8 @@ class Tokenizer(nn.Module):
         keep: int | Sequence[int] | None = None,
         unconditional: bool | Sequence[bool] = False,
         prefix_frames: int | Sequence[int] = 0,
+        *,
+        collapse: bool = True,
     ) -> list[torch.Tensor]:
         """The decoder's velocity of latents x at time t (1: noise, 0: clean), list of ``[C, T, H, W]`` in x's dtype.
 
@@ -113,6 +118,7 @@ class Tokenizer(nn.Module):
             keep: registers used of each frame, 0 to N (default N): one int, or one a sample.
             unconditional: drop all registers for the learned null token; one bool, or one a sample.
             prefix_frames: number of first latent frames given as clean conditioning, whose registers are masked.
+            collapse: compute registers that must stay identical once (exact; where the model allows it).
         """
         x = self._check_latents("x", x)
         codes, keep = self._check_ids(ids, keep, x)
@@ -121,19 +127,23 @@ class Tokenizer(nn.Module):
         if not 0 <= t <= 1:
             raise ValueError(f"t must be between 0 and 1, got {t}")
         self._check_register_ops(keep, prefix, null, x)
-        return self._velocity(x, t, codes, keep, null, prefix)
-
-    def _velocity(self, x, t: float, codes, keep, null, prefix) -> list[torch.Tensor]:
         time = torch.full((1,), t, device=self.device)
-        out = self.decoder(x, time, codes, keep, prefix, null)
+        out = self.prepare().decoder(x, time, codes, keep, prefix, null, collapse)
         return [v.to(z.dtype) for v, z in zip(out, x, strict=True)]
+
+    def prepare(self) -> Tokenizer:
+        """Joins the weights that one product serves (q, k, v; the gated MLP's two), in place, once, at first use."""
+        for module in self.modules():
+            if isinstance(module, Merged):
+                module.prepare()
+        return self
 
     @torch.no_grad()
     def decode_latents(
         self,
         ids: Sequence[torch.Tensor],
         keep: int | Sequence[int] | None = None,
-        steps: int | None = None,
+        steps: int | Sequence[float] | None = None,
         guidance: CFG | APG | str | None = DEFAULT,
         solver: str = "euler",
         noise: Sequence[torch.Tensor] | None = None,
@@ -141,6 +151,8 @@ class Tokenizer(nn.Module):
         compat: Sequence[str] = (),
         *,
         prefix_mode: str = "clean",
+        shift: float = 1.0,
+        collapse: bool = True,
         grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
@@ -149,10 +161,14 @@ class Tokenizer(nn.Module):
 
         Args:
             ids, keep: as in :meth:`velocity`.
-            steps, guidance, solver: see :func:`vft.solver.sample`; by default what the checkpoint states, else the
-                published 40 Euler steps with APG.
+            steps, shift: the schedule, see :func:`vft.solver.schedule`; by default as many uniform steps as the
+                checkpoint states, else the published 40.
+            guidance: None, CFG or APG, by default what the checkpoint states, else the published APG; its scale may be
+                a function of t, such as :func:`vft.solver.interval`.
+            solver: one of :data:`vft.solver.SOLVERS`.
             noise: list of ``[C, T, H, W]``; by default drawn on the CPU from ``seed`` in the shape ``grid``.
             prefix: clean latents ``[C, k, H, W]`` of each sample's first k frames, k >= 1.
+            collapse: as in :meth:`velocity`.
             grid: latent height and width where no noise is given, one pair or one a sample; default the working size.
 
         Returns:
@@ -166,21 +182,34 @@ class Tokenizer(nn.Module):
         codes, keep = self._check_ids(ids, keep, noise)
         prefix = self._check_prefix(prefix, noise)
         count, frames = len(noise), [0] * len(noise) if prefix is None else [p.shape[1] for p in prefix]
-        guided = guidance is not None
-        self._check_register_ops(keep, frames, [guided] * count, noise)
-
-        def velocity(x, t, guided):
-            x = [z.to(self.encoder.registers.dtype) for z in x]
-            if not guided:
-                return self._velocity(x, t, codes, keep, [False] * count, frames), None
-            null = [False] * count + [True] * count
-            both = self._velocity(x * 2, t, codes.repeat(2, 1), keep * 2, null, frames * 2)
-            return both[:count], both[count:]
-
+        self._check_register_ops(keep, frames, [guidance is not None] * count, noise)
+        plan = evaluations(solver, schedule(steps, shift))
+        velocity = self._guided_velocity(noise, plan, codes, keep, frames, collapse)
         return sample(
-            velocity, noise, steps=steps, guidance=guidance, solver=solver, prefix=prefix, prefix_mode=prefix_mode,
-            compat=compat, progress=progress,
+            velocity, noise, plan, guidance=guidance, prefix=prefix, prefix_mode=prefix_mode, compat=compat,
+            progress=progress,
         )  # fmt: skip
+
+    def _guided_velocity(self, shaped, plan, codes, keep, frames, collapse: bool):
+        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once."""
+        decoder, count = self.prepare().decoder, len(shaped)
+        dtype = self.encoder.registers.dtype
+        table = ModulationTable(decoder, [evaluation.t for evaluation in plan])
+
+        @cache
+        def packed(guided: bool):
+            conditional = tuple(Member(i, keep[i], frames[i]) for i in range(count))
+            null = tuple(m._replace(null=True) for m in conditional) if guided else ()
+            made = decoder.packing(shaped, conditional + null, collapse)
+            return made, decoder.embed_registers(codes, made)
+
+        def velocity(x, i, guided):
+            made, registers = packed(guided)
+            out = decoder.velocity([z.to(dtype) for z in x], registers, table[i], made)
+            out = [v.float() for v in out]
+            return out[:count], out[count:] if guided else None
+
+        return velocity
 
     @torch.no_grad()
     def encode(
