@@ -1,7 +1,7 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
 from .attention import attention, attention_ref
-from .flow import APG, CFG, flow_step, flow_step_ref
+from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
@@ -20,6 +20,9 @@ __all__ = [
     "flash_attn_varlen_func",
     "flow_step",
     "flow_step_ref",
+    "flow_update",
+    "flow_update_",
+    "flow_update_ref",
     "fsq_dequantize",
     "fsq_dequantize_ref",
     "fsq_quantize",

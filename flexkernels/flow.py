@@ -1,14 +1,15 @@
-"""One guided step of a flow ODE in one kernel: `flow_step`, its reference, and the guidance settings `CFG` and `APG`.
+"""Guided updates of a flow ODE in one kernel: `flow_update`, its Euler case `flow_step`, and the guidances CFG and APG.
 
 Per row (one channel of one sample), with d = v_cond - v_uncond + momentum * buffer:
-    CFG: v = v_uncond + scale * (v_cond - v_uncond)
+    CFG: v = v_uncond + scale * (v_cond - v_uncond), then v *= rescale * std(v_cond) / std(v) + 1 - rescale
     APG: v = v_cond + (scale - 1) * (d_orth + eta * d_par), d first shortened to `threshold`, d_par along v_cond
-and then x_next = x + dt * v, with the conditioning prefix written over the first elements of the row.
+and then x_next = sum a_i x_i + b * v + sum past_b_j past_j, with the conditioning prefix written over the first
+elements of the row. `solvers` has the coefficients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,23 +22,34 @@ from .flow_math import (
     Numbers,
     Rows,
     Tensors,
+    combine,
     direction,
     flatten,
     prefix_target,
     prefix_values,
-    step_backward,
+    update_backward,
     velocity,
 )
+
+# the most states and the most past velocities that one update takes
+MAX_TERMS = 4
 
 
 @dataclass(frozen=True)
 class CFG:
-    """Classifier-free guidance (arXiv 2207.12598). `scale` is a number, 1 for none, or a function of the time t."""
+    """Classifier-free guidance (arXiv 2207.12598).
+
+    scale: guidance strength, 1 for none; a number or a function of the time t. rescale: how far, 0 to 1, the standard
+    deviation of the velocity in a row is drawn back to that of v_cond (arXiv 2305.08891, section 3.4).
+    """
 
     scale: float | Callable[[float], float]
+    rescale: float = 0.0
 
     def __post_init__(self):
         _check_scale(self.scale)
+        if checks.at_least("CFG rescale", self.rescale, 0) > 1:
+            checks.reject("CFG rescale", "be at most 1", self.rescale)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,125 @@ def _check_scale(scale):
         checks.finite("guidance scale", scale)
 
 
+def flow_update(
+    x: Sequence[torch.Tensor],
+    a: Sequence[float],
+    v_cond: torch.Tensor,
+    v_uncond: torch.Tensor | None = None,
+    *,
+    b: float,
+    past: Sequence[torch.Tensor] = (),
+    past_b: Sequence[float] = (),
+    guidance: CFG | APG | None = None,
+    momentum_buffer: torch.Tensor | None = None,
+    row_offsets: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    prefix_offsets: torch.Tensor | None = None,
+    prefix_noise: torch.Tensor | None = None,
+    prefix_time: float = 0.0,
+    return_velocity: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """sum a_i x_i + b * v + sum past_b_j past_j with the guided velocity v, in one pass over memory.
+
+    x: 1 to 4 states of one shape and dtype: [B, C, ...] float32, bfloat16 or float16, whose B * C rows are guided each
+        by itself; or flat [total] with row_offsets int64 [rows + 1], row r being elements row_offsets[r] ..
+        row_offsets[r + 1] (ragged batches).
+    a: a number for each state. b: that of v. past_b: those of the past velocities.
+    v_cond, v_uncond: velocities like x, in one of those dtypes; v_uncond only with guidance, which needs it.
+    past: at most 4 guided velocities of earlier evaluations, float32 like x.
+    guidance: None, CFG or APG with a number as scale (resolve a function of t before).
+    momentum_buffer: float32 like x, the buffer that the update before returned; None means zeros.
+    prefix: float32 conditioning values. [B, C, ...], overwriting the first elements of each row, or flat with
+        prefix_offsets int64 [rows + 1]. They become (1 - prefix_time) * prefix + prefix_time * prefix_noise, or
+        plain prefix where no prefix_noise (float32, like prefix) is given.
+
+    Returns x_next in x's shape and dtype, and the momentum buffer for the next update (float32, x's shape) when
+    guidance is APG with a momentum, else None; with return_velocity also v (float32, x's shape), which the prefix does
+    not touch. Differentiable in every float tensor. Arithmetic is in float32. States but the first and past velocities
+    whose number is 0 are not read. Empty rows are left out; an empty x gives empty results.
+    torch.compile takes the numbers as constants: a new b, scale or prefix_time compiles anew, new sizes do not.
+    Raises TypeError or ValueError for wrong dtypes, shapes, devices or numbers. Offsets are checked on the CPU;
+    elsewhere that would wait for the device and is done under FLEXKERNELS_CHECK=1 alone, and offsets out of order
+    leave elements of the results unwritten.
+    Source: arXiv 2410.02416, algorithm 1, with norms per channel as in VideoFlexTok (arXiv 2604.12887).
+    """
+    tensors = _gather(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise, past)
+    numbers = _check_numbers(tensors, a, b, past_b, guidance, prefix_time)
+    rows = _check_update(tensors, numbers, checks.FLOATS, (torch.float32,))
+    tensors, numbers = _without_zeros(tensors, numbers)
+    op = _update_op if _needs_gradient(tensors) else _update_inference_op
+    x_next, momentum_next, v = op(*tensors, rows, *numbers, return_velocity)
+    return _results(x_next, momentum_next, v, numbers, return_velocity)
+
+
+def flow_update_(
+    x: Sequence[torch.Tensor],
+    a: Sequence[float],
+    v_cond: torch.Tensor,
+    v_uncond: torch.Tensor | None = None,
+    *,
+    b: float,
+    past: Sequence[torch.Tensor] = (),
+    past_b: Sequence[float] = (),
+    guidance: CFG | APG | None = None,
+    momentum_buffer: torch.Tensor | None = None,
+    row_offsets: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    prefix_offsets: torch.Tensor | None = None,
+    prefix_noise: torch.Tensor | None = None,
+    prefix_time: float = 0.0,
+    return_velocity: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """`flow_update` that writes x_next into x[0], which must be contiguous and share no memory with the other tensors.
+
+    Same arguments, results (the first is x[0]) and errors; not differentiable: ValueError where x[0] needs a gradient.
+    """
+    tensors = _gather(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise, past)
+    numbers = _check_numbers(tensors, a, b, past_b, guidance, prefix_time)
+    rows = _check_update(tensors, numbers, checks.FLOATS, (torch.float32,))
+    tensors, numbers = _without_zeros(tensors, numbers)
+    if not tensors.x.is_contiguous():
+        checks.reject("x[0]", "be contiguous to be written in place", f"strides {tensors.x.stride()}")
+    if _needs_gradient(tensors):
+        checks.reject("x, v_cond and the others", "need no gradient in place", "requires_grad=True")
+    momentum_next, v = _update_inplace_op(*tensors, rows, *numbers, return_velocity)
+    return _results(tensors.x, momentum_next, v, numbers, return_velocity)
+
+
+def flow_update_ref(
+    x: Sequence[torch.Tensor],
+    a: Sequence[float],
+    v_cond: torch.Tensor,
+    v_uncond: torch.Tensor | None = None,
+    *,
+    b: float,
+    past: Sequence[torch.Tensor] = (),
+    past_b: Sequence[float] = (),
+    guidance: CFG | APG | None = None,
+    momentum_buffer: torch.Tensor | None = None,
+    row_offsets: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    prefix_offsets: torch.Tensor | None = None,
+    prefix_noise: torch.Tensor | None = None,
+    prefix_time: float = 0.0,
+    return_velocity: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """The specification of `flow_update` in plain, differentiable PyTorch; it takes float64 too and computes so."""
+    tensors = _gather(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise, past)
+    numbers = _check_numbers(tensors, a, b, past_b, guidance, prefix_time)
+    rows = _check_update(tensors, numbers, (*checks.FLOATS, torch.float64), (torch.float32, torch.float64))
+    like, wide = tensors.x, torch.float64 if torch.float64 in (tensors.x.dtype, v_cond.dtype) else torch.float32
+    flat, row = flatten(tensors, wide), Rows(rows, row_offsets, like)
+    v = velocity(flat, row, numbers)
+    out = combine(flat, numbers, v)
+    if prefix is not None:
+        out = out.index_copy(0, prefix_target(flat, row), prefix_values(flat, prefix_time))
+    x_next, v = out.view(like.shape).to(like.dtype), v.view(like.shape)
+    return _results(
+        x_next, direction(flat, numbers).view(like.shape) if numbers.momentum else None, v, numbers, return_velocity
+    )
+
+
 def flow_step(
     x: torch.Tensor,
     v_cond: torch.Tensor,
@@ -80,29 +211,25 @@ def flow_step(
     prefix_noise: torch.Tensor | None = None,
     prefix_time: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x + dt * v with the guided velocity v, in one pass over memory; differentiable in every float tensor.
+    """Euler's step x + dt * v with the guided velocity v: `flow_update` of one state, which explains the arguments.
 
-    x: [B, C, ...] float32, bfloat16 or float16, whose B * C rows are guided each by itself; or flat [total] with
-        row_offsets int64 [rows + 1], row r being elements row_offsets[r] .. row_offsets[r + 1] (ragged batches).
-    v_cond, v_uncond: velocities like x, in one of those dtypes; v_uncond only with guidance, which needs it.
-    dt: step in time, negative when time runs from noise (1) to clean (0).
-    guidance: None, CFG or APG with a number as scale (resolve a function of t before).
-    momentum_buffer: float32 like x, the buffer that the step before returned; None means zeros.
-    prefix: float32 conditioning values. [B, C, ...], overwriting the first elements of each row, or flat with
-        prefix_offsets int64 [rows + 1]. They become (1 - prefix_time) * prefix + prefix_time * prefix_noise, or
-        plain prefix where no prefix_noise (float32, like prefix) is given.
-
-    Returns x_next in x's shape and dtype, and the momentum buffer for the next step (float32, x's shape) when guidance
-    is APG with a momentum, else None. Arithmetic is in float32. Empty rows are left out; an empty x gives an empty x.
-    torch.compile takes the numbers as constants: a new dt, scale or prefix_time compiles anew, new sizes do not.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices or numbers. Offsets are checked on the CPU alone;
-    elsewhere that would wait for the device, and offsets out of order leave elements of the results unwritten.
-    Source: arXiv 2410.02416, algorithm 1, with norms per channel as in VideoFlexTok (arXiv 2604.12887).
+    x: one tensor. dt: step in time, negative when time runs from noise (1) to clean (0).
+    Returns x_next and the momentum buffer for the next step, or None without a momentum.
     """
-    tensors = Tensors(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise)
-    rows, numbers = _check_step(tensors, dt, guidance, prefix_time, checks.FLOATS, (torch.float32,))
-    x_next, momentum_next = _step_op(*tensors, rows, *numbers)
-    return x_next, momentum_next if numbers.momentum else None
+    return flow_update(
+        (x,),
+        (1.0,),
+        v_cond,
+        v_uncond,
+        b=checks.finite("dt", dt),
+        guidance=guidance,
+        momentum_buffer=momentum_buffer,
+        row_offsets=row_offsets,
+        prefix=prefix,
+        prefix_offsets=prefix_offsets,
+        prefix_noise=prefix_noise,
+        prefix_time=prefix_time,
+    )
 
 
 def flow_step_ref(
@@ -120,28 +247,52 @@ def flow_step_ref(
     prefix_time: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The specification of `flow_step` in plain, differentiable PyTorch; it takes float64 too and then computes so."""
-    tensors = Tensors(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise)
-    rows, numbers = _check_step(
-        tensors, dt, guidance, prefix_time, (*checks.FLOATS, torch.float64), (torch.float32, torch.float64)
+    return flow_update_ref(
+        (x,),
+        (1.0,),
+        v_cond,
+        v_uncond,
+        b=checks.finite("dt", dt),
+        guidance=guidance,
+        momentum_buffer=momentum_buffer,
+        row_offsets=row_offsets,
+        prefix=prefix,
+        prefix_offsets=prefix_offsets,
+        prefix_noise=prefix_noise,
+        prefix_time=prefix_time,
     )
-    flat = flatten(tensors, torch.float64 if torch.float64 in (x.dtype, v_cond.dtype) else torch.float32)
-    row = Rows(rows, row_offsets, x)
-    out = flat.x + dt * velocity(flat, row, numbers)
-    if prefix is not None:
-        out = out.index_copy(0, prefix_target(flat, row), prefix_values(flat, prefix_time))
-    return out.view(x.shape).to(x.dtype), direction(flat, numbers).view(x.shape) if numbers.momentum else None
 
 
 # validation
 
 
-def _check_step(tensors: Tensors, dt, guidance, prefix_time, floats, wide) -> tuple[int, Numbers]:
-    """Checks everything that shapes and dtypes tell; `floats` are the dtypes of x and v, `wide` those of the rest."""
+def _gather(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise, past) -> Tensors:
+    for name, value in (("x", x), ("past", past)):
+        if not isinstance(value, (list, tuple)):
+            checks.reject(name, "be a list or tuple of tensors", type(value).__name__, TypeError)
+    if not 1 <= len(x) <= MAX_TERMS:
+        checks.reject("x", f"hold 1 to {MAX_TERMS} tensors", len(x))
+    if len(past) > MAX_TERMS:
+        checks.reject("past", f"hold at most {MAX_TERMS} tensors", len(past))
+    one_each = (v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets, prefix_noise)
+    return Tensors(x[0], *one_each, list(x[1:]), list(past))
+
+
+def _check_update(tensors: Tensors, numbers: Numbers, floats, wide) -> int:
+    """Checks everything that shapes and dtypes tell; `floats` are the dtypes of x and v, `wide` those of the rest.
+
+    Returns the number of rows.
+    """
     x, v_cond, v_uncond = tensors[:3]
     checks.tensor("x", x, floats)
     checks.tensor("v_cond", v_cond, floats)
     checks.like("v_cond", v_cond, "x", x)
-    numbers = _check_guidance(dt, guidance, prefix_time)
+    for i, value in enumerate(tensors.more_x, 1):
+        checks.tensor(f"x[{i}]", value, (x.dtype,))
+        checks.like(f"x[{i}]", value, "x[0]", x)
+    for i, value in enumerate(tensors.past):
+        checks.tensor(f"past[{i}]", value, wide)
+        checks.like(f"past[{i}]", value, "x", x)
     if numbers.guidance == NO_GUIDANCE and v_uncond is not None:
         checks.reject("v_uncond", "be None without guidance", "a tensor")
     if numbers.guidance != NO_GUIDANCE:
@@ -154,16 +305,31 @@ def _check_step(tensors: Tensors, dt, guidance, prefix_time, floats, wide) -> tu
         checks.like("momentum_buffer", tensors.momentum_buffer, "x", x)
     rows = _check_rows(x, tensors.row_offsets)
     _check_prefix(tensors, rows, wide)
-    return rows, numbers
+    return rows
 
 
-def _check_guidance(dt, guidance, prefix_time) -> Numbers:
-    dt = checks.finite("dt", dt)
+def _check_numbers(tensors: Tensors, a, b, past_b, guidance, prefix_time) -> Numbers:
+    a = _check_weights("a", a, "x", 1 + len(tensors.more_x))
+    past_b = _check_weights("past_b", past_b, "past", len(tensors.past))
+    b = checks.finite("b", b)
     prefix_time = checks.at_least("prefix_time", prefix_time, 0)
     if prefix_time > 1:
         checks.reject("prefix_time", "be at most 1", prefix_time)
+    return Numbers(a, b, past_b, *_check_guidance(guidance), prefix_time)
+
+
+def _check_weights(name: str, weights, of: str, count: int) -> list[float]:
+    if not isinstance(weights, (list, tuple)):
+        checks.reject(name, "be a list or tuple of numbers", type(weights).__name__, TypeError)
+    if len(weights) != count:
+        checks.reject(name, f"have {count} entries, one for each of {of}", len(weights))
+    return [checks.finite(name, weight) for weight in weights]
+
+
+def _check_guidance(guidance) -> tuple[int, float, float, float, float, float]:
+    """kind, scale, threshold, eta, momentum, rescale."""
     if guidance is None:
-        return Numbers(dt, NO_GUIDANCE, 1.0, 0.0, 0.0, 0.0, prefix_time)
+        return NO_GUIDANCE, 1.0, 0.0, 0.0, 0.0, 0.0
     if not isinstance(guidance, (CFG, APG)):
         checks.reject("guidance", "be CFG, APG or None", type(guidance).__name__, TypeError)
     if callable(guidance.scale):
@@ -172,9 +338,19 @@ def _check_guidance(dt, guidance, prefix_time) -> Numbers:
         )
     scale = float(guidance.scale)
     if isinstance(guidance, CFG):
-        return Numbers(dt, GUIDANCE_CFG, scale, 0.0, 0.0, 0.0, prefix_time)
-    settings = float(guidance.threshold), float(guidance.eta), float(guidance.momentum)
-    return Numbers(dt, GUIDANCE_APG, scale, *settings, prefix_time)
+        return GUIDANCE_CFG, scale, 0.0, 0.0, 0.0, float(guidance.rescale)
+    return GUIDANCE_APG, scale, float(guidance.threshold), float(guidance.eta), float(guidance.momentum), 0.0
+
+
+def _without_zeros(tensors: Tensors, numbers: Numbers) -> tuple[Tensors, Numbers]:
+    """Leaves out the states behind the first and the past velocities whose number is 0: nothing reads them."""
+    if all(numbers.a[1:]) and all(numbers.past_b):
+        return tensors, numbers
+    states = [(x, weight) for x, weight in zip(tensors.more_x, numbers.a[1:], strict=True) if weight]
+    past = [(v, weight) for v, weight in zip(tensors.past, numbers.past_b, strict=True) if weight]
+    tensors = tensors._replace(more_x=[x for x, _ in states], past=[v for v, _ in past])
+    a, past_b = [numbers.a[0], *(weight for _, weight in states)], [weight for _, weight in past]
+    return tensors, numbers._replace(a=a, past_b=past_b)
 
 
 def _check_rows(x: torch.Tensor, row_offsets: torch.Tensor | None) -> int:
@@ -225,112 +401,165 @@ def _check_offsets(name: str, offsets: torch.Tensor, x: torch.Tensor):
 
 
 def _check_values(tensors: Tensors, rows: int):
-    """What only the numbers inside the offsets tell; on the CPU alone, where looking costs no wait."""
+    """What only the numbers inside the offsets tell: on the CPU, elsewhere under FLEXKERNELS_CHECK=1."""
     x, prefix = tensors.x, tensors.prefix
-    if x.device.type != "cpu":
+    if (tensors.row_offsets is None and tensors.prefix_offsets is None) or not checks.values_are_checked(x):
         return
     if tensors.row_offsets is not None:
-        checks.offsets("row_offsets", tensors.row_offsets, x.numel())
+        checks.offsets("row_offsets", tensors.row_offsets.cpu(), x.numel())
     if tensors.prefix_offsets is not None:
-        checks.offsets("prefix_offsets", tensors.prefix_offsets, prefix.numel())
+        checks.offsets("prefix_offsets", tensors.prefix_offsets.cpu(), prefix.numel())
         if bool((tensors.prefix_offsets.diff() > Rows(rows, tensors.row_offsets, x).starts.diff()).any()):
             checks.reject("prefix_offsets", "give no row more than its elements", tensors.prefix_offsets.tolist())
 
 
-# the op
+# the ops
 
 
-def _step_impl(*args):
-    tensors, rows, numbers = _split(args)
-    x_next, momentum_next = _step_fake(*args)
+def _needs_gradient(tensors: Tensors) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    every = (*tensors[:8], *tensors.more_x, *tensors.past)
+    return any(value is not None and value.requires_grad for value in every)
+
+
+def _results(x_next, momentum_next, v, numbers: Numbers, return_velocity: bool):
+    results = x_next, momentum_next if numbers.momentum else None
+    return (*results, v) if return_velocity else results
+
+
+def _update_impl(*args):
+    x_next, momentum_next, v = _update_fake(*args)
+    _update(args, x_next, momentum_next, v)
+    return x_next, momentum_next, v
+
+
+def _update_inplace_impl(*args):
+    _, momentum_next, v = _update_fake(*args)
+    _update(args, args[0], momentum_next, v)
+    return momentum_next, v
+
+
+def _update_inplace_fake(*args):
+    return _update_fake(*args)[1:]
+
+
+def _update(args, x_next, momentum_next, v):
+    """Fills x_next, which may be x, and the other two where they are asked for."""
+    tensors, rows, numbers, return_velocity = _split(args)
     _check_values(tensors, rows)
     if x_next.numel() == 0:
-        return x_next, momentum_next
-    flat = Tensors(*(None if value is None else value.contiguous().view(-1) for value in tensors))
+        return
+    flat = _contiguous(tensors)
     if flat.prefix is not None and flat.prefix_offsets is None:
         flat = flat._replace(prefix_offsets=Rows(rows, None, flat.prefix).starts)
+    momentum_next = momentum_next.view(-1) if numbers.momentum else None
     library.launch(
-        "flow_step", *flat, rows, *numbers, x_next.view(-1), momentum_next.view(-1) if numbers.momentum else None
+        "flow_update", *flat, rows, *numbers, x_next.view(-1), momentum_next, v.view(-1) if return_velocity else None
     )
-    return x_next, momentum_next
 
 
-def _step_fake(*args):
-    tensors, _, numbers = _split(args)
-    x_next = tensors.x.new_empty(tensors.x.shape)
+def _contiguous(tensors: Tensors) -> Tensors:
+    """Flat and contiguous."""
+    one_each = (None if value is None else value.contiguous().view(-1) for value in tensors[:8])
+    return Tensors(*one_each, *([value.contiguous().view(-1) for value in several] for several in tensors[8:]))
+
+
+def _update_fake(*args):
+    tensors, _, numbers, return_velocity = _split(args)
+    x = tensors.x
     # a result that does not exist is an empty tensor: an op cannot return None
-    return x_next, tensors.x.new_empty(tensors.x.shape if numbers.momentum else (0,), dtype=torch.float32)
+    momentum_next = x.new_empty(x.shape if numbers.momentum else (0,), dtype=torch.float32)
+    v = x.new_empty(x.shape if return_velocity else (0,), dtype=torch.float32)
+    return x.new_empty(x.shape), momentum_next, v
 
 
-def _split(args) -> tuple[Tensors, int, Numbers]:
-    """The op's arguments as Tensors, the number of rows, Numbers."""
-    count = len(Tensors._fields)
-    return Tensors(*args[:count]), args[count], Numbers(*args[count + 1 : count + 1 + len(Numbers._fields)])
+_TENSORS, _NUMBERS = len(Tensors._fields), len(Numbers._fields)
 
 
-def _step_setup(ctx, inputs, output):
-    tensors, ctx.rows, ctx.numbers = _split(inputs)
-    ctx.x_dtype = tensors.x.dtype
-    # x_next is linear in x, so x itself is not kept
-    ctx.save_for_backward(*tensors[1:])
+def _split(args) -> tuple[Tensors, int, Numbers, bool]:
+    """The op's arguments as Tensors, the number of rows, Numbers, return_velocity."""
+    end = _TENSORS + 1 + _NUMBERS
+    return Tensors._make(args[:_TENSORS]), args[_TENSORS], Numbers._make(args[_TENSORS + 1 : end]), args[end]
+
+
+def _update_setup(ctx, inputs, output):
+    tensors, ctx.rows, ctx.numbers, ctx.return_velocity = _split(inputs)
+    ctx.x_dtype, ctx.state_dtypes = tensors.x.dtype, [value.dtype for value in tensors.more_x]
+    # x_next is linear in the states and the past velocities, so they are not kept
+    ctx.save_for_backward(*tensors[1:8])
     ctx.set_materialize_grads(False)
-    if not ctx.numbers.momentum:
-        ctx.mark_non_differentiable(output[1])
+    unused = [output[1]] * (not ctx.numbers.momentum) + [output[2]] * (not ctx.return_velocity)
+    ctx.mark_non_differentiable(*unused)
 
 
-def _step_backward(ctx, grad_x_next, grad_momentum_next):
+def _update_backward(ctx, grad_x_next, grad_momentum_next, grad_velocity):
     saved = Tensors(None, *ctx.saved_tensors)
+    shape, numbers = saved.v_cond.shape, ctx.numbers
     flat, row = flatten(saved, torch.float32), Rows(ctx.rows, saved.row_offsets, saved.v_cond)
     grad_x_next = torch.zeros_like(flat.v_cond) if grad_x_next is None else grad_x_next.reshape(-1).float()
     if grad_momentum_next is not None:
-        grad_momentum_next = grad_momentum_next.reshape(-1) if ctx.numbers.momentum else None
-    grads = step_backward(flat, row, ctx.numbers, grad_x_next, grad_momentum_next)
-    grad_x = grads.x.view(saved.v_cond.shape).to(ctx.x_dtype)
-    rest = (None if g is None else g.view(t.shape).to(t.dtype) for g, t in zip(grads[1:], saved[1:], strict=True))
-    return grad_x, *rest, None, *[None] * len(Numbers._fields)
+        grad_momentum_next = grad_momentum_next.reshape(-1) if numbers.momentum else None
+    if grad_velocity is not None:
+        grad_velocity = grad_velocity.reshape(-1) if ctx.return_velocity else None
+    grads = update_backward(flat, row, numbers, grad_x_next, grad_momentum_next, grad_velocity)
+    states = [g.view(shape).to(ctx.x_dtype) for g in (grads.x, *grads.more_x)]
+    rest = (None if g is None else g.view(t.shape).to(t.dtype) for g, t in zip(grads[1:8], saved[1:8], strict=True))
+    past = [g.view(shape) for g in grads.past]
+    # autograd takes an empty list of numbers for one of tensors
+    numbers = Numbers(*[None] * _NUMBERS)._replace(past_b=None if numbers.past_b else [])
+    return states[0], *rest, states[1:], past, None, *numbers, None
 
 
-_step_op = library.define(
-    "flow_step",
-    "(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, Tensor? prefix, "
-    "Tensor? prefix_offsets, Tensor? prefix_noise, SymInt rows, float dt, int guidance, float scale, "
-    "float threshold, float eta, float momentum, float prefix_time) -> (Tensor, Tensor)",
-    _step_impl,
-    _step_fake,
+_ARGUMENTS = (
+    "Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, Tensor? prefix, "
+    "Tensor? prefix_offsets, Tensor? prefix_noise, Tensor[] more_x, Tensor[] past, SymInt rows, float[] a, float b, "
+    "float[] past_b, int guidance, float scale, float threshold, float eta, float momentum, float rescale, "
+    "float prefix_time, bool return_velocity"
 )
-library.define_autograd("flow_step", _step_backward, _step_setup)
+_update_op = library.define(
+    "flow_update", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _update_impl, _update_fake
+)
+# without a gradient: asking every argument whether it needs one takes an op with autograd longer than a small update
+_update_inference_op = library.define(
+    "flow_update_inference", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _update_impl, _update_fake
+)
+_update_inplace_op = library.define(
+    "flow_update_", f"(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor, Tensor)", _update_inplace_impl, _update_inplace_fake
+)
+library.define_autograd("flow_update", _update_backward, _update_setup)
 
 
-# backends: each fills x_next and momentum_next (or None) from flat, contiguous tensors; a prefix comes with offsets
+# backends: each fills x_next, momentum_next and velocity (or None) from flat, contiguous tensors; x_next may be x; a
+# prefix comes with offsets
 
 
-def flow_step_reference(*args):
-    tensors, rows, numbers = _split(args)
-    x_next, momentum_next = args[-2:]
+def flow_update_reference(*args):
+    (x_next, momentum_next, v_out), (tensors, rows, numbers, _) = args[-3:], _split(args)
     flat, row = flatten(tensors, torch.float32), Rows(rows, tensors.row_offsets, x_next)
-    out = flat.x + numbers.dt * velocity(flat, row, numbers)
+    v = velocity(flat, row, numbers)
+    out = combine(flat, numbers, v)
     if flat.prefix is not None:
         out.index_copy_(0, prefix_target(flat, row), prefix_values(flat, numbers.prefix_time))
-    x_next.copy_(out)
     if momentum_next is not None:
         momentum_next.copy_(direction(flat, numbers))
+    if v_out is not None:
+        v_out.copy_(v)
+    x_next.copy_(out)
 
 
-def flow_step_native(*args):
-    tensors, rows, numbers = _split(args)
-    torch.ops.flexkernels_native.flow_step(
-        *tensors[:5], rows, *numbers[:-1], *tensors[5:], numbers.prefix_time, *args[-2:]
-    )
+def flow_update_native(*args):
+    torch.ops.flexkernels_native.flow_update(*args)
 
 
-def flow_step_triton(*args):
+def flow_update_triton(*args):
     from .triton import flow
 
-    tensors, rows, numbers = _split(args)
-    flow.flow_step_triton(tensors, rows, numbers, *args[-2:])
+    tensors, rows, numbers, _ = _split(args)
+    flow.flow_update_triton(tensors, rows, numbers, *args[-3:])
 
 
-library.register("flow_step", "reference", flow_step_reference)
-library.register("flow_step", "cpu", flow_step_native)
-library.register("flow_step", "triton", flow_step_triton)
-library.register("flow_step", "cuda", flow_step_native)
+library.register("flow_update", "reference", flow_update_reference)
+library.register("flow_update", "cpu", flow_update_native)
+library.register("flow_update", "triton", flow_update_triton)
+library.register("flow_update", "cuda", flow_update_native)

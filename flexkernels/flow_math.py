@@ -1,7 +1,8 @@
-"""The arithmetic of one guided flow step, forward and backward, in plain PyTorch on flat tensors."""
+"""The arithmetic of one guided flow update, forward and backward, in plain PyTorch on flat tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ SMALLEST_NORM = 1e-12
 
 
 class Tensors(NamedTuple):
-    """The tensors of one step, in the order of the op's schema."""
+    """The tensors of one update, in the order of the op's schema."""
 
     x: torch.Tensor
     v_cond: torch.Tensor
@@ -23,17 +24,22 @@ class Tensors(NamedTuple):
     prefix: torch.Tensor | None
     prefix_offsets: torch.Tensor | None
     prefix_noise: torch.Tensor | None
+    more_x: Sequence[torch.Tensor] = ()
+    past: Sequence[torch.Tensor] = ()
 
 
 class Numbers(NamedTuple):
-    """The Python numbers of one step, in the order of the op's schema."""
+    """The Python numbers of one update, in the order of the op's schema; `a` has one for x and for each of more_x."""
 
-    dt: float
+    a: Sequence[float]
+    b: float
+    past_b: Sequence[float]
     guidance: int
     scale: float
     threshold: float
     eta: float
     momentum: float
+    rescale: float
     prefix_time: float
 
 
@@ -70,6 +76,10 @@ class Rows:
         """[total] -> [rows]."""
         return self.sum(value.square()).sqrt()
 
+    def centred(self, value: torch.Tensor) -> torch.Tensor:
+        """[total], less the mean of its row."""
+        return value - self.spread(self.sum(value) / self.starts.diff())
+
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """[rows] -> [total]."""
         if self.offsets is None:
@@ -79,9 +89,14 @@ class Rows:
 
 def flatten(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """Every float tensor flat and in `dtype`; the offsets as they are."""
+
+    def flat(value):
+        if isinstance(value, (list, tuple)):
+            return [flat(each) for each in value]
+        return None if value is None else value.reshape(-1).to(dtype)
+
     offsets = (tensors.row_offsets, tensors.prefix_offsets)
-    flat = [None if value is None else value.reshape(-1).to(dtype) for value in tensors]
-    return Tensors(*flat)._replace(row_offsets=offsets[0], prefix_offsets=offsets[1])
+    return Tensors(*map(flat, tensors))._replace(row_offsets=offsets[0], prefix_offsets=offsets[1])
 
 
 def direction(flat: Tensors, numbers: Numbers) -> torch.Tensor:
@@ -98,13 +113,30 @@ def velocity(flat: Tensors, row: Rows, numbers: Numbers) -> torch.Tensor:
     if numbers.guidance == NO_GUIDANCE:
         return c
     if numbers.guidance == GUIDANCE_CFG:
-        return flat.v_uncond + numbers.scale * (c - flat.v_uncond)
+        v = flat.v_uncond + numbers.scale * (c - flat.v_uncond)
+        return row.spread(rescaling(row, c, v, numbers.rescale)) * v if numbers.rescale else v
     d = direction(flat, numbers)
     if numbers.threshold > 0:
         d = d * row.spread((numbers.threshold / row.norm(d)).clamp(max=1))
     unit = c / row.spread(row.norm(c).clamp(min=SMALLEST_NORM))
     d_par = row.spread(row.sum(d * unit)) * unit
     return c + (numbers.scale - 1) * ((d - d_par) + numbers.eta * d_par)
+
+
+def rescaling(row: Rows, c: torch.Tensor, v: torch.Tensor, rescale: float) -> torch.Tensor:
+    """[rows], the factor rescale * std(v_cond) / std(v) + 1 - rescale; 1 where v is constant in the row."""
+    square_c, square_v = (row.sum(row.centred(value).square()) for value in (c, v))
+    varies = square_v > 0
+    ratio = torch.where(varies, square_c / torch.where(varies, square_v, 1), 1).sqrt()
+    return rescale * ratio + 1 - rescale
+
+
+def combine(flat: Tensors, numbers: Numbers, v: torch.Tensor) -> torch.Tensor:
+    """x_next [total] before the prefix: sum a_i x_i + b v + sum past_b_j past_j."""
+    out = numbers.a[0] * flat.x + numbers.b * v
+    for weight, value in zip((*numbers.a[1:], *numbers.past_b), (*flat.more_x, *flat.past), strict=True):
+        out = out + weight * value
+    return out
 
 
 def prefix_target(flat: Tensors, row: Rows) -> torch.Tensor:
@@ -120,10 +152,13 @@ def prefix_values(flat: Tensors, prefix_time: float) -> torch.Tensor:
     return (1 - prefix_time) * flat.prefix + prefix_time * flat.prefix_noise
 
 
-def step_backward(
-    flat: Tensors, row: Rows, numbers: Numbers, grad_x_next: torch.Tensor, grad_momentum_next: torch.Tensor | None
+def update_backward(
+    flat: Tensors, row: Rows, numbers: Numbers, grad_x_next: torch.Tensor, grad_momentum_next, grad_velocity
 ) -> Tensors:
-    """Gradients of every float tensor, flat, from those of the two results; `flat.x` is not looked at."""
+    """Gradients of every float tensor, flat, from those of the results (None where there is none).
+
+    `flat.x`, `flat.more_x` and `flat.past` are not looked at.
+    """
     grad_prefix, grad_noise = None, None
     if flat.prefix is not None:
         target = prefix_target(flat, row)
@@ -132,8 +167,13 @@ def step_backward(
     if flat.prefix_noise is not None:
         grad_noise = numbers.prefix_time * grad_prefix
         grad_prefix = (1 - numbers.prefix_time) * grad_prefix
-    grads = _velocity_backward(flat, row, numbers, numbers.dt * grad_x_next, grad_momentum_next)
-    return Tensors(grad_x_next, *grads, None, grad_prefix, None, grad_noise)
+    grad_v = numbers.b * grad_x_next
+    if grad_velocity is not None:
+        grad_v = grad_v + grad_velocity
+    grads = _velocity_backward(flat, row, numbers, grad_v, grad_momentum_next)
+    grad_x, *grad_more_x = (weight * grad_x_next for weight in numbers.a)
+    grad_past = [weight * grad_x_next for weight in numbers.past_b]
+    return Tensors(grad_x, *grads, None, grad_prefix, None, grad_noise, grad_more_x, grad_past)
 
 
 def _velocity_backward(flat: Tensors, row: Rows, numbers: Numbers, grad: torch.Tensor, grad_direction):
@@ -141,12 +181,31 @@ def _velocity_backward(flat: Tensors, row: Rows, numbers: Numbers, grad: torch.T
     if numbers.guidance == NO_GUIDANCE:
         return grad, None, None
     if numbers.guidance == GUIDANCE_CFG:
-        return numbers.scale * grad, (1 - numbers.scale) * grad, None
+        grad_c = 0
+        if numbers.rescale:
+            grad_c, grad = _rescaling_backward(flat, row, numbers, grad)
+        return grad_c + numbers.scale * grad, (1 - numbers.scale) * grad, None
     grad_c, grad_d = _projection_backward(flat, row, numbers, grad)
     if grad_direction is not None:
         grad_d = grad_d + grad_direction
     grad_buffer = None if flat.momentum_buffer is None else numbers.momentum * grad_d
     return grad_c + grad_d, -grad_d, grad_buffer
+
+
+def _rescaling_backward(flat: Tensors, row: Rows, numbers: Numbers, grad: torch.Tensor):
+    """Gradients of c and v in f * v, f = rescale * |c'| / |v'| + 1 - rescale, with c', v' less their means in the row.
+
+    With w = rescale * (grad.v) * |c'| / |v'| per row: grad_c = w * c' / |c'|^2, grad_v = f * grad - w * v' / |v'|^2.
+    """
+    v = flat.v_uncond + numbers.scale * (flat.v_cond - flat.v_uncond)
+    centred_c, centred_v = row.centred(flat.v_cond), row.centred(v)
+    norm_c, norm_v = row.norm(centred_c), row.norm(centred_v)
+    # a constant v keeps the factor 1; a constant c is a corner of its norm
+    turns = numbers.rescale * row.sum(grad * v) * (norm_v > 0)
+    along_c = torch.where(norm_c > 0, turns / (norm_c * norm_v), 0)
+    along_v = torch.where(norm_v > 0, turns * norm_c / norm_v.pow(3), 0)
+    factor = rescaling(row, flat.v_cond, v, numbers.rescale)
+    return row.spread(along_c) * centred_c, row.spread(factor) * grad - row.spread(along_v) * centred_v
 
 
 def _projection_backward(flat: Tensors, row: Rows, numbers: Numbers, grad: torch.Tensor):

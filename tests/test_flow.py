@@ -14,6 +14,7 @@ op = torch.ops.flexkernels
 GUIDANCE = {
     "none": None,
     "cfg": CFG(3.0),
+    "cfg_rescale": CFG(3.0, rescale=0.7),
     "apg": APG(25.0, threshold=0.6),
     "apg_eta": APG(5.0, threshold=0.0, eta=0.4),
     "apg_momentum": APG(5.0, threshold=2.0, eta=0.2, momentum=-0.5),
@@ -247,13 +248,18 @@ def test_gradient_through_the_buffer_alone():
 def test_opcheck(guidance):
     kind = 0 if guidance is None else 1 + isinstance(guidance, APG)
     numbers = dataclasses.asdict(guidance) if guidance else {"scale": 1.0}
-    rest = [float(numbers.get(name, 0.0)) for name in ("scale", "threshold", "eta", "momentum")]
+    rest = [float(numbers.get(name, 0.0)) for name in ("scale", "threshold", "eta", "momentum", "rescale")]
     dense = draw(guidance, (2, 3, 4, 5), prefix=(2, 3, 1, 5), rows=6)
     for arguments in (dense, draw_ragged(guidance, rows=len(RAGGED) - 1)):
-        arguments = convert(arguments, DEVICE, grad=True)
-        names = (*flow_math.Tensors._fields, "rows")
-        tensors = [arguments.get(name) for name in names]
-        torch.library.opcheck(op.flow_step.default, (*tensors, -0.05, kind, *rest, 0.3))
+        for terms, grad in (([], True), ([torch.randn(arguments["x"].shape)] * 2, True), ([], False)):
+            tensors = convert(arguments, DEVICE, grad=grad)
+            given = [tensors.get(name) for name in flow_math.Tensors._fields[:8]]
+            terms = [term.to(DEVICE).requires_grad_(grad) for term in terms]
+            weights = [0.5 - i for i in range(len(terms))]
+            more = (terms, terms, tensors["rows"], [1.0, *weights], -0.05, weights, kind, *rest, 0.3, len(terms) > 0)
+            names = ("flow_update",) if grad else ("flow_update", "flow_update_inference", "flow_update_")
+            for name in names:
+                torch.library.opcheck(getattr(op, name).default, (*given, *more))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", inductor])

@@ -155,9 +155,9 @@ def flow_step(x, v_cond, v_uncond, buffer, offsets, rows, guidance, prefix=None,
               threshold=THRESHOLD, dt=DT):  # fmt: skip
     x_next = torch.empty_like(x)
     momentum_next = torch.empty(x.shape) if buffer is not None else None
-    ops.flow_step(
-        x, v_cond, v_uncond, buffer, offsets, rows, dt, guidance, SCALE, threshold, ETA, MOMENTUM, prefix,
-        prefix_offsets, noise, 0.25, x_next, momentum_next,
+    ops.flow_update(
+        x, v_cond, v_uncond, buffer, offsets, prefix, prefix_offsets, noise, [], [], rows, [1.0], dt, [], guidance,
+        SCALE, threshold, ETA, MOMENTUM, 0.0, 0.25, x_next, momentum_next, None,
     )  # fmt: skip
     return x_next, momentum_next
 

@@ -1,4 +1,5 @@
-// One guided Euler step of a flow ODE: x + dt * v with v = alpha * v_cond + beta * d, d = v_cond - v_uncond.
+// One guided update of a flow ODE: x_next = sum a_i x_i + b v + sum past_b_j past_j, with the guided velocity
+// v = alpha * v_cond + beta * d, d = v_cond - v_uncond (+ momentum * buffer), alpha and beta constant in a row.
 #pragma once
 
 #include <math.h>
@@ -9,8 +10,14 @@ namespace flexkernels {
 
 enum FlowGuidance : int { kFlowNone = 0, kFlowCFG = 1, kFlowAPG = 2 };
 
-struct FlowStep {
-  const void* x;                  // [total]
+// the most states and the most past velocities
+constexpr int kFlowMaxTerms = 4;
+
+struct FlowUpdate {
+  const void* x[kFlowMaxTerms];      // [total] each
+  const float* past[kFlowMaxTerms];  // [total] each
+  float a[kFlowMaxTerms], past_b[kFlowMaxTerms];
+  int states, pasts;
   const void* v_cond;             // [total]
   const void* v_uncond;           // [total] or null
   const float* momentum_buffer;   // [total] or null
@@ -18,11 +25,12 @@ struct FlowStep {
   const float* prefix;            // flat, or null
   const int64_t* prefix_offsets;  // [rows + 1]
   const float* prefix_noise;      // like prefix, or null
-  void* x_next;                   // [total]
+  void* x_next;                   // [total], may be x[0]
   float* momentum_next;           // [total] or null
+  float* velocity;                // [total] or null
   int64_t rows, row_length;       // row_length: the mean one when row_offsets is given
   int guidance;
-  float dt, scale, threshold, eta, momentum, prefix_time;
+  float b, scale, threshold, eta, momentum, rescale, prefix_time;
   Dtype x_dtype, v_dtype;
 };
 
@@ -31,8 +39,13 @@ struct FlowCoefficients {
   Real alpha, beta;
 };
 
-FLEXKERNELS_HD int64_t flow_row_begin(const FlowStep& p, int64_t row) {
+FLEXKERNELS_HD int64_t flow_row_begin(const FlowUpdate& p, int64_t row) {
   return p.row_offsets ? p.row_offsets[row] : row * p.row_length;
+}
+
+// whether alpha and beta depend on sums over the row
+FLEXKERNELS_HD bool flow_needs_sums(const FlowUpdate& p) {
+  return p.guidance == kFlowAPG || (p.guidance == kFlowCFG && p.rescale > 0);
 }
 
 // APG of one row from its sums dd = d.d, dc = d.v_cond, cc = v_cond.v_cond:
@@ -40,7 +53,7 @@ FLEXKERNELS_HD int64_t flow_row_begin(const FlowStep& p, int64_t row) {
 //   v = v_cond + (scale - 1) (d - d_par + eta d_par)
 // A NaN in a row spreads over the row, as it does in the formula.
 template <typename Real>
-FLEXKERNELS_HD FlowCoefficients<Real> flow_apg(const FlowStep& p, Real dd, Real dc, Real cc) {
+FLEXKERNELS_HD FlowCoefficients<Real> flow_apg(const FlowUpdate& p, Real dd, Real dc, Real cc) {
   Real k = 1;
   if (p.threshold > 0) {
     const Real ratio = p.threshold / sqrt(dd);
@@ -53,11 +66,21 @@ FLEXKERNELS_HD FlowCoefficients<Real> flow_apg(const FlowStep& p, Real dd, Real 
 }
 
 template <typename Real>
-FLEXKERNELS_HD FlowCoefficients<Real> flow_plain(const FlowStep& p) {
+FLEXKERNELS_HD FlowCoefficients<Real> flow_plain(const FlowUpdate& p) {
   return {Real(1), p.guidance == kFlowCFG ? Real(p.scale) - 1 : Real(0)};
 }
 
-FLEXKERNELS_HD float flow_prefix(const FlowStep& p, int64_t i) {
+// CFG with rescale of one row of n, from sums over c = v_cond - v_cond[0] and g = v - v[0], v the velocity of plain
+// CFG: v *= rescale * std(c) / std(g) + 1 - rescale. Taking the first element off keeps the squares free of the mean.
+template <typename Real>
+FLEXKERNELS_HD FlowCoefficients<Real> flow_rescaled(const FlowUpdate& p, Real n, Real c, Real cc, Real g, Real gg) {
+  const Real varies_c = cc - c * (c / n), varies_g = gg - g * (g / n);
+  const Real ratio = varies_g <= 0 ? Real(1) : varies_c <= 0 ? Real(0) : sqrt(varies_c / varies_g);
+  const Real factor = p.rescale * ratio + (1 - Real(p.rescale));
+  return {factor, factor * (Real(p.scale) - 1)};
+}
+
+FLEXKERNELS_HD float flow_prefix(const FlowUpdate& p, int64_t i) {
   if (!p.prefix_noise) return p.prefix[i];
   return (1.0f - p.prefix_time) * p.prefix[i] + p.prefix_time * p.prefix_noise[i];
 }

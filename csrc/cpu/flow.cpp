@@ -1,4 +1,4 @@
-// Guided flow step: per row one pass for the sums APG needs, one that writes x_next.
+// Guided flow update: per row one pass for the sums that some guidance needs, one that writes x_next.
 #include "../core/flow.h"
 
 #include "kernels.h"
@@ -38,83 +38,139 @@ struct Sum {
 
 // d = v_cond - v_uncond (+ momentum * buffer)
 template <typename V, typename IO>
-inline vf difference(const FlowStep& p, int64_t i, vf v_cond, IO io) {
+inline vf difference(const FlowUpdate& p, int64_t i, vf v_cond, IO io) {
   vf d = v_cond - io.load_from(static_cast<const V*>(p.v_uncond) + i);
   if (p.momentum_buffer) d += p.momentum * io.load_from(p.momentum_buffer + i);
   return d;
 }
 
-template <typename X, typename V>
-inline __attribute__((always_inline)) FlowCoefficients<double> coefficients(const FlowStep& p, int64_t begin,
-                                                                            int64_t end) {
-  if (p.guidance != kFlowAPG) return flow_plain<double>(p);
-  Sum dd, dc, cc;
+// totals of what body(i, io, partial) adds to its Count float32 sums, which restart with every block
+template <int Count, typename Body>
+inline void sum_row(int64_t begin, int64_t end, double (&totals)[Count], Body body) {
+  Sum sums[Count];
   for (int64_t block = begin; block < end; block += kBlock * W) {
-    vf block_dd = {}, block_dc = {}, block_cc = {};
-    for_vectors(block, end - block < kBlock * W ? end : block + kBlock * W, [&](int64_t i, auto io) {
-      const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
-      const vf d = difference<V>(p, i, c, io);
-      // the second pass finds its own operands on their way
-      __builtin_prefetch(static_cast<const X*>(p.x) + i);
-      __builtin_prefetch(static_cast<const X*>(p.x_next) + i, 1);
-      block_dd += d * d;
-      block_dc += d * c;
-      block_cc += c * c;
-    });
-    dd.add(block_dd);
-    dc.add(block_dc);
-    cc.add(block_cc);
+    vf partial[Count] = {};
+    for_vectors(block, end - block < kBlock * W ? end : block + kBlock * W,
+                [&](int64_t i, auto io) { body(i, io, partial); });
+    for (int s = 0; s < Count; ++s) sums[s].add(partial[s]);
   }
-  return flow_apg<double>(p, dd.total(), dc.total(), cc.total());
+  for (int s = 0; s < Count; ++s) totals[s] = sums[s].total();
+}
+
+// the second pass finds its own operands on their way
+template <typename X>
+inline void prefetch(const FlowUpdate& p, int64_t i) {
+  __builtin_prefetch(static_cast<const X*>(p.x[0]) + i);
+  __builtin_prefetch(static_cast<const X*>(p.x_next) + i, 1);
+}
+
+template <typename X, typename V>
+inline FlowCoefficients<double> apg(const FlowUpdate& p, int64_t begin, int64_t end) {
+  double totals[3];
+  sum_row(begin, end, totals, [&](int64_t i, auto io, vf(&partial)[3]) {
+    const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
+    const vf d = difference<V>(p, i, c, io);
+    prefetch<X>(p, i);
+    partial[0] += d * d;
+    partial[1] += d * c;
+    partial[2] += c * c;
+  });
+  return flow_apg<double>(p, totals[0], totals[1], totals[2]);
+}
+
+// zero beyond the row, where a load gives zero but a difference does not
+inline vf keep(Full, vf v) { return v; }
+
+inline vf keep(Part part, vf v) {
+  for (int lane = part.count; lane < W; ++lane) v[lane] = 0;
+  return v;
+}
+
+template <typename X, typename V>
+inline FlowCoefficients<double> rescaled(const FlowUpdate& p, int64_t begin, int64_t end) {
+  if (begin == end) return flow_plain<double>(p);
+  const float gain = p.scale - 1, first_c = to_float(static_cast<const V*>(p.v_cond)[begin]);
+  const float first_g = first_c + gain * (first_c - to_float(static_cast<const V*>(p.v_uncond)[begin]));
+  double totals[4];
+  sum_row(begin, end, totals, [&](int64_t i, auto io, vf(&partial)[4]) {
+    const vf v = io.load_from(static_cast<const V*>(p.v_cond) + i);
+    const vf c = keep(io, v - first_c), g = keep(io, v + gain * difference<V>(p, i, v, io) - first_g);
+    prefetch<X>(p, i);
+    partial[0] += c;
+    partial[1] += c * c;
+    partial[2] += g;
+    partial[3] += g * g;
+  });
+  return flow_rescaled<double>(p, static_cast<double>(end - begin), totals[0], totals[1], totals[2], totals[3]);
+}
+
+template <typename X, typename V>
+inline FlowCoefficients<double> coefficients(const FlowUpdate& p, int64_t begin, int64_t end) {
+  if (p.guidance == kFlowAPG) return apg<X, V>(p, begin, end);
+  return flow_needs_sums(p) ? rescaled<X, V>(p, begin, end) : flow_plain<double>(p);
 }
 
 template <typename X>
-void write_prefix(const FlowStep& p, int64_t row, int64_t begin) {
+void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin) {
   if (!p.prefix) return;
   X* out = static_cast<X*>(p.x_next) + begin;
   const int64_t first = p.prefix_offsets[row], last = p.prefix_offsets[row + 1];
   for (int64_t i = first; i < last; ++i) from_float(flow_prefix(p, i), out + (i - first));
 }
 
-template <typename X, typename V>
-inline __attribute__((always_inline)) void step_row(const FlowStep& p, int64_t row) {
-  const int64_t begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
-  const FlowCoefficients<double> k = coefficients<X, V>(p, begin, end);
-  const float alpha = static_cast<float>(k.alpha), beta = static_cast<float>(k.beta), dt = p.dt;
+// kGuided: there is a direction d. kEuler: one state, no past, nothing but x_next to write.
+template <typename X, typename V, bool kGuided, bool kEuler>
+inline __attribute__((always_inline)) void update_row(const FlowUpdate& p, int64_t begin, int64_t end,
+                                                      FlowCoefficients<double> k) {
+  const float alpha = static_cast<float>(k.alpha), beta = static_cast<float>(k.beta), a = p.a[0], b = p.b;
   for_vectors(begin, end, [&](int64_t i, auto io) {
     const vf c = io.load_from(static_cast<const V*>(p.v_cond) + i);
     vf v = alpha * c;
-    if (p.guidance != kFlowNone) {
+    if constexpr (kGuided) {
       const vf d = difference<V>(p, i, c, io);
       v += beta * d;
-      if (p.momentum_next) io.store_to(p.momentum_next + i, d);
+      if (!kEuler && p.momentum_next) io.store_to(p.momentum_next + i, d);
     }
-    const vf x = io.load_from(static_cast<const X*>(p.x) + i);
-    io.store_to(static_cast<X*>(p.x_next) + i, x + dt * v);
+    vf x = a * io.load_from(static_cast<const X*>(p.x[0]) + i) + b * v;
+    if constexpr (!kEuler) {
+      for (int s = 1; s < p.states; ++s) x += p.a[s] * io.load_from(static_cast<const X*>(p.x[s]) + i);
+      for (int s = 0; s < p.pasts; ++s) x += p.past_b[s] * io.load_from(p.past[s] + i);
+      if (p.velocity) io.store_to(p.velocity + i, v);
+    }
+    io.store_to(static_cast<X*>(p.x_next) + i, x);
   });
-  write_prefix<X>(p, row, begin);
 }
 
 template <typename X, typename V>
-void step_rows(const FlowStep& args, int64_t begin, int64_t end) {
+void update_rows(const FlowUpdate& args, int64_t begin, int64_t end) {
   // a copy of our own: the compiler sees that stores to x_next cannot change it
-  const FlowStep p = args;
-  for (int64_t row = begin; row < end; ++row) step_row<X, V>(p, row);
+  const FlowUpdate p = args;
+  const bool guided = p.guidance != kFlowNone;
+  const bool euler = p.states == 1 && p.pasts == 0 && !p.velocity && !p.momentum_next;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = flow_row_begin(p, row), last = flow_row_begin(p, row + 1);
+    const FlowCoefficients<double> k = coefficients<X, V>(p, first, last);
+    if (guided && euler) update_row<X, V, true, true>(p, first, last, k);
+    if (guided && !euler) update_row<X, V, true, false>(p, first, last, k);
+    if (!guided && euler) update_row<X, V, false, true>(p, first, last, k);
+    if (!guided && !euler) update_row<X, V, false, false>(p, first, last, k);
+    write_prefix<X>(p, row, first);
+  }
 }
 
 template <typename X>
-void step_of_v(const FlowStep& p, int64_t begin, int64_t end) {
-  if (p.v_dtype == Dtype::f32) step_rows<X, float>(p, begin, end);
-  if (p.v_dtype == Dtype::bf16) step_rows<X, bf16>(p, begin, end);
-  if (p.v_dtype == Dtype::f16) step_rows<X, f16>(p, begin, end);
+void update_of_v(const FlowUpdate& p, int64_t begin, int64_t end) {
+  if (p.v_dtype == Dtype::f32) update_rows<X, float>(p, begin, end);
+  if (p.v_dtype == Dtype::bf16) update_rows<X, bf16>(p, begin, end);
+  if (p.v_dtype == Dtype::f16) update_rows<X, f16>(p, begin, end);
 }
 
 }  // namespace
 
-void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end) {
-  if (p.x_dtype == Dtype::f32) step_of_v<float>(p, begin, end);
-  if (p.x_dtype == Dtype::bf16) step_of_v<bf16>(p, begin, end);
-  if (p.x_dtype == Dtype::f16) step_of_v<f16>(p, begin, end);
+void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end) {
+  if (p.x_dtype == Dtype::f32) update_of_v<float>(p, begin, end);
+  if (p.x_dtype == Dtype::bf16) update_of_v<bf16>(p, begin, end);
+  if (p.x_dtype == Dtype::f16) update_of_v<f16>(p, begin, end);
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

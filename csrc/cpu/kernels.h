@@ -9,7 +9,7 @@
   namespace flexkernels::isa {                                                    \
   void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);     \
   void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end); \
-  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);           \
+  void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);       \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -9,6 +9,6 @@ namespace flexkernels::cuda {
 // each queues its kernel on `stream` (a cudaStream_t) of the current device; std::runtime_error when that fails
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
-void flow_step_launch(const FlowStep& p, void* stream);
+void flow_update_launch(const FlowUpdate& p, void* stream);
 
 }  // namespace flexkernels::cuda

@@ -16,7 +16,7 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t rows, int64
   }
 }
 
-void check_prefix_fits(const FlowStep& p) {
+void check_prefix_fits(const FlowUpdate& p) {
   if (!p.prefix) return;
   for (int64_t r = 0; r < p.rows; ++r) {
     const int64_t length = flow_row_begin(p, r + 1) - flow_row_begin(p, r);
@@ -26,18 +26,19 @@ void check_prefix_fits(const FlowStep& p) {
   }
 }
 
-void flow_step_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
-                   OptionalTensor row_offsets, int64_t rows, double dt, int64_t guidance, double scale,
-                   double threshold, double eta, double momentum, OptionalTensor prefix, OptionalTensor prefix_offsets,
-                   OptionalTensor prefix_noise, double prefix_time, const Tensor& x_next,
-                   OptionalTensor momentum_next) {
-  const FlowStep args =
-      flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale, threshold, eta,
-                     momentum, prefix, prefix_offsets, prefix_noise, prefix_time, x_next, momentum_next);
+void flow_update_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
+                     OptionalTensor row_offsets, OptionalTensor prefix, OptionalTensor prefix_offsets,
+                     OptionalTensor prefix_noise, Tensors more_x, Tensors past, int64_t rows, Weights a, double b,
+                     Weights past_b, int64_t guidance, double scale, double threshold, double eta, double momentum,
+                     double rescale, double prefix_time, const Tensor& x_next, OptionalTensor momentum_next,
+                     OptionalTensor velocity) {
+  const FlowUpdate args = flow_update_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets,
+                                           prefix_noise, more_x, past, rows, a, b, past_b, guidance, scale, threshold,
+                                           eta, momentum, rescale, prefix_time, x_next, momentum_next, velocity);
   check_offsets("row_offsets", args.row_offsets, rows, x.numel());
   check_offsets("prefix_offsets", args.prefix_offsets, rows, prefix ? prefix->numel() : 0);
   check_prefix_fits(args);
-  launch(FLEXKERNELS_SELECT(flow_step_kernel), args, rows, rows ? x.numel() / rows : 0);
+  launch(FLEXKERNELS_SELECT(flow_update_kernel), args, rows, rows ? x.numel() / rows : 0);
 }
 
 }  // namespace
@@ -45,10 +46,12 @@ void flow_step_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncon
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
   m.def(
-      "flow_step(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, int rows, "
-      "float dt, int guidance, float scale, float threshold, float eta, float momentum, Tensor? prefix, "
-      "Tensor? prefix_offsets, Tensor? prefix_noise, float prefix_time, Tensor(a!) x_next, "
-      "Tensor(b!)? momentum_next) -> ()");
+      "flow_update(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, "
+      "Tensor? prefix, Tensor? prefix_offsets, Tensor? prefix_noise, Tensor[] more_x, Tensor[] past, int rows, "
+      "float[] a, float b, float[] past_b, int guidance, float scale, float threshold, float eta, float momentum, "
+      "float rescale, float prefix_time, Tensor(a!) x_next, Tensor(b!)? momentum_next, Tensor(c!)? velocity) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) { m.impl("flow_step", TORCH_BOX(&flexkernels::flow_step_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
+  m.impl("flow_update", TORCH_BOX(&flexkernels::flow_update_cpu));
+}

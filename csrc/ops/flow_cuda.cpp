@@ -5,19 +5,22 @@
 namespace flexkernels {
 namespace {
 
-void flow_step_cuda(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
-                    OptionalTensor row_offsets, int64_t rows, double dt, int64_t guidance, double scale,
-                    double threshold, double eta, double momentum, OptionalTensor prefix, OptionalTensor prefix_offsets,
-                    OptionalTensor prefix_noise, double prefix_time, const Tensor& x_next,
-                    OptionalTensor momentum_next) {
-  const FlowStep args =
-      flow_step_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, rows, dt, guidance, scale, threshold, eta,
-                     momentum, prefix, prefix_offsets, prefix_noise, prefix_time, x_next, momentum_next);
+void flow_update_cuda(const Tensor& x, const Tensor& v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
+                      OptionalTensor row_offsets, OptionalTensor prefix, OptionalTensor prefix_offsets,
+                      OptionalTensor prefix_noise, Tensors more_x, Tensors past, int64_t rows, Weights a, double b,
+                      Weights past_b, int64_t guidance, double scale, double threshold, double eta, double momentum,
+                      double rescale, double prefix_time, const Tensor& x_next, OptionalTensor momentum_next,
+                      OptionalTensor velocity) {
+  const FlowUpdate args = flow_update_args(x, v_cond, v_uncond, momentum_buffer, row_offsets, prefix, prefix_offsets,
+                                           prefix_noise, more_x, past, rows, a, b, past_b, guidance, scale, threshold,
+                                           eta, momentum, rescale, prefix_time, x_next, momentum_next, velocity);
   STD_TORCH_CHECK(rows <= INT32_MAX, "rows must be below 2**31, got ", rows);
-  if (rows > 0) launch(cuda::flow_step_launch, args, x);
+  if (rows > 0) launch(cuda::flow_update_launch, args, x);
 }
 
 }  // namespace
 }  // namespace flexkernels
 
-STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CUDA, m) { m.impl("flow_step", TORCH_BOX(&flexkernels::flow_step_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CUDA, m) {
+  m.impl("flow_update", TORCH_BOX(&flexkernels::flow_update_cuda));
+}

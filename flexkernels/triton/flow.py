@@ -1,25 +1,36 @@
-"""One guided flow step in Triton: a program per row, the row read twice by APG (sums, then the step), once otherwise.
+"""One guided flow update in Triton: a program per row, read twice where guidance needs sums over it, else once.
 
-With c = v_cond, d = c - v_uncond + momentum * buffer, and the row sums |d|, |c|, d.c:
-    s = min(1, threshold / |d|),  p = s * d.c / max(|c|, 1e-12)^2,  v = c + (scale - 1) * (s * d - (1 - eta) * p * c)
-    x_next = x + dt * v,  and the first elements of the row become clean * prefix + noisy * prefix_noise
+With c = v_cond, d = c - v_uncond + momentum * buffer:
+    v = alpha * c + beta * d
+    CFG: alpha = 1, beta = scale - 1, both times rescale * std(c) / std(v) + 1 - rescale
+    APG: s = min(1, threshold / |d|), p = s * d.c / max(|c|, 1e-12)^2,
+         alpha = 1 - (scale - 1) * (1 - eta) * p, beta = (scale - 1) * s
+    x_next = sum a_i x_i + b * v + sum past_b_j past_j
+and the first elements of the row become clean * prefix + noisy * prefix_noise
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..flow_math import GUIDANCE_APG, GUIDANCE_CFG
+from ..flow_math import GUIDANCE_APG, NO_GUIDANCE
 
 BLOCK = 1024
 NUM_WARPS = 4
-# blocks that one program of a step without row sums goes through
+# blocks that one program of an update without row sums goes through
 BLOCKS_EACH = 4
 
 
 @triton.jit
-def flow_step_kernel(
+def flow_update_kernel(
     p_x,
+    p_x1,
+    p_x2,
+    p_x3,
+    p_past0,
+    p_past1,
+    p_past2,
+    p_past3,
     p_cond,
     p_uncond,
     p_buffer,
@@ -29,21 +40,31 @@ def flow_step_kernel(
     p_prefix_noise,
     p_x_next,
     p_momentum,
+    p_velocity,
     total,
     length,
-    dt,
-    strength,
+    a0,
+    a1,
+    a2,
+    a3,
+    b,
+    past_b0,
+    past_b1,
+    past_b2,
+    past_b3,
+    gain,
     threshold,
     shed,
     momentum,
+    rescale,
     clean,
     noisy,
-    CFG: tl.constexpr,
     APG: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    RESCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # strength = scale - 1, shed = 1 - eta, clean = 1 - prefix_time, noisy = prefix_time
+    # gain = scale - 1, shed = 1 - eta, clean = 1 - prefix_time, noisy = prefix_time
     row = tl.program_id(0).to(tl.int64)
     start = row * length
     end = start + length
@@ -56,24 +77,33 @@ def flow_step_kernel(
     if p_prefix is not None:
         prefix_start = tl.load(p_prefix_offsets + row)
         prefix_length = tl.load(p_prefix_offsets + row + 1) - prefix_start
-    first = start + tl.program_id(1) * BLOCK
-    stride = tl.num_programs(1) * BLOCK
-    factor, parallel = 1.0, 0.0
+    alpha, beta = 1.0, gain
     if APG:
-        factor, parallel = row_factors(p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD, BLOCK)
-    for begin in range(first, end, stride):
+        factor, parallel = apg_factors(p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD, BLOCK)
+        alpha, beta = 1.0 - gain * shed * parallel, gain * factor
+    if RESCALE:
+        alpha = rescale_factor(p_cond, p_uncond, start, end, gain, rescale, BLOCK)
+        beta = alpha * gain
+    for begin in range(start + tl.program_id(1) * BLOCK, end, tl.num_programs(1) * BLOCK):
         o_row = begin + tl.arange(0, BLOCK)
         m_row = o_row < end
-        b_v = tl.load(p_cond + o_row, mask=m_row, other=0.0).to(tl.float32)
-        if CFG:
-            b_u = tl.load(p_uncond + o_row, mask=m_row, other=0.0).to(tl.float32)
-            b_v = b_u + (strength + 1) * (b_v - b_u)
-        if APG:
-            b_d = load_direction(b_v, p_uncond, p_buffer, o_row, m_row, momentum)
+        b_c = tl.load(p_cond + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_v = alpha * b_c
+        if p_uncond is not None:
+            b_d = load_direction(b_c, p_uncond, p_buffer, o_row, m_row, momentum)
+            b_v += beta * b_d
             if p_momentum is not None:
                 tl.store(p_momentum + o_row, b_d, mask=m_row)
-            b_v = b_v + strength * (factor * b_d - shed * parallel * b_v)
-        b_x = tl.load(p_x + o_row, mask=m_row, other=0.0).to(tl.float32) + dt * b_v
+        if p_velocity is not None:
+            tl.store(p_velocity + o_row, b_v, mask=m_row)
+        b_x = add_term(b * b_v, p_x, a0, o_row, m_row)
+        b_x = add_term(b_x, p_x1, a1, o_row, m_row)
+        b_x = add_term(b_x, p_x2, a2, o_row, m_row)
+        b_x = add_term(b_x, p_x3, a3, o_row, m_row)
+        b_x = add_term(b_x, p_past0, past_b0, o_row, m_row)
+        b_x = add_term(b_x, p_past1, past_b1, o_row, m_row)
+        b_x = add_term(b_x, p_past2, past_b2, o_row, m_row)
+        b_x = add_term(b_x, p_past3, past_b3, o_row, m_row)
         if p_prefix is not None:
             o_prefix = prefix_start + o_row - start
             m_prefix = m_row & (o_row - start < prefix_length)
@@ -82,6 +112,14 @@ def flow_step_kernel(
                 b_prefix += noisy * tl.load(p_prefix_noise + o_prefix, mask=m_prefix, other=0.0)
             b_x = tl.where(m_prefix, b_prefix, b_x)
         tl.store(p_x_next + o_row, b_x.to(p_x_next.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
+def add_term(b_sum, p_term, weight, o_row, m_row):
+    """b_sum + weight * term, where there is a term."""
+    if p_term is not None:
+        b_sum += weight * tl.load(p_term + o_row, mask=m_row, other=0.0).to(tl.float32)
+    return b_sum
 
 
 @triton.jit
@@ -94,7 +132,7 @@ def load_direction(b_c, p_uncond, p_buffer, o_row, m_row, momentum):
 
 
 @triton.jit
-def row_factors(
+def apg_factors(
     p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """s = min(1, threshold / |d|) and p = s * d.c / max(|c|, 1e-12)^2 of one row."""
@@ -118,18 +156,50 @@ def row_factors(
     return factor, factor * tl.div_rn(tl.div_rn(tl.sum(b_dc), norm_c), norm_c)
 
 
-def flow_step_triton(tensors, rows, numbers, x_next, momentum_next):
-    """Fills x_next and momentum_next (or None) from flat, contiguous tensors; a prefix comes with its offsets."""
+@triton.jit
+def rescale_factor(p_cond, p_uncond, start, end, gain, rescale, BLOCK: tl.constexpr):
+    """rescale * std(c) / std(v) + 1 - rescale of one row, from sums over c and v less their first element."""
+    m_first = start < end
+    first_c = tl.load(p_cond + start, mask=m_first, other=0.0).to(tl.float32)
+    first_u = tl.load(p_uncond + start, mask=m_first, other=0.0).to(tl.float32)
+    first_v = first_c + gain * (first_c - first_u)
+    b_c1 = tl.zeros([BLOCK], dtype=tl.float32)
+    b_c2 = tl.zeros([BLOCK], dtype=tl.float32)
+    b_v1 = tl.zeros([BLOCK], dtype=tl.float32)
+    b_v2 = tl.zeros([BLOCK], dtype=tl.float32)
+    for begin in range(start, end, BLOCK):
+        o_row = begin + tl.arange(0, BLOCK)
+        m_row = o_row < end
+        b_c = tl.load(p_cond + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_u = tl.load(p_uncond + o_row, mask=m_row, other=0.0).to(tl.float32)
+        b_v = tl.where(m_row, b_c + gain * (b_c - b_u) - first_v, 0.0)
+        b_c = tl.where(m_row, b_c - first_c, 0.0)
+        b_c1 += b_c
+        b_c2 += b_c * b_c
+        b_v1 += b_v
+        b_v2 += b_v * b_v
+    count = tl.maximum(end - start, 1).to(tl.float32)
+    c1 = tl.sum(b_c1)
+    v1 = tl.sum(b_v1)
+    square_c = tl.maximum(tl.sum(b_c2) - c1 * tl.div_rn(c1, count), 0.0)
+    square_v = tl.sum(b_v2) - v1 * tl.div_rn(v1, count)
+    ratio = tl.where(square_v > 0, tl.sqrt_rn(tl.div_rn(square_c, tl.where(square_v > 0, square_v, 1.0))), 1.0)
+    return rescale * ratio + (1.0 - rescale)
+
+
+def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
+    """Fills x_next, momentum_next and velocity (or None) from flat, contiguous tensors; a prefix comes with offsets."""
     total = x_next.numel()
     length = total // rows
-    apg = numbers.guidance == GUIDANCE_APG
-    splits = 1 if apg else max(1, triton.cdiv(length, BLOCK * BLOCKS_EACH))
+    apg, rescaled = numbers.guidance == GUIDANCE_APG, numbers.rescale > 0
+    splits = 1 if apg or rescaled else max(1, triton.cdiv(length, BLOCK * BLOCKS_EACH))
     noisy = 0.0 if tensors.prefix_noise is None else numbers.prefix_time
     with torch.cuda.device_of(x_next):
-        flow_step_kernel[(rows, splits)](
-            tensors.x,
+        flow_update_kernel[(rows, splits)](
+            *_four((tensors.x, *tensors.more_x), None),
+            *_four(tensors.past, None),
             tensors.v_cond,
-            tensors.v_uncond,
+            tensors.v_uncond if numbers.guidance != NO_GUIDANCE else None,
             tensors.momentum_buffer if numbers.momentum else None,
             tensors.row_offsets,
             tensors.prefix,
@@ -137,18 +207,26 @@ def flow_step_triton(tensors, rows, numbers, x_next, momentum_next):
             tensors.prefix_noise,
             x_next,
             momentum_next,
+            velocity,
             total,
             length,
-            numbers.dt,
+            *_four(numbers.a, 0.0),
+            numbers.b,
+            *_four(numbers.past_b, 0.0),
             numbers.scale - 1,
             numbers.threshold,
             1 - numbers.eta,
             numbers.momentum,
+            numbers.rescale,
             1 - noisy,
             noisy,
-            CFG=numbers.guidance == GUIDANCE_CFG,
             APG=apg,
             THRESHOLD=numbers.threshold > 0,
+            RESCALE=rescaled,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
+
+
+def _four(values, rest):
+    return [*values, *[rest] * (4 - len(values))]

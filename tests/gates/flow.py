@@ -5,21 +5,28 @@ from flexkernels.triton import flow
 
 from .record import Recorder
 
-KERNELS = {"flow_step_kernel"}
+KERNELS = {"flow_update_kernel"}
 
 
 def launches():
     found = []
-    flow.flow_step_kernel = Recorder(flow.flow_step_kernel, found)
+    flow.flow_update_kernel = Recorder(flow.flow_update_kernel, found)
     offsets = torch.zeros(3, dtype=torch.int64)
-    for kind in (flow_math.NO_GUIDANCE, flow_math.GUIDANCE_CFG, flow_math.GUIDANCE_APG):
+    for kind, rescale in (
+        (flow_math.NO_GUIDANCE, 0.0),
+        (flow_math.GUIDANCE_CFG, 0.0),
+        (flow_math.GUIDANCE_CFG, 0.7),
+        (flow_math.GUIDANCE_APG, 0.0),
+    ):
         apg = kind == flow_math.GUIDANCE_APG
         for x, everything in ((torch.zeros(64), False), (torch.zeros(64, dtype=torch.bfloat16), True)):
             wide, last = torch.zeros(64), torch.zeros(64) if apg and everything else None
             tensors = flow_math.Tensors(x, x, x if kind else None, last, None, None, None, None)
+            a, past_b = [1.0], []
             if everything:
                 tensors = tensors._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
+                tensors, a, past_b = tensors._replace(more_x=[x] * 3, past=[wide] * 4), [0.25] * 4, [0.5] * 4
             momentum = -0.5 if last is not None else 0.0
-            numbers = flow_math.Numbers(-0.1, kind, 3.0, 0.6, 0.0, momentum, 0.5)
-            flow.flow_step_triton(tensors, 2, numbers, x, last)
+            numbers = flow_math.Numbers(a, -0.1, past_b, kind, 3.0, 0.6, 0.0, momentum, rescale, 0.5)
+            flow.flow_update_triton(tensors, 2, numbers, x, last, wide if everything else None)
     return found
