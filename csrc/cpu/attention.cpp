@@ -158,17 +158,20 @@ struct Pair {
 
   static vf multiply_add(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
-  // 2^x
+  // 2^x to a relative error of 3e-6: scalef takes the floor of x, the polynomial what lies above it
   static vf exp(vf x) {
-    static constexpr float kTerms[] = {1.0f, 0.69314698f, 0.24022242f, 0.05550734f, 0.00967151f, 0.00132647f};
-    const __m512 n = _mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    const vf f = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)polynomial(kTerms, f), n);
+    static constexpr float kTerms[] = {1.0f, 0.693044844f, 0.241280207f, 0.0522424714f, 0.0134266855f};
+    const vf f = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)polynomial(kTerms, f), (__m512)x);
   }
 
   static vf lanes(const bf16* row, int at, int size) {
     vf v = {};
-    memcpy(&v, row + 2 * at, least(2 * W, size - 2 * at) * sizeof(bf16));
+    if (2 * (at + W) <= size) {
+      memcpy(&v, row + 2 * at, sizeof v);
+    } else {
+      memcpy(&v, row + 2 * at, (size - 2 * at) * sizeof(bf16));
+    }
     return v;
   }
 
@@ -176,7 +179,12 @@ struct Pair {
   static vf column(const bf16* const (&key)[2], int at, int size) {
     vh halves[2] = {};
     for (int i = 0; i < 2; ++i) {
-      if (key[i]) memcpy(&halves[i], key[i] + at, least(W, size - at) * sizeof(bf16));
+      if (!key[i]) continue;
+      if (at + W <= size) {
+        memcpy(&halves[i], key[i] + at, sizeof halves[i]);
+      } else {
+        memcpy(&halves[i], key[i] + at, (size - at) * sizeof(bf16));
+      }
     }
     return (vf)(__builtin_convertvector(halves[0], vu) | (__builtin_convertvector(halves[1], vu) << 16));
   }
@@ -410,19 +418,23 @@ void scores(const Plan& w, const KeyBlock& keys, int rows) {
   }
 }
 
-// S = scale * S + w for every key, and -inf outside [begin, end)
+// S = scale * S + w
 template <typename Plan>
-void scale_scores(const Plan& w, const KeyBlock& keys, int rows) {
+void weigh_scores(const Plan& w, const KeyBlock& keys, int rows) {
   const vf scale = splat(w.scale);
   for (int r = 0; r < rows; ++r) {
     float* row = w.b.score + r * kScoreRow;
-    if (w.p.key_log_weight) {
-      for (int i = 0; i < keys.vectors * W; i += W) {
-        store(row + i, fma(load(row + i), scale, load(w.b.weight + keys.column + i)));
-      }
-    } else {
-      for (int i = 0; i < keys.vectors * W; i += W) store(row + i, load(row + i) * scale);
+    for (int i = 0; i < keys.vectors * W; i += W) {
+      store(row + i, fma(load(row + i), scale, load(w.b.weight + keys.column + i)));
     }
+  }
+}
+
+// -inf in the lanes outside [begin, end)
+template <typename Plan>
+void cut_scores(const Plan& w, const KeyBlock& keys, int rows) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = w.b.score + r * kScoreRow;
     for (int i = 0; i < keys.begin - keys.column; ++i) row[i] = kHidden;
     for (int i = keys.end - keys.column; i < keys.vectors * W; ++i) row[i] = kHidden;
   }
@@ -446,19 +458,29 @@ void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, int64_
   }
 }
 
-// S to P in place, with l and O brought to the new maximum
+// the maximum of a row of `vectors` vectors, at least `most`
+inline float row_maximum(const float* row, int vectors, float scale, float most) {
+  vf m[4] = {load(row), load(row), load(row), load(row)};
+  int i = 1;
+  for (; i + 4 <= vectors; i += 4) {
+    for (int j = 0; j < 4; ++j) m[j] = largest(load(row + (i + j) * W), m[j]);
+  }
+  for (; i < vectors; ++i) m[0] = largest(load(row + i * W), m[0]);
+  const float here = scale * largest_lane(largest(largest(m[0], m[1]), largest(m[2], m[3])));
+  return here > most ? here : most;
+}
+
+// scale * S to P in place, with l and O brought to the new maximum
 template <typename Plan>
-void softmax(const Plan& w, const KeyBlock& keys, int rows) {
+void softmax(const Plan& w, const KeyBlock& keys, int rows, float scale) {
   using Math = typename Plan::Math;
+  const vf factor = splat(scale);
   for (int r = 0; r < rows; ++r) {
     float* row = w.b.score + r * kScoreRow;
-    const float before = w.b.most[r];
-    vf most_of[2] = {splat(before), splat(before)};
-    for (int i = 0; i < keys.vectors; ++i) most_of[i & 1] = largest(load(row + i * W), most_of[i & 1]);
-    const float most = largest_lane(largest(most_of[0], most_of[1]));
+    const float before = w.b.most[r], most = row_maximum(row, keys.vectors, scale, before);
     // of a row that sees nothing yet, every weight is exp(-inf - 0)
     const vf shift = splat(most == kHidden ? 0.0f : most);
-    vf sum = load(w.b.partial + r * W);
+    vf sum = load(w.b.partial + r * W), odd = {};
     if (most > before) {
       const vf decay = Math::exp(splat(before) - shift);
       sum *= decay;
@@ -466,16 +488,16 @@ void softmax(const Plan& w, const KeyBlock& keys, int rows) {
       for (int i = 0; i < w.width; i += W) store(o + i, load(o + i) * decay);
     }
     w.b.most[r] = most;
-    vf odd = {};
+    const auto weight = [&](int i) { return Math::exp(fma(load(row + i * W), factor, -shift)); };
     int i = 0;
     for (; i + 2 <= keys.vectors; i += 2) {
-      const vf low = Math::exp(load(row + i * W) - shift), high = Math::exp(load(row + (i + 1) * W) - shift);
+      const vf low = weight(i), high = weight(i + 1);
       sum += low;
       odd += high;
       Math::store_two(row, i, low, high);
     }
     if (i < keys.vectors) {
-      const vf low = Math::exp(load(row + i * W) - shift);
+      const vf low = weight(i);
       sum += low;
       Math::store_two(row, i, low, vf{});
     }
@@ -507,14 +529,15 @@ void attend_run(const Plan& w, int first_tile, int last_tile, int64_t row, int r
     const int column = begin / W * W;
     const KeyBlock keys{begin, end, column, static_cast<int>(round_up(end, W) - column) / W};
     scores(w, keys, rows);
-    scale_scores(w, keys, rows);
+    if (w.p.key_log_weight) weigh_scores(w, keys, rows);
+    if (begin > column || end % W) cut_scores(w, keys, rows);
     for (; tile <= last_tile && tiles[3 * tile] - w.k_base < end; ++tile) {
       const int tile_end = tiles[3 * tile + 1] - w.k_base;
       if (!tiles[3 * tile + 2]) mask_scores(w, keys, tiles[3 * tile] - w.k_base, tile_end, row, rows);
       // the next block has the rest of it
       if (tile_end > end) break;
     }
-    softmax(w, keys, rows);
+    softmax(w, keys, rows, w.p.key_log_weight ? 1.0f : w.scale);
     add_values(w, keys, rows);
   }
 }
@@ -526,7 +549,7 @@ void write_rows(const Plan& w, int64_t first_row, int rows, int head) {
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (first_row + r) * p.heads + head;
     const float total = sum_of_lanes(load(w.b.partial + r * W)), most = w.b.most[r];
-    const bool nothing = most == kHidden;
+    const bool nothing = total == 0.0f;
     if (p.lse) p.lse[at] = nothing ? kHidden : most / Plan::Math::kUnit + logf(total);
     T* out = static_cast<T*>(p.out) + at * p.head_dim;
     const float* o = w.b.sum + r * w.width;
