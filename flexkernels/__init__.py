@@ -1,6 +1,7 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
 from .attention import attention, attention_ref
+from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
 from .flow import APG, CFG, flow_step, flow_step_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
@@ -16,10 +17,16 @@ __all__ = [
     "attention_ref",
     "available_backends",
     "backend",
+    "decode_attention",
+    "decode_attention_ref",
     "flow_step",
     "flow_step_ref",
     "fsq_dequantize",
     "fsq_dequantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
+    "kv_append_",
+    "kv_append_ref_",
+    "qk_norm",
+    "qk_norm_ref",
 ]

@@ -2,14 +2,20 @@
 // the rows [begin, end).
 #pragma once
 
+#include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
 
-#define FLEXKERNELS_DECLARE_KERNELS(isa)                                          \
-  namespace flexkernels::isa {                                                    \
-  void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);     \
-  void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end); \
-  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);           \
+#define FLEXKERNELS_DECLARE_KERNELS(isa)                                              \
+  namespace flexkernels::isa {                                                        \
+  void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);         \
+  void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end);     \
+  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);               \
+  void decode_attention_kernel(const DecodeAttention& p, int64_t begin, int64_t end); \
+  void decode_merge_kernel(const DecodeAttention& p, int64_t begin, int64_t end);     \
+  void kv_append_kernel(const KvAppend& p, int64_t begin, int64_t end);               \
+  void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                   \
+  void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);  \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)
