@@ -1,6 +1,7 @@
 // What the .cu units provide. No torch header: each architecture would parse it again.
 #pragma once
 
+#include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
 
@@ -10,5 +11,10 @@ namespace flexkernels::cuda {
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);
+void flow_step_launch(const FlowStep& p, void* stream);
+void decode_attention_launch(const DecodeAttention& p, void* stream);
+void kv_append_launch(const KvAppend& p, void* stream);
+void qk_norm_launch(const QkNorm& p, void* stream);
+void qk_norm_backward_launch(const QkNormBackward& p, void* stream);
 
 }  // namespace flexkernels::cuda
