@@ -3,7 +3,6 @@
 from .attention import attention, attention_ref
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
-from .flow import APG, CFG, flow_step, flow_step_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
@@ -19,9 +18,9 @@ __all__ = [
     "attention_ref",
     "available_backends",
     "backend",
-    "flash_attn_varlen_func",
     "decode_attention",
     "decode_attention_ref",
+    "flash_attn_varlen_func",
     "flow_step",
     "flow_step_ref",
     "flow_update",

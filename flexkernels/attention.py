@@ -117,6 +117,26 @@ def _rebuild(t: LayoutTensors, mask, cross) -> SequenceLayout:
     return SequenceLayout.from_codes(queries, mask, cross, t.frame.device, keys)
 
 
+def attention_cpu(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
+    t = LayoutTensors(*layout)
+    sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
+    plan = (t.tiles, t.ptr, t.runs)
+    torch.ops.flexkernels_native.attention_forward(q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse)
+
+
+def attention_triton(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
+    from .triton import attention as kernels
+
+    kernels.attention_triton(q, k, v, LayoutTensors(*layout), key_log_weight, mask, cross, scale, out, lse)
+
+
+def attention_backward_triton(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv):
+    from .triton import attention as kernels
+
+    t = LayoutTensors(*layout)
+    kernels.attention_backward_triton(grad_out, q, k, v, out, lse, t, key_log_weight, mask, cross, scale, dq, dk, dv)
+
+
 def _attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
     # elsewhere looking at values would wait for the device
     if key_log_weight is not None and key_log_weight.device.type == "cpu" and not key_log_weight.isfinite().all():
@@ -159,5 +179,8 @@ library.define("attention", SCHEMA, _attention, _attention_fake)
 library.define("attention_backward", BACKWARD_SCHEMA, _attention_backward, _backward_fake)
 library.define_autograd("attention", _backward, _setup_context)
 library.register("attention", "reference", attention_reference)
+library.register("attention", "cpu", attention_cpu)
+library.register("attention", "triton", attention_triton)
 library.register("attention_backward", "reference", attention_backward_blocks)
 library.register("attention_backward", "cpu", attention_backward_blocks)
+library.register("attention_backward", "triton", attention_backward_triton)

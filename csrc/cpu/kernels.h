@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/attention.h"
+#include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
 
@@ -13,20 +14,11 @@
   void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);             \
   int64_t attention_scratch_bytes(const AttentionForward& p);                           \
   void attention_forward_kernel(const AttentionForward& p, int64_t begin, int64_t end); \
-#include "../core/decode.h"
-#include "../core/flow.h"
-#include "../core/fsq.h"
-
-#define FLEXKERNELS_DECLARE_KERNELS(isa)                                              \
-  namespace flexkernels::isa {                                                        \
-  void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);         \
-  void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end);     \
-  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);               \
-  void decode_attention_kernel(const DecodeAttention& p, int64_t begin, int64_t end); \
-  void decode_merge_kernel(const DecodeAttention& p, int64_t begin, int64_t end);     \
-  void kv_append_kernel(const KvAppend& p, int64_t begin, int64_t end);               \
-  void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                   \
-  void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);  \
+  void decode_attention_kernel(const DecodeAttention& p, int64_t begin, int64_t end);   \
+  void decode_merge_kernel(const DecodeAttention& p, int64_t begin, int64_t end);       \
+  void kv_append_kernel(const KvAppend& p, int64_t begin, int64_t end);                 \
+  void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                     \
+  void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);    \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -11,7 +11,6 @@ namespace flexkernels::cuda {
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);
-void flow_step_launch(const FlowStep& p, void* stream);
 void decode_attention_launch(const DecodeAttention& p, void* stream);
 void kv_append_launch(const KvAppend& p, void* stream);
 void qk_norm_launch(const QkNorm& p, void* stream);

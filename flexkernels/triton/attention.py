@@ -196,9 +196,7 @@ def attention_kernel(
     o_d, o_step = tl.arange(0, BLOCK_D), tl.arange(0, STEP).to(tl.int64)
     o_q = first + tl.arange(0, BLOCK_Q)
     m_dim, m_q = o_d < HEAD_DIM, o_q < last
-    b_q = load_block(
-        p_q + head * stride_qh, o_q.to(tl.int64)[:, None] * stride_q + o_d, m_q, m_dim, True, PADDED, DOT
-    )
+    b_q = load_block(p_q + head * stride_qh, o_q.to(tl.int64)[:, None] * stride_q + o_d, m_q, m_dim, True, PADDED, DOT)
     if NEGATIVE:
         b_q = -b_q
     p_k += head // group * stride_kh
