@@ -1,5 +1,6 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
+from . import solvers
 from .attention import attention, attention_ref
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
@@ -25,4 +26,5 @@ __all__ = [
     "fsq_dequantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
+    "solvers",
 ]
