@@ -1,5 +1,6 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
+from . import solvers
 from .attention import attention, attention_ref
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
@@ -34,4 +35,5 @@ __all__ = [
     "kv_append_ref_",
     "qk_norm",
     "qk_norm_ref",
+    "solvers",
 ]
