@@ -7,7 +7,6 @@ import torch
 
 import vft
 from vft.config import make_config, parse_config
-from vft.solver import resolve, sample, schedule
 
 
 @cache
@@ -197,25 +196,3 @@ def test_guidance_needs_a_null_token():
     with pytest.raises(ValueError, match="needs a null token"):
         model.decode_latents([IDS], noise=[LATENTS], guidance=vft.CFG(2.0))
     assert model.decode_latents([IDS], noise=[LATENTS], guidance=None, steps=1)[0].shape == LATENTS.shape
-
-
-def test_schedule_and_guidance_over_time():
-    assert schedule(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert resolve(None, 0.5) is None
-    assert resolve(vft.CFG(1.0), 0.5) is None
-    assert resolve(vft.CFG(lambda t: 1 + t), 0.5) == vft.CFG(1.5)
-    calls = []
-
-    def velocity(x, t, guided):
-        calls.append((t, guided))
-        return x, x if guided else None
-
-    sample(velocity, [torch.ones(1, 1, 2, 2)], steps=4, guidance=vft.CFG(lambda t: 3.0 if t > 0.6 else 1.0))
-    assert calls == [(1.0, True), (0.75, True), (0.5, False), (0.25, False)]
-
-
-def test_euler_on_a_linear_field():
-    """dx/dt = x from t = 1 to 0: (1 - 1/n)^n of the start."""
-    x = torch.randn(2, 1, 3, 3)
-    got = sample(lambda x, t, guided: (x, None), [x], steps=10)
-    torch.testing.assert_close(got[0], x * 0.9**10)

@@ -16,7 +16,7 @@ import torch
 import flexkernels
 from flexkernels import APG, CFG, solvers
 
-# velocities that a step of each solver evaluates
+# velocities that a step of each solver evaluates; the first step of ab3 evaluates two
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1, "ab3": 1, "dpm2m": 1}
 _TABLEAUS = {"euler": solvers.EULER, "midpoint": solvers.MIDPOINT, "heun": solvers.HEUN, "rk4": solvers.RK4}
 COMPAT = ("shared_momentum",)
@@ -53,14 +53,14 @@ class Evaluation(NamedTuple):
     """One velocity of a solver, at time t, and the update that follows it.
 
     step: its coefficients; t_next: the time that its result belongs to; last: whether it ends a step of the solver;
-    keep: how many of the latest velocities, this one included, the next evaluation looks back at.
+    keep: which velocities the next evaluation looks back at, as places among those it was given itself and its own.
     """
 
     t: float
     step: solvers.Step
     t_next: float
     last: bool
-    keep: int
+    keep: tuple[int, ...]
 
 
 def evaluations(solver: str, times: Sequence[float]) -> list[Evaluation]:
@@ -76,21 +76,31 @@ def evaluations(solver: str, times: Sequence[float]) -> list[Evaluation]:
             found += _runge_kutta(_TABLEAUS[solver], t, t_next)
         elif solver == "dpm2m":
             step = solvers.dpm2m(t, t_next, times[i - 1] if i else None)
-            found.append(Evaluation(t, step, t_next, last=True, keep=1))
+            found.append(Evaluation(t, step, t_next, last=True, keep=(int(i > 0),)))
         else:
-            back = int(solver[-1]) - 1
-            step = solvers.adams_bashforth(times[max(0, i - back) : i + 2])
-            found.append(Evaluation(t, step, t_next, last=True, keep=min(i + 1, back)))
+            found += _adams_bashforth(int(solver[-1]) - 1, times, i)
     return found
+
+
+def _adams_bashforth(back: int, times: Sequence[float], i: int) -> list[Evaluation]:
+    """Step i, which looks at most `back` steps back."""
+    if back > 1 and i == 0:
+        # an Euler step here would cost the method its third order
+        first, second = _runge_kutta(solvers.HEUN, *times[:2])
+        return [first, second._replace(keep=(0,))]
+    step = solvers.adams_bashforth(times[max(0, i - back) : i + 2])
+    keep = range(len(step.past_b) + 1)[-back:]
+    return [Evaluation(times[i], step, times[i + 1], last=True, keep=tuple(keep))]
 
 
 def _runge_kutta(tableau: solvers.Tableau, t: float, t_next: float) -> list[Evaluation]:
     steps = solvers.runge_kutta(tableau, t_next - t)
     at = [t + step.at * (t_next - t) for step in steps]
     *stages, end = [
-        Evaluation(at[j], step, (*at, t_next)[j + 1], last=False, keep=j + 1) for j, step in enumerate(steps)
+        Evaluation(at[j], step, (*at, t_next)[j + 1], last=False, keep=tuple(range(j + 1)))
+        for j, step in enumerate(steps)
     ]
-    return [*stages, end._replace(last=True, keep=0)]
+    return [*stages, end._replace(last=True, keep=())]
 
 
 def sample(
@@ -216,19 +226,21 @@ class _State:
             guidance=guidance,
             momentum_buffer=momentum,
             row_offsets=self.offsets,
-            return_velocity=evaluation.keep > 0,
-            **self._overwrite(evaluation.t_next),
+            return_velocity=len(evaluation.keep) > 0,
+            **self._overwrite(evaluation),
         )
-        self.past = [*self.past, *v][-evaluation.keep :] if evaluation.keep else []
+        known = [*self.past, *v]
+        self.past = [known[i] for i in evaluation.keep]
         if evaluation.last:
             self.states = [self.stage, self.states[0]]
         return momentum
 
-    def _overwrite(self, t_next: float) -> dict:
-        if self.prefix is None or (self.noised and t_next == 0.0):
+    def _overwrite(self, evaluation: Evaluation) -> dict:
+        at_end = evaluation.last and evaluation.t_next == 0
+        if self.prefix is None or (self.noised and at_end):
             return {}
-        overwrite = {"prefix": self.prefix, "prefix_offsets": self.prefix_offsets}
-        return overwrite | ({"prefix_noise": self.prefix_noise, "prefix_time": t_next} if self.noised else {})
+        noise = {"prefix_noise": self.prefix_noise, "prefix_time": evaluation.t_next} if self.noised else {}
+        return {"prefix": self.prefix, "prefix_offsets": self.prefix_offsets, **noise}
 
 
 def _flat(samples: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from flexkernels import APG, CFG
 
 from . import checkpoint
 from .config import TokenizerConfig, parse_config
+from .graphs import VelocityGraphs
 from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
 from .packing import Member
@@ -35,7 +36,8 @@ class Tokenizer(nn.Module):
     """Encodes video to ids int64 ``[T, N]`` (N registers for each of T latent frames) and back.
 
     Make one with :meth:`from_pretrained`. ``name`` is written into token files; ``registers`` is N; ``size`` is the
-    square working size in pixels, or None where the model takes any size.
+    square working size in pixels, or None where the model takes any size. On CUDA the solver's steps are replayed from
+    CUDA graphs, one for each set of shapes (the latest few are kept), unless ``cuda_graphs`` is set to False.
     """
 
     def __init__(self, config: TokenizerConfig, name: str = "tokenizer") -> None:
@@ -45,6 +47,7 @@ class Tokenizer(nn.Module):
         self.registers, self.size = config.registers, config.size
         self.steps, self.guidance = DEFAULT_STEPS, DEFAULT_GUIDANCE
         self._codec, self._codec_state = None, None
+        self.cuda_graphs, self._graphs = True, VelocityGraphs()
 
     @classmethod
     def from_pretrained(
@@ -205,7 +208,8 @@ class Tokenizer(nn.Module):
 
         def velocity(x, i, guided):
             made, registers = packed(guided)
-            out = decoder.velocity([z.to(dtype) for z in x], registers, table[i], made)
+            run = partial(self._graphs, decoder) if self.cuda_graphs else decoder.velocity
+            out = run([z.to(dtype) for z in x], registers, table[i], made)
             out = [v.float() for v in out]
             return out[:count], out[count:] if guided else None
 
@@ -285,9 +289,9 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
 
-        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver``, ``seed``,
-        ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first frames), ``progress`` (called after each step with
-        steps done in all and steps in all), as in :meth:`decode_stream`.
+        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver`` and
+        ``shift`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first
+        frames), ``progress`` (called after each step with steps done in all and steps in all).
         """
         return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
 
@@ -297,9 +301,10 @@ class Tokenizer(nn.Module):
         tokens: VideoTokens,
         *,
         keep: int | None = None,
-        steps: int | None = None,
+        steps: int | Sequence[float] | None = None,
         guidance: CFG | APG | str | None = DEFAULT,
         solver: str = "euler",
+        shift: float = 1.0,
         seed: int = 0,
         conditioning: torch.Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -314,7 +319,8 @@ class Tokenizer(nn.Module):
         held = 1 + (tokens.latent_frames - 1) * self.codec.temporal_stride
         if tokens.frames > held:
             raise ValueError(f"tokens must hold all frames: {tokens.latent_frames} rows hold {held} of {tokens.frames}")
-        steps = self.steps if steps is None else steps
+        times = schedule(self.steps if steps is None else steps, shift)
+        count = len(times) - 1
         height, width = self._frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
         first, rest = self._token_chunks(tokens.ids)
@@ -327,9 +333,9 @@ class Tokenizer(nn.Module):
             frames = 1 + (len(ids) - 1) * self.codec.temporal_stride
             shape = self.codec.latent_shape(frames, height, width)
             noise = torch.randn(shape, generator=generator).to(self.device)
-            report = None if progress is None else lambda n, done=i * steps: progress(done + n, len(chunks) * steps)
+            report = None if progress is None else lambda n, done=i * count: progress(done + n, len(chunks) * count)
             latents = self.decode_latents(
-                [ids], keep, steps, guidance, solver, [noise], None if prefix is None else [prefix[0]], progress=report
+                [ids], keep, times, guidance, solver, [noise], None if prefix is None else [prefix[0]], progress=report
             )
             video = self.codec.decode(latents[0][None]).clamp(-1, 1)
             last = video[:, :, -1:]
