@@ -5,6 +5,18 @@ from .flow import APG, CFG, flow_step, flow_step_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
+from .norm import (
+    adaln_norm,
+    adaln_norm_ref,
+    gated_residual,
+    gated_residual_adaln_norm,
+    gated_residual_adaln_norm_ref,
+    gated_residual_ref,
+    rms_norm,
+    rms_norm_ref,
+    swiglu,
+    swiglu_ref,
+)
 from .version import __version__
 
 __all__ = [
@@ -12,6 +24,8 @@ __all__ = [
     "CFG",
     "SequenceLayout",
     "__version__",
+    "adaln_norm",
+    "adaln_norm_ref",
     "attention",
     "attention_ref",
     "available_backends",
@@ -22,4 +36,12 @@ __all__ = [
     "fsq_dequantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
+    "gated_residual",
+    "gated_residual_adaln_norm",
+    "gated_residual_adaln_norm_ref",
+    "gated_residual_ref",
+    "rms_norm",
+    "rms_norm_ref",
+    "swiglu",
+    "swiglu_ref",
 ]

@@ -3,6 +3,7 @@
 
 #include "../core/flow.h"
 #include "../core/fsq.h"
+#include "../core/norm.h"
 
 namespace flexkernels::cuda {
 
@@ -10,5 +11,10 @@ namespace flexkernels::cuda {
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void flow_step_launch(const FlowStep& p, void* stream);
+void norm_forward_launch(const NormForward& p, void* stream);
+void norm_backward_launch(const NormBackward& p, void* stream);
+void norm_sums_launch(const NormSums& p, void* stream);
+void swiglu_launch(const Swiglu& p, void* stream);
+void swiglu_backward_launch(const Swiglu& p, void* stream);
 
 }  // namespace flexkernels::cuda
