@@ -61,8 +61,8 @@ struct NormSums {
   const void* y;         // [n, d] or null
   const float* stats;    // [n, 2] or null
   const int32_t* segment;
-  const int64_t* order;    // [n]: rows by segment, or null: as they are
-  const int64_t* offsets;  // [segments + 1]: where a segment begins in `order`
+  const int64_t* order;                        // [n]: rows by segment, or null: as they are
+  const int64_t* offsets;                      // [segments + 1]: where a segment begins in `order`
   float *grad_gate, *grad_shift, *grad_scale;  // [segments, d] or null
   float* partial;                              // [3, blocks + segments, d] or null
   int64_t n, d, segments;

@@ -136,8 +136,8 @@ FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
   float mean = 0, rstd = 0, mean_a = 0, along = 0;
   if (grad_out) {
     const bool layer = p.kind == kLayerNorm;
-    const Stats stats = row_stats(
-        v, d, p.kind, p.eps, layer ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f);
+    const Stats stats = row_stats(v, d, p.kind, p.eps,
+                                  layer ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f);
     mean = stats.mean;
     rstd = stats.rstd;
     const float per = 1.0f / static_cast<float>(d);
@@ -154,8 +154,8 @@ FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
   for_vectors(0, d, [&](int64_t i, auto io) {
     vf dv = {};
     if (grad_out) {
-      const vf rest = fma_vf(mean - io.load_from(v + i), vf{} + along, vf{} - mean_a);
-      dv = rstd * fma_vf(io.load_from(grad_out + i), factor(scale, p.kind, i, io), rest);
+      const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
+      dv = rstd * fma_vf(mean - io.load_from(v + i), vf{} + along, a - mean_a);
     }
     if (grad_sum) dv += io.load_from(grad_sum + i);
     if (grad_x) io.store_to(grad_x + i, dv);

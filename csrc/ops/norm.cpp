@@ -9,8 +9,8 @@ namespace {
 void check_segments(const int32_t* segment, int64_t n, int64_t segments) {
   if (!segment) return;
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(segment[i] >= 0 && segment[i] < segments, "segment must lie between 0 and ", segments - 1,
-                    ", got ", segment[i]);
+    STD_TORCH_CHECK(segment[i] >= 0 && segment[i] < segments, "segment must lie between 0 and ", segments - 1, ", got ",
+                    segment[i]);
   }
 }
 
@@ -47,8 +47,8 @@ void check_order(const NormSums& p) {
 void norm_sums_cpu(OptionalTensor grad_out, OptionalTensor dv, OptionalTensor v, OptionalTensor y, OptionalTensor stats,
                    OptionalTensor segment, OptionalTensor order, const Tensor& offsets, OptionalTensor grad_gate,
                    OptionalTensor grad_shift, OptionalTensor grad_scale, OptionalTensor partial) {
-  const NormSums args = norm_sums_args(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift,
-                                       grad_scale, partial);
+  const NormSums args =
+      norm_sums_args(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift, grad_scale, partial);
   check_order(args);
   const int64_t items = args.segments * ((args.d + kNormColumns - 1) / kNormColumns);
   if (items) launch(FLEXKERNELS_SELECT(norm_sums_kernel), args, items, args.n * args.d / items);

@@ -19,8 +19,7 @@ inline const void* norm_rows(const char* name, const Tensor& t, const Tensor& li
 }
 
 // contiguous [n, d] in `type`, or null
-inline void* norm_dense(const char* name, const OptionalTensor& t, const Tensor& like, ScalarType type,
-                        int64_t numel) {
+inline void* norm_dense(const char* name, const OptionalTensor& t, const Tensor& like, ScalarType type, int64_t numel) {
   if (!t) return nullptr;
   check_scalar_type(name, *t, type);
   check_numel(name, *t, numel);
@@ -39,8 +38,7 @@ struct NormTables {
     if (!t) return {nullptr, 0};
     const Dtype own = float_dtype(name, *t);
     STD_TORCH_CHECK(own == Dtype::f32 || t->scalar_type() == like.scalar_type(), name,
-                    " must have the dtype of the rows or float32, got ",
-                    torch::headeronly::toString(t->scalar_type()));
+                    " must have the dtype of the rows or float32, got ", torch::headeronly::toString(t->scalar_type()));
     STD_TORCH_CHECK(t->dim() == 2, name, " must have 2 dimensions, got ", t->dim());
     STD_TORCH_CHECK(segments < 0 || own == dtype, name, " must have the dtype of the other tables, got ",
                     torch::headeronly::toString(t->scalar_type()));

@@ -31,8 +31,8 @@ void norm_sums_cuda(OptionalTensor grad_out, OptionalTensor dv, OptionalTensor v
                     OptionalTensor stats, OptionalTensor segment, OptionalTensor order, const Tensor& offsets,
                     OptionalTensor grad_gate, OptionalTensor grad_shift, OptionalTensor grad_scale,
                     OptionalTensor partial) {
-  const NormSums args = norm_sums_args(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift,
-                                       grad_scale, partial);
+  const NormSums args =
+      norm_sums_args(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift, grad_scale, partial);
   STD_TORCH_CHECK(args.partial, "partial must be given on a GPU, got none");
   check_grid(args.n, args.d);
   if (args.d > 0) launch(cuda::norm_sums_launch, args, offsets);
