@@ -8,6 +8,18 @@ from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_
 from .layout import SequenceLayout
 from .library import available_backends, backend
 from .varlen import flash_attn_varlen_func
+from .norm import (
+    adaln_norm,
+    adaln_norm_ref,
+    gated_residual,
+    gated_residual_adaln_norm,
+    gated_residual_adaln_norm_ref,
+    gated_residual_ref,
+    rms_norm,
+    rms_norm_ref,
+    swiglu,
+    swiglu_ref,
+)
 from .version import __version__
 
 __all__ = [
@@ -15,6 +27,8 @@ __all__ = [
     "CFG",
     "SequenceLayout",
     "__version__",
+    "adaln_norm",
+    "adaln_norm_ref",
     "attention",
     "attention_ref",
     "available_backends",
@@ -36,4 +50,12 @@ __all__ = [
     "qk_norm",
     "qk_norm_ref",
     "solvers",
+    "gated_residual",
+    "gated_residual_adaln_norm",
+    "gated_residual_adaln_norm_ref",
+    "gated_residual_ref",
+    "rms_norm",
+    "rms_norm_ref",
+    "swiglu",
+    "swiglu_ref",
 ]

@@ -6,6 +6,7 @@
 #include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
+#include "../core/norm.h"
 
 #define FLEXKERNELS_DECLARE_KERNELS(isa)                                                \
   namespace flexkernels::isa {                                                          \
@@ -19,6 +20,16 @@
   void kv_append_kernel(const KvAppend& p, int64_t begin, int64_t end);                 \
   void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                     \
   void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);    \
+#define FLEXKERNELS_DECLARE_KERNELS(isa)                                          \
+  namespace flexkernels::isa {                                                    \
+  void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);     \
+  void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end); \
+  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);           \
+  void norm_forward_kernel(const NormForward& p, int64_t begin, int64_t end);     \
+  void norm_backward_kernel(const NormBackward& p, int64_t begin, int64_t end);   \
+  void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end);           \
+  void swiglu_kernel(const Swiglu& p, int64_t begin, int64_t end);                \
+  void swiglu_backward_kernel(const Swiglu& p, int64_t begin, int64_t end);       \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -1,0 +1,296 @@
+// Row norms and SwiGLU. A row is read again for each pass; it stays in the first-level cache.
+#include "../core/norm.h"
+
+#include <math.h>
+
+#include "exp.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace flexkernels::FLEXKERNELS_ISA {
+namespace {
+
+#define FLEXKERNELS_INLINE inline __attribute__((always_inline))
+
+// body(i, io) over the elements [begin, end): whole vectors, then the rest
+template <typename Body>
+FLEXKERNELS_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + W <= end; i += W) body(i, Full{});
+  if (i < end) body(i, Part{static_cast<int>(end - i)});
+}
+
+inline float lane_sum(vf v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int width = W / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+// keeps what a partial vector holds and clears the rest
+inline vf kept(Full, vf v) { return v; }
+inline vf kept(Part part, vf v) {
+  float lanes[W] = {};
+  store(lanes, v);
+  for (int lane = part.count; lane < W; ++lane) lanes[lane] = 0;
+  return load(lanes);
+}
+
+// sum over i < d of term(i, io), a vector that is zero beyond the row; four chains hide the latency of the addition
+template <typename Term>
+FLEXKERNELS_INLINE float row_sum(int64_t d, Term term) {
+  vf a = {}, b = {}, c = {}, e = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= d; i += 4 * W) {
+    a += term(i, Full{});
+    b += term(i + W, Full{});
+    c += term(i + 2 * W, Full{});
+    e += term(i + 3 * W, Full{});
+  }
+  for_vectors(i, d, [&](int64_t j, auto io) { a += term(j, io); });
+  return lane_sum((a + b) + (c + e));
+}
+
+template <typename M>
+inline const M* table_row(const NormTable& table, int64_t s) {
+  return table.data ? static_cast<const M*>(table.data) + s * table.stride : nullptr;
+}
+
+struct Stats {
+  float mean, rstd;
+};
+
+// of row v, given the sum of its elements
+template <typename X>
+FLEXKERNELS_INLINE Stats row_stats(const X* v, int64_t d, int kind, float eps, float sum) {
+  const float mean = kind == kLayerNorm ? sum / static_cast<float>(d) : 0.0f;
+  const float squares = row_sum(d, [&](int64_t i, auto io) {
+    const vf c = kept(io, io.load_from(v + i) - mean);
+    return c * c;
+  });
+  return {mean, 1.0f / sqrtf(squares / static_cast<float>(d) + eps)};
+}
+
+// what the norm multiplies with: 1 + scale, or the weight of an RMS norm
+template <typename M, typename IO>
+FLEXKERNELS_INLINE vf factor(const M* scale, int kind, int64_t i, IO io) {
+  if (!scale) return vf{} + 1.0f;
+  const vf value = io.load_from(scale + i);
+  return kind == kLayerNorm ? 1.0f + value : value;
+}
+
+// writes sum = x + gate * y and returns the sum of its rounded elements
+template <typename X, typename M>
+FLEXKERNELS_INLINE float add_row(const X* x, const X* y, const M* gate, X* out, int64_t d) {
+  return row_sum(d, [&](int64_t i, auto io) {
+    vf added = io.load_from(y + i);
+    const vf base = io.load_from(x + i);
+    added = gate ? fma_vf(io.load_from(gate + i), added, base) : base + added;
+    io.store_to(out + i, added);
+    return io.load_from(out + i);
+  });
+}
+
+template <typename X, typename M>
+FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row) {
+  const int64_t d = p.d, s = norm_segment(p.segment, row, p.segments);
+  const X* v = static_cast<const X*>(p.x) + row * p.x_stride;
+  float sum;
+  if (p.y) {
+    X* added = static_cast<X*>(p.sum) + row * d;
+    sum = add_row(v, static_cast<const X*>(p.y) + row * p.y_stride, table_row<M>(p.gate, s), added, d);
+    v = added;
+  } else {
+    sum = p.kind == kLayerNorm ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f;
+  }
+  if (!p.out) return;
+  const Stats stats = row_stats(v, d, p.kind, p.eps, sum);
+  const M *scale = table_row<M>(p.scale, s), *shift = table_row<M>(p.shift, s);
+  X* out = static_cast<X*>(p.out) + row * d;
+  for_vectors(0, d, [&](int64_t i, auto io) {
+    const vf normed = (io.load_from(v + i) - stats.mean) * stats.rstd, by = factor(scale, p.kind, i, io);
+    io.store_to(out + i, shift ? fma_vf(normed, by, io.load_from(shift + i)) : normed * by);
+  });
+}
+
+template <typename X, typename M>
+void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
+  // a copy of our own: the compiler sees that stores cannot change it
+  const NormForward p = args;
+  for (int64_t row = begin; row < end; ++row) forward_row<X, M>(p, row);
+}
+
+// with xhat = (v - mean) * rstd and a = grad_out * factor:
+//   layer: dv = rstd * (a - mean(a) - xhat * mean(a * xhat));  rms: without mean(a)
+template <typename X, typename M>
+FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
+  const int64_t d = p.d, s = norm_segment(p.segment, row, p.segments);
+  const X* v = static_cast<const X*>(p.v) + (p.v ? row * d : 0);
+  const X* grad_out = static_cast<const X*>(p.grad_out) + (p.grad_out ? row * d : 0);
+  const X* grad_sum = static_cast<const X*>(p.grad_sum) + (p.grad_sum ? row * d : 0);
+  const M *gate = table_row<M>(p.gate, s), *scale = table_row<M>(p.scale, s);
+  X* grad_x = static_cast<X*>(p.grad_x) + (p.grad_x ? row * d : 0);
+  X* grad_y = static_cast<X*>(p.grad_y) + (p.grad_y ? row * d : 0);
+  float mean = 0, rstd = 0, mean_a = 0, along = 0;
+  if (grad_out) {
+    const bool layer = p.kind == kLayerNorm;
+    const Stats stats = row_stats(v, d, p.kind, p.eps,
+                                  layer ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f);
+    mean = stats.mean;
+    rstd = stats.rstd;
+    const float per = 1.0f / static_cast<float>(d);
+    const auto a = [&](int64_t i, auto io) { return io.load_from(grad_out + i) * factor(scale, p.kind, i, io); };
+    if (layer) mean_a = per * row_sum(d, a);
+    const float mean_ax =
+        per * row_sum(d, [&](int64_t i, auto io) { return a(i, io) * ((io.load_from(v + i) - mean) * rstd); });
+    along = rstd * mean_ax;
+  }
+  if (p.stats) {
+    p.stats[2 * row] = mean;
+    p.stats[2 * row + 1] = rstd;
+  }
+  for_vectors(0, d, [&](int64_t i, auto io) {
+    vf dv = {};
+    if (grad_out) {
+      const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
+      dv = rstd * fma_vf(mean - io.load_from(v + i), vf{} + along, a - mean_a);
+    }
+    if (grad_sum) dv += io.load_from(grad_sum + i);
+    if (grad_x) io.store_to(grad_x + i, dv);
+    if (grad_y) io.store_to(grad_y + i, gate ? dv * io.load_from(gate + i) : dv);
+  });
+}
+
+template <typename X, typename M>
+void backward_rows(const NormBackward& args, int64_t begin, int64_t end) {
+  const NormBackward p = args;
+  for (int64_t row = begin; row < end; ++row) backward_row<X, M>(p, row);
+}
+
+// rows of a segment that are added before they join the total, which keeps long sums accurate
+constexpr int64_t kBlockRows = 64;
+
+template <typename X>
+struct SumRows {
+  const NormSums& p;
+  int64_t column, count;
+
+  // total[j] = sum over rows [from, to) of `order` of term(row, j, io)
+  template <typename Term>
+  FLEXKERNELS_INLINE void sum(int64_t from, int64_t to, float* out, Term term) const {
+    float total[kNormColumns] = {};
+    for (int64_t block = from; block < to; block += kBlockRows) {
+      float part[kNormColumns] = {};
+      const int64_t end = block + kBlockRows < to ? block + kBlockRows : to;
+      for (int64_t i = block; i < end; ++i) {
+        const int64_t row = p.order ? p.order[i] : i;
+        for_vectors(0, count, [&](int64_t j, auto io) { store(part + j, load(part + j) + term(row, j, io)); });
+      }
+      for (int64_t j = 0; j < count; j += W) store(total + j, load(total + j) + load(part + j));
+    }
+    memcpy(out, total, count * sizeof(float));
+  }
+
+  template <typename Data>
+  FLEXKERNELS_INLINE const X* at(Data data, int64_t row, int64_t j) const {
+    return static_cast<const X*>(data) + row * p.d + column + j;
+  }
+
+  void segment(int64_t s) const {
+    const int64_t from = p.offsets[s], to = p.offsets[s + 1], out = s * p.d + column;
+    if (p.grad_gate) {
+      sum(from, to, p.grad_gate + out, [&](int64_t row, int64_t j, auto io) {
+        return io.load_from(at(p.dv, row, j)) * io.load_from(at(p.y, row, j));
+      });
+    }
+    if (p.grad_shift) {
+      sum(from, to, p.grad_shift + out,
+          [&](int64_t row, int64_t j, auto io) { return io.load_from(at(p.grad_out, row, j)); });
+    }
+    if (p.grad_scale) {
+      sum(from, to, p.grad_scale + out, [&](int64_t row, int64_t j, auto io) {
+        const float mean = p.stats[2 * row], rstd = p.stats[2 * row + 1];
+        return io.load_from(at(p.grad_out, row, j)) * ((io.load_from(at(p.v, row, j)) - mean) * rstd);
+      });
+    }
+  }
+};
+
+// an item is one block of columns of one segment
+template <typename X>
+void sum_items(const NormSums& args, int64_t begin, int64_t end) {
+  const NormSums p = args;
+  const int64_t blocks = (p.d + kNormColumns - 1) / kNormColumns;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t column = item % blocks * kNormColumns;
+    const int64_t count = p.d - column < kNormColumns ? p.d - column : kNormColumns;
+    SumRows<X>{p, column, count}.segment(item / blocks);
+  }
+}
+
+template <typename X>
+void swiglu_rows(const Swiglu& args, int64_t begin, int64_t end) {
+  const Swiglu p = args;
+  for (int64_t row = begin; row < end; ++row) {
+    const X *a = static_cast<const X*>(p.x) + row * p.x_stride, *b = a + p.h;
+    X* out = static_cast<X*>(p.out) + row * p.h;
+    for_vectors(0, p.h, [&](int64_t i, auto io) {
+      const vf gate = io.load_from(a + i);
+      io.store_to(out + i, gate * io.load_from(b + i) / (1.0f + exp_vf(-gate)));
+    });
+  }
+}
+
+// d silu(a) / da = s * (1 + a * (1 - s)) with s = sigmoid(a)
+template <typename X>
+void swiglu_backward_rows(const Swiglu& args, int64_t begin, int64_t end) {
+  const Swiglu p = args;
+  for (int64_t row = begin; row < end; ++row) {
+    const X *a = static_cast<const X*>(p.x) + row * p.x_stride, *b = a + p.h;
+    const X* grad_out = static_cast<const X*>(p.grad_out) + row * p.h;
+    X *grad_a = static_cast<X*>(p.out) + row * 2 * p.h, *grad_b = grad_a + p.h;
+    for_vectors(0, p.h, [&](int64_t i, auto io) {
+      const vf gate = io.load_from(a + i), grad = io.load_from(grad_out + i), s = sigmoid_vf(gate);
+      io.store_to(grad_a + i, grad * io.load_from(b + i) * s * (1.0f + gate * (1.0f - s)));
+      io.store_to(grad_b + i, grad * gate * s);
+    });
+  }
+}
+
+}  // namespace
+
+void norm_forward_kernel(const NormForward& p, int64_t begin, int64_t end) {
+  const bool wide = p.table_dtype == Dtype::f32;
+  if (p.dtype == Dtype::f32) forward_rows<float, float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) (wide ? forward_rows<bf16, float> : forward_rows<bf16, bf16>)(p, begin, end);
+  if (p.dtype == Dtype::f16) (wide ? forward_rows<f16, float> : forward_rows<f16, f16>)(p, begin, end);
+}
+
+void norm_backward_kernel(const NormBackward& p, int64_t begin, int64_t end) {
+  const bool wide = p.table_dtype == Dtype::f32;
+  if (p.dtype == Dtype::f32) backward_rows<float, float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) (wide ? backward_rows<bf16, float> : backward_rows<bf16, bf16>)(p, begin, end);
+  if (p.dtype == Dtype::f16) (wide ? backward_rows<f16, float> : backward_rows<f16, f16>)(p, begin, end);
+}
+
+void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::f32) sum_items<float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) sum_items<bf16>(p, begin, end);
+  if (p.dtype == Dtype::f16) sum_items<f16>(p, begin, end);
+}
+
+void swiglu_kernel(const Swiglu& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::f32) swiglu_rows<float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) swiglu_rows<bf16>(p, begin, end);
+  if (p.dtype == Dtype::f16) swiglu_rows<f16>(p, begin, end);
+}
+
+void swiglu_backward_kernel(const Swiglu& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::f32) swiglu_backward_rows<float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) swiglu_backward_rows<bf16>(p, begin, end);
+  if (p.dtype == Dtype::f16) swiglu_backward_rows<f16>(p, begin, end);
+}
+
+}  // namespace flexkernels::FLEXKERNELS_ISA
