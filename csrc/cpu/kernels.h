@@ -4,11 +4,14 @@
 
 #include "../core/flow.h"
 #include "../core/fsq.h"
+#include "../core/fsq_linear.h"
 
 #define FLEXKERNELS_DECLARE_KERNELS(isa)                                          \
   namespace flexkernels::isa {                                                    \
   void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);     \
   void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end); \
+  void fsq_project_kernel(const FsqProject& p, int64_t begin, int64_t end);       \
+  void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end);           \
   void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);       \
   }
 
