@@ -49,7 +49,7 @@ def fsq_project_quantize(
     Raises TypeError or ValueError for a wrong dtype, shape, device or level.
     """
     levels = _check_project(hidden, weight, bias, levels, eps, ids_dtype)
-    ids, codes = _project_op(hidden, weight, bias, levels, float(eps), return_codes, ids_dtype)
+    codes, ids = _project_op(hidden, weight, bias, levels, float(eps), return_codes, ids_dtype)
     return (ids, codes) if return_codes else ids
 
 
@@ -206,7 +206,7 @@ def _project(hidden, weight, bias, eps) -> torch.Tensor:
 
 
 def _project_impl(hidden, weight, bias, levels, eps, codes, ids_dtype):
-    ids, out_codes = _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype)
+    out_codes, ids = _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype)
     if ids.numel():
         library.launch(
             "fsq_project_quantize",
@@ -219,22 +219,22 @@ def _project_impl(hidden, weight, bias, levels, eps, codes, ids_dtype):
             out_codes if codes else None,
             ids,
         )
-    return ids, out_codes
+    return out_codes, ids
 
 
 def _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype):
     n = hidden.shape[0]
     # a result that is not asked for is an empty tensor: an op cannot return None
-    return hidden.new_empty(n, dtype=ids_dtype), hidden.new_empty((n, len(levels)) if codes else (0,))
+    return hidden.new_empty((n, len(levels)) if codes else (0,)), hidden.new_empty(n, dtype=ids_dtype)
 
 
 def _project_setup(ctx, inputs, output):
     hidden, weight, bias, ctx.levels, ctx.eps, ctx.codes, _ = inputs
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(*output[ctx.codes :])
     ctx.save_for_backward(hidden, weight, bias)
 
 
-def _project_backward(ctx, _, grad_codes):
+def _project_backward(ctx, grad_codes, _):
     """grad_z = grad * bound'(z) / (L // 2), through the linear layer and LN: with y = (x - mean) / std,
     grad_x = (grad_y - mean(grad_y) - y * mean(grad_y * y)) / std.
     """
