@@ -5,6 +5,7 @@ from .attention import attention, attention_ref
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
+from .fsq_linear import fsq_embed, fsq_embed_ref, fsq_project_quantize, fsq_project_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
 from .varlen import flash_attn_varlen_func
@@ -43,6 +44,10 @@ __all__ = [
     "flow_update_ref",
     "fsq_dequantize",
     "fsq_dequantize_ref",
+    "fsq_embed",
+    "fsq_embed_ref",
+    "fsq_project_quantize",
+    "fsq_project_quantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
     "kv_append_",

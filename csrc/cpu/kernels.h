@@ -7,6 +7,7 @@
 #include "../core/flow.h"
 #include "../core/fsq.h"
 #include "../core/norm.h"
+#include "../core/fsq_linear.h"
 
 #define FLEXKERNELS_DECLARE_KERNELS(isa)                                                \
   namespace flexkernels::isa {                                                          \
@@ -30,6 +31,9 @@
   void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end);           \
   void swiglu_kernel(const Swiglu& p, int64_t begin, int64_t end);                \
   void swiglu_backward_kernel(const Swiglu& p, int64_t begin, int64_t end);       \
+  void fsq_project_kernel(const FsqProject& p, int64_t begin, int64_t end);       \
+  void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end);           \
+  void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);       \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -5,12 +5,15 @@
 #include "../core/flow.h"
 #include "../core/fsq.h"
 #include "../core/norm.h"
+#include "../core/fsq_linear.h"
 
 namespace flexkernels::cuda {
 
 // each queues its kernel on `stream` (a cudaStream_t) of the current device; std::runtime_error when that fails
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
+void fsq_project_launch(const FsqProject& p, void* stream);
+void fsq_embed_launch(const FsqEmbed& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);
 void decode_attention_launch(const DecodeAttention& p, void* stream);
 void kv_append_launch(const KvAppend& p, void* stream);
