@@ -24,7 +24,7 @@ constexpr int kRows = 6;  // rows of the accumulator tile
 constexpr int kPanel = kCols * W;
 constexpr int kBlockRows = 64, kBlockKeys = 512;
 // keys of P V at a time: their V stays in the first-level cache
-constexpr int kChunkKeys = 128;
+constexpr int kChunkKeys = 64;
 // scores of neighbouring rows must not share a cache set
 constexpr int kScoreRow = kBlockKeys + 16;
 constexpr float kHidden = -__builtin_inff();
@@ -204,7 +204,7 @@ void multiply_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) sum[r][i] = add ? load(c + r * c_row + i * W) : vf{};
+    for (int i = 0; i < C; ++i) sum[r][i] = vf{};
   }
   for (int64_t t = 0; t < depth; ++t) {
     vf column[C];
@@ -220,7 +220,11 @@ void multiply_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) store(c + r * c_row + i * W, sum[r][i]);
+    for (int i = 0; i < C; ++i) {
+      // short sums that are added up round less than one long sum
+      float* to = c + r * c_row + i * W;
+      store(to, add ? load(to) + sum[r][i] : sum[r][i]);
+    }
   }
 }
 

@@ -1,0 +1,333 @@
+"""flexkernels_native::attention_forward called directly: every mask, dtype, tile size and ISA level against PyTorch."""
+
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_accurate
+
+from flexkernels import SequenceLayout, _native, attention_ref
+from flexkernels.layout import MASKS, TilePlan
+
+pytestmark = pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {_native.cpu_unavailable}")
+
+ops = torch.ops.flexkernels_native
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+BLOCKS = ((64, 64), (16, 16), (128, 64), (16, 128), (0, 0), (0, 64), (1000, 1000))
+CROSS = (
+    {"prefix_to_register": "none", "register_to_prefix": "none", "register_to_register": "causal"},
+    {"prefix_to_prefix": "none", "register_to_register": "none"},
+)
+LAYOUTS = {name: (name, None) for name in MASKS} | {
+    f"cross{i}": ("frame_causal_prefix", cross) for i, cross in enumerate(CROSS)
+}
+# ragged and empty frames and sequences, frames without prefix or registers, tiles that straddle frames
+FRAMES = [[(7, 5), (3, 0), (0, 0), (0, 4)], [], [(1, 0)], [(65, 33), (1, 70), (64, 0)], [(129, 17)], [(4, 3)] * 2]
+# longer than a block of keys, and not a multiple of anything
+LONG = [[(151, 140)] * 2]
+
+
+def make_layout(name, frames=FRAMES):
+    mask, cross = LAYOUTS[name]
+    return SequenceLayout(frames, mask, cross)
+
+
+def draw(layout, heads=2, kv_heads=2, head_dim=64, dtype=torch.float32, extra=0):
+    shapes = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, head_dim))
+    return tuple(torch.randn(layout.total + extra, *shape).to(dtype) for shape in shapes)
+
+
+def forward(q, k, v, layout, blocks=(64, 64), weight=None, scale=None, plan=None, k_layout=None, **replaced):
+    keys = k_layout or layout
+    tiles = [torch.from_numpy(part) for part in plan or layout.plan(*blocks)]
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
+    call = dict(
+        cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, q_frame=layout.frame, q_rank=layout.rank,
+        k_frame=keys.frame, k_rank=keys.rank, q_tiles=tiles[0], k_ptr=tiles[1], k_tiles=tiles[2],
+        key_log_weight=weight, mask=MASKS.index(layout.mask), cross=layout.cross,
+        softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale, out=out, lse=lse,
+    )  # fmt: skip
+    ops.attention_forward(q=q, k=k, v=v, **{**call, **replaced})
+    return out, lse
+
+
+def check(q, k, v, layout, blocks=(64, 64), weight=None, scale=None):
+    out, lse = forward(q, k, v, layout, blocks, weight, scale)
+    options = dict(key_log_weight=weight, softmax_scale=scale, return_lse=True)
+    exact, exact_lse = attention_ref(q.double(), k.double(), v.double(), layout, **options)
+    formula, formula_lse = attention_ref(q, k, v, layout, **options)
+    assert_accurate(out, formula, exact)
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse[~seen], torch.full_like(lse[~seen], -math.inf))
+    # the bfloat16 kernel counts in powers of two, and its probabilities are good to 3e-6
+    spare = 1e-5 + 1e-7 * exact_lse[seen].abs().max() if q.dtype == torch.bfloat16 else 2e-6
+    error = (lse - exact_lse)[seen].abs().max()
+    assert error <= 2 * (formula_lse - exact_lse)[seen].abs().max() + spare, error
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kernel_masks(name, dtype):
+    for frames in (FRAMES, LONG):
+        layout = make_layout(name, frames)
+        check(*draw(layout, heads=1, kv_heads=1, dtype=dtype), layout)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("name", ["causal", "frame_causal", "frame_causal_prefix", "cross0"])
+def test_kernel_tile_sizes(name, blocks):
+    for frames in (FRAMES, LONG):
+        layout = make_layout(name, frames)
+        check(*draw(layout, heads=1, kv_heads=1, head_dim=32), layout, blocks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 17, 32, 64, 80, 128, 255, 256])
+def test_kernel_head_dims(head_dim, dtype):
+    layout = make_layout("frame_causal_prefix")
+    check(*draw(layout, head_dim=head_dim, dtype=dtype), layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["full", "frame_causal", "cross0"])
+def test_kernel_views_of_a_merged_projection(name, dtype):
+    """Grouped heads read from one [rows, (heads + 2 kv_heads) * head_dim] tensor, and from transposed heads."""
+    heads, kv_heads, head_dim = 4, 2, 40
+    layout = make_layout(name)
+    qkv = torch.randn(layout.total, heads + 2 * kv_heads, head_dim).to(dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    out = check(q, k, v, layout)
+    assert torch.equal(out, forward(q.contiguous(), k.contiguous(), v.contiguous(), layout)[0])
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    assert torch.equal(out, forward(*by_head, layout)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
+def test_kernel_key_weights(spread, dtype):
+    layout = make_layout("frame_causal")
+    weight = spread * torch.randn(layout.total)
+    check(*draw(layout, dtype=dtype), layout, weight=weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_a_weighted_key_counts_as_many(dtype):
+    q, k, v = (torch.randn(40, 1, 32).to(dtype) for _ in range(3))
+    copies = torch.tensor([1] * 39 + [30])
+    few, many = SequenceLayout.from_lengths([40]), SequenceLayout.from_lengths([int(copies.sum())])
+    out, lse = forward(q, k, v, few, weight=copies.float().log())
+    want, want_lse = forward(*(x.repeat_interleave(copies, 0) for x in (q, k, v)), many)
+    last = copies.cumsum(0) - 1
+    torch.testing.assert_close(out, want[last], rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+    torch.testing.assert_close(lse, want_lse[last], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0, 5.0])
+def test_kernel_scales(scale, dtype):
+    layout = make_layout("frame_causal_prefix")
+    check(*draw(layout, head_dim=20, dtype=dtype), layout, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_large_logits_stay_finite(dtype):
+    layout = make_layout("causal")
+    q, k, v = draw(layout, dtype=dtype)
+    check(100 * q, k, v, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_rows_of_no_tile(dtype):
+    """Rows past the last sequence, rows that no tile names and rows that see nothing: out 0, lse -inf."""
+    layout = make_layout("full")
+    q, k, v = draw(layout, dtype=dtype, extra=3)
+    whole, whole_lse = forward(q, k, v, layout)
+    assert (whole[layout.total :] == 0).all() and (whole_lse[layout.total :] == -math.inf).all()
+    plan = layout.plan(16, 16)
+    keep = np.arange(len(plan.q_tiles)) % 2 == 1
+    counts = np.diff(plan.k_ptr)
+    odd = TilePlan(
+        plan.q_tiles[keep],
+        np.concatenate([[0], counts[keep].cumsum()]).astype(np.int32),
+        plan.k_tiles[np.repeat(keep, counts)],
+    )
+    out, lse = forward(q, k, v, layout, plan=odd)
+    named = torch.zeros(len(q), dtype=torch.bool)
+    for _, begin, end, _ in odd.q_tiles.tolist():
+        named[begin:end] = True
+    assert torch.equal(out[named], forward(q, k, v, layout, (16, 16))[0][named])
+    assert (out[~named] == 0).all() and (lse[~named] == -math.inf).all()
+    blind = plan._replace(k_ptr=np.zeros_like(plan.k_ptr), k_tiles=plan.k_tiles[:0])
+    out, lse = forward(q, k, v, layout, plan=blind)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_kernel_nothing_to_do():
+    for frames in ([], [[]], [[(0, 0)], []]):
+        layout = make_layout("frame_causal", frames)
+        out, lse = forward(*draw(layout), layout)
+        assert out.shape == (0, 2, 64) and lse.shape == (0, 2)
+        out, lse = forward(*draw(layout, extra=2), layout)
+        assert (out == 0).all() and (lse == -math.inf).all()
+    layout = make_layout("full", [[(3, 0)]])
+    out, _ = forward(torch.empty(3, 0, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8), layout)
+    assert out.shape == (3, 0, 8)
+
+
+def test_kernel_without_lse():
+    layout = make_layout("frame_causal")
+    q, k, v = draw(layout)
+    assert torch.equal(forward(q, k, v, layout, lse=None)[0], forward(q, k, v, layout)[0])
+
+
+def plan_of(seen, q_bounds, k_bounds, block):
+    """The tiles of a dense mask whose sequences may have other lengths for queries than for keys."""
+    q_tiles, k_ptr, k_tiles = [], [0], []
+    for s, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)):
+        for begin in range(q0, q1, block):
+            rows = seen[begin : min(begin + block, q1)]
+            for key in range(k0, k1, block):
+                tile = rows[:, key : min(key + block, k1)]
+                if tile.any():
+                    k_tiles.append((key, min(key + block, k1), int(tile.all())))
+            q_tiles.append((s, begin, min(begin + block, q1), 0))
+            k_ptr.append(len(k_tiles))
+    shaped = lambda rows, width: np.array(rows, dtype=np.int32).reshape(-1, width)  # noqa: E731
+    return TilePlan(shaped(q_tiles, 4), np.array(k_ptr, dtype=np.int32), shaped(k_tiles, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("block", [16, 64])
+def test_kernel_queries_and_keys_of_other_lengths(block, mask, dtype):
+    """Causal aligns the last query with the last key; queries before the first key see nothing."""
+    q_lengths, k_lengths = [5, 100, 33, 0, 9, 40], [130, 100, 70, 4, 0, 17]
+    queries, keys = (SequenceLayout.from_lengths(n, mask) for n in (q_lengths, k_lengths))
+    q_bounds, k_bounds = queries.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
+    seen = torch.zeros(queries.total, keys.total, dtype=torch.bool)
+    for q0, q1, k0, k1 in zip(q_bounds[:-1], q_bounds[1:], k_bounds[:-1], k_bounds[1:], strict=True):
+        ones = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        seen[q0:q1, k0:k1] = ones if mask == "full" else ones.tril((k1 - k0) - (q1 - q0))
+    q = torch.randn(queries.total, 2, 24).to(dtype)
+    k, v = torch.randn(2, keys.total, 2, 24).to(dtype)
+
+    def dense(wide):
+        scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * 24**-0.5
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
+        return torch.einsum("hqk,khd->qhd", p, v.to(wide))
+
+    plan = plan_of(seen, q_bounds, k_bounds, block)
+    out, lse = forward(q, k, v, queries, plan=plan, k_layout=keys)
+    assert_accurate(out, dense(torch.float32).to(dtype), dense(torch.float64))
+    blind = ~seen.any(1)
+    assert blind.any() and (out[blind] == 0).all() and (lse[blind] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_hidden_keys_do_not_leak(dtype):
+    """What a query must not see changes no bit of its row, and nothing beyond the sequences is read."""
+    layout = make_layout("frame_causal_prefix")
+    q, k, v = draw(layout, dtype=dtype, extra=40)
+    k[layout.total :], v[layout.total :] = math.nan, math.nan
+    out, _ = forward(q, k, v, layout)
+    assert out.isfinite().all()
+    key = int(layout.cu_seqlens[3]) + 70
+    k[key], v[key] = -k[key], 50
+    changed = (forward(q, k, v, layout)[0] != out).flatten(1).any(1)
+    assert torch.equal(changed[: layout.total], layout.visible()[:, key])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_same_bits(dtype):
+    """Whatever the number of threads, the neighbours of a sequence or the run."""
+    layout = make_layout("frame_causal_prefix")
+    q, k, v = draw(layout, heads=4, kv_heads=2, dtype=dtype)
+    weight = torch.randn(layout.total)
+    want = forward(q, k, v, layout, weight=weight)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            got = forward(q, k, v, layout, weight=weight)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    finally:
+        torch.set_num_threads(threads)
+    bounds = layout.cu_seqlens.tolist()
+    for (begin, end), frames in zip(pairwise(bounds), FRAMES, strict=True):
+        alone = make_layout("frame_causal_prefix", [frames])
+        rows = slice(begin, end)
+        got = forward(q[rows], k[rows], v[rows], alone, weight=weight[rows])
+        assert torch.equal(got[0], want[0][rows]) and torch.equal(got[1], want[1][rows])
+
+
+SMALL = SequenceLayout([[(20, 0)], [(10, 0)]], "full")
+X = torch.zeros(30, 2, 8)
+
+
+def as_ints(*rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        (dict(q=X.double()), "q must have dtype float32, bfloat16 or float16, got Double"),
+        (dict(k=X.half()), "k must have dtype Float, got Half"),
+        (dict(q=X[:, 0]), r"q must have shape \[rows, heads, head_dim\], got 2 dimensions"),
+        (dict(v=X[:, :, :7]), "v must have head_dim 8 like q, got 7"),
+        (dict(v=X[:29]), "v must have k's 30 rows and 2 heads, got 29 and 2"),
+        (dict(k=X[:, :0], v=X[:, :0]), "q must have a multiple of k's 0 heads, got 2"),
+        (dict(k=X.transpose(1, 2).contiguous().transpose(1, 2)), "k must have a contiguous last dimension, got stride 2"),
+        (dict(cu_seqlens_q=as_ints(0, 20)), "cu_seqlens_q and cu_seqlens_k must have batch"),
+        (dict(cu_seqlens_k=as_ints(0, 25, 20)), "cu_seqlens_k must not fall, got 25 before 20"),
+        (dict(cu_seqlens_q=as_ints(1, 20, 30)), "cu_seqlens_q must start at 0, got 1"),
+        (dict(cu_seqlens_q=as_ints(0, 20, 31)), "cu_seqlens_q must end within the 30 rows and their 30 frames, got 31"),
+        (dict(k_frame=SMALL.frame[:29], k_rank=SMALL.rank[:29]), "cu_seqlens_k must end within the 30 rows and their 29"),
+        (dict(q_rank=SMALL.rank[:29]), "q_rank must have at least 30 elements, got 29"),
+        (dict(q_tiles=as_ints([0, 0, 20], [1, 20, 30])), r"q_tiles must have shape \[n, 4\]"),
+        (dict(q_tiles=as_ints([0, 0, 20, 0], [2, 20, 30, 0])), "q_tiles must name one of 2 sequences, got 2"),
+        (dict(q_tiles=as_ints([0, 0, 21, 0], [1, 21, 30, 0])), "q_tiles must ascend inside their sequences, got rows 0 to 21"),
+        (dict(q_tiles=as_ints([1, 20, 30, 0], [0, 0, 20, 0]), k_tiles=as_ints([20, 30, 1], [0, 20, 1])), "q_tiles must ascend inside their sequences, got rows 0 to 20"),
+        (dict(k_tiles=as_ints([0, 20, 1], [20, 31, 1])), "k_tiles must ascend inside their sequences, got keys 20 to 31"),
+        (dict(k_tiles=as_ints([-1, 20, 1], [20, 30, 1])), "k_tiles must ascend inside their sequences, got keys -1 to 20"),
+        (dict(k_ptr=as_ints(0, 2, 1)), "k_ptr must run from 0 to 2, got 0 to 1"),
+        (dict(k_ptr=as_ints(0, -1, 2)), "k_ptr must not fall, got 0 before -1"),
+        (dict(k_ptr=as_ints(0, 2)), "k_ptr must have 3 elements, got 2"),
+        (dict(key_log_weight=torch.zeros(29)), "key_log_weight must have 30 elements, got 29"),
+        (dict(mask=4), "mask must be 0, 1, 2 or 3, got 4"),
+        (dict(cross=[1, 1, 1]), "cross must have 4 entries, got 3"),
+        (dict(cross=[1, 1, 1, 3]), "cross must hold 0, 1 or 2, got 3"),
+        (dict(out=X[:, :1].contiguous()), "out must have 480 elements, got 240"),
+        (dict(lse=torch.zeros(30)), "lse must have 60 elements, got 30"),
+    ],
+)  # fmt: skip
+def test_refuses(replaced, message):
+    given = {name: replaced.get(name, X) for name in "qkv"}
+    with pytest.raises(RuntimeError, match=message):
+        out = torch.empty(30, 2, 8)
+        rest = {name: value for name, value in replaced.items() if name not in given}
+        forward(*given.values(), SMALL, **{"out": out, "lse": None, **rest})
+
+
+def test_refuses_head_dim_257():
+    with pytest.raises(RuntimeError, match="head_dim must lie between 1 and 256, got 257"):
+        forward(*[torch.zeros(30, 1, 257)] * 3, SMALL)
+
+
+@pytest.mark.parametrize("level", ISA_LEVELS)
+def test_every_isa_level(level):
+    """The kernel tests of this file once more, in a process that is held to `level`."""
+    if _native.C is None or ISA_LEVELS.index(level) >= ISA_LEVELS.index(_native.C.cpu_capability()):
+        pytest.skip(f"{level} is not below this process's own level")
+    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level, PYTHONPATH=str(Path(_native.__file__).parents[1]))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
