@@ -23,7 +23,6 @@ from .. import library
 CAUSAL = tl.constexpr(1)
 FRAME_CAUSAL = tl.constexpr(2)
 FRAME_CAUSAL_PREFIX = tl.constexpr(3)
-ALL_FULL = tl.constexpr((1, 1, 1, 1))
 LOG2_E = tl.constexpr(1 / math.log(2))
 LN_2 = tl.constexpr(math.log(2))
 INT_MAX = tl.constexpr(2**31 - 1)
@@ -56,7 +55,7 @@ class Tiles(NamedTuple):
 # by whether elements have two bytes, then by padded head_dim
 TILES = {
     True: {
-        64: Tiles(128, 128, Loop(64, 4, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
+        64: Tiles(128, 128, Loop(64, 8, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
         128: Tiles(128, 64, Loop(64, 8, 2), Loop(32, 8, 2), Loop(32, 8, 2)),
         256: Tiles(64, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
     },
@@ -91,51 +90,53 @@ def load_block(p, o, m_row, m_dim, MASKED: tl.constexpr, PADDED: tl.constexpr, D
 def query_terms(p_frame, p_rank, o_q, m_q, shift, MASK: tl.constexpr, CROSS: tl.constexpr):
     """What decides which keys a query sees: its frame and rank and the ranks it sees in earlier frames, or, where
     position decides, its last key."""
-    if MASK == FRAME_CAUSAL or MASK == FRAME_CAUSAL_PREFIX:
+    if MASK == FRAME_CAUSAL_PREFIX:
         b_frame = tl.load(p_frame + o_q, mask=m_q, other=0)
-        if MASK == FRAME_CAUSAL:
-            return b_frame, b_frame, b_frame, b_frame
         b_rank = tl.load(p_rank + o_q, mask=m_q, other=0)
         # prefix keys have rank -1; a switch: 0 none, 1 full, 2 causal
         b_low = tl.where(b_rank < 0, -CROSS[0], -CROSS[2])
         b_high = tl.where(b_rank < 0, INT_MAX if CROSS[1] else -1, INT_MAX if CROSS[3] == 1 else -1)
         if CROSS[3] == 2:
             b_high = tl.where(b_rank < 0, b_high, b_rank)
-        return b_frame, b_rank, b_low, b_high
-    b_last = o_q + shift
-    return b_last, b_last, b_last, b_last
+        terms = b_frame, b_rank, b_low, b_high
+    elif MASK == FRAME_CAUSAL:
+        terms = (tl.load(p_frame + o_q, mask=m_q, other=0),)
+    else:
+        terms = (o_q + shift,)
+    return terms
 
 
 @triton.jit
 def key_terms(p_frame, p_rank, o_k, m_k, MASK: tl.constexpr):
-    if MASK == FRAME_CAUSAL or MASK == FRAME_CAUSAL_PREFIX:
-        b_frame = tl.load(p_frame + o_k, mask=m_k, other=0)
-        if MASK == FRAME_CAUSAL:
-            return b_frame, b_frame
-        return b_frame, tl.load(p_rank + o_k, mask=m_k, other=0)
-    return o_k, o_k
+    if MASK == FRAME_CAUSAL_PREFIX:
+        terms = tl.load(p_frame + o_k, mask=m_k, other=0), tl.load(p_rank + o_k, mask=m_k, other=0)
+    elif MASK == FRAME_CAUSAL:
+        terms = (tl.load(p_frame + o_k, mask=m_k, other=0),)
+    else:
+        terms = (o_k,)
+    return terms
 
 
 @triton.jit
 def sees(query, key, m, MASK: tl.constexpr, CROSS: tl.constexpr):
     """The mask predicate, where m; terms of queries and keys broadcast against each other."""
     if MASK == FRAME_CAUSAL_PREFIX:
-        own = (key[0] == query[0]) & (key[1] <= query[1])
         earlier = key[0] < query[0]
-        if CROSS != ALL_FULL:
+        if CROSS[0] != 1 or CROSS[1] != 1 or CROSS[2] != 1 or CROSS[3] != 1:
             earlier = earlier & (key[1] >= query[2]) & (key[1] <= query[3])
-        return m & (own | earlier)
-    if MASK == CAUSAL or MASK == FRAME_CAUSAL:
-        return m & (key[0] <= query[0])
+        m = m & (earlier | ((key[0] == query[0]) & (key[1] <= query[1])))
+    elif MASK == CAUSAL or MASK == FRAME_CAUSAL:
+        m = m & (key[0] <= query[0])
     return m
 
 
 @triton.jit
 def causal_shift(p_cu_q, p_cu_k, sequence, MASK: tl.constexpr):
     """What takes a row to the last key it sees: the ends of queries and keys are aligned."""
+    shift = 0
     if MASK == CAUSAL:
-        return tl.load(p_cu_k + sequence + 1) - tl.load(p_cu_q + sequence + 1)
-    return 0
+        shift = tl.load(p_cu_k + sequence + 1) - tl.load(p_cu_q + sequence + 1)
+    return shift
 
 
 @triton.jit
@@ -240,7 +241,7 @@ def load_lse(p_lse, o, m):
 
 @triton.jit
 def dq_step(
-    b_q, b_do, b_dq, b_sum, b_lse, b_delta, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
+    b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
     stride_k, stride_v, key, end, scale,
     MASKED: tl.constexpr, MASK: tl.constexpr, CROSS: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr,
     STEP: tl.constexpr,
@@ -254,7 +255,7 @@ def dq_step(
     if MASKED:
         terms = key_terms(p_k_frame, p_k_rank, o_k[None, :], m_k[None, :], MASK)
         b_p = tl.where(sees(query, terms, m_k[None, :], MASK, CROSS), b_p, 0.0)
-    if b_sum is not None:
+    if p_norm is not None:
         b_sum += tl.sum(b_p, 1)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(DOT)
@@ -293,14 +294,12 @@ def attention_dq_kernel(
     b_q = load_block(p_q, o_row[:, None] * stride_q + o_d, m_q, m_dim, True, PADDED, DOT)
     o_kd, o_vd = o_step[:, None] * stride_k + o_d, o_step[:, None] * stride_v + o_d
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    b_sum = None
-    if p_norm is not None:
-        b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for i in range(range_first, range_first + fulls):
         begin, end = tl.load(p_ranges + 3 * i), tl.load(p_ranges + 3 * i + 1)
         for key in range(begin, end - STEP + 1, STEP):
             b_dq, b_sum = dq_step(
-                b_q, b_do, b_dq, b_sum, b_lse, b_delta, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
+                b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
                 p_k_rank, stride_k, stride_v, key, end, scale_log2, False, MASK, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
     shift = causal_shift(p_cu_q, p_cu_k, sequence, MASK)
@@ -310,7 +309,7 @@ def attention_dq_kernel(
         begin = tl.where(i < range_first + fulls, end - (end - begin) % STEP, begin)
         for key in range(begin, end, STEP):
             b_dq, b_sum = dq_step(
-                b_q, b_do, b_dq, b_sum, b_lse, b_delta, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
+                b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
                 p_k_rank, stride_k, stride_v, key, end, scale_log2, True, MASK, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
     if p_norm is not None:
