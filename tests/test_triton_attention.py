@@ -167,8 +167,13 @@ def check_backward(problem, q, k, v, weight=None, scale=0.3, tiles=SMALL):
     got = backward(problem, grad_out, q, k, v, out, lse, weight, scale, tiles)
     exact = gradients(problem, grad_out, q, k, v, weight, scale)
     plain = gradients(problem, grad_out, q, k, v, weight, scale, q.dtype)
-    for grad, want, ours in zip(got, exact, plain, strict=True):
-        assert_accurate(grad, ours, want)
+    for grad, want, formula_grad in zip(got, exact, plain, strict=True):
+        if q.dtype != torch.float32:
+            assert_accurate(grad, formula_grad, want)
+        elif want.numel():
+            # over all elements: the largest error of few float32 roundings is a lottery
+            error, allowed = ((x.cpu().double() - want).norm() for x in (grad, formula_grad))
+            assert error <= 2 * max(allowed, torch.finfo(torch.float32).eps / 2 * want.norm())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,8 +211,8 @@ def test_the_tiles_it_chooses(head_dim, dtype):
     problem = pose("frame_causal", [[(70, 90), (5, 0)]])
     tensors = draw(problem, 1, 1, head_dim, dtype)
     tiles = kernels.tiles_of(dtype, head_dim)
-    check_forward(problem, *tensors, tiles=tiles)
-    check_backward(problem, *tensors, tiles=tiles)
+    check_forward(problem, *tensors, scale=head_dim**-0.5, tiles=tiles)
+    check_backward(problem, *tensors, scale=head_dim**-0.5, tiles=tiles)
 
 
 @pytest.mark.parametrize("key_frames", [[[(60, 0)], [(5, 0)], [], [(2, 0)]], [[(9, 0)], [(80, 0)], [(3, 0)], []]])

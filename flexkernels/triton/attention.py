@@ -23,7 +23,6 @@ from .. import library
 CAUSAL = tl.constexpr(1)
 FRAME_CAUSAL = tl.constexpr(2)
 FRAME_CAUSAL_PREFIX = tl.constexpr(3)
-ALL_FULL = tl.constexpr((1, 1, 1, 1))
 LOG2_E = tl.constexpr(1 / math.log(2))
 LN_2 = tl.constexpr(math.log(2))
 INT_MAX = tl.constexpr(2**31 - 1)
@@ -31,7 +30,7 @@ INT_MAX = tl.constexpr(2**31 - 1)
 # their alignment depends on lengths, which must not compile anything anew
 METADATA = (
     *("p_q_frame", "p_q_rank", "p_k_frame", "p_k_rank", "p_cu_q", "p_cu_k", "p_tiles", "p_ptr", "p_ranges"),
-    *("p_weight", "p_lse", "p_delta"),
+    *("p_weight", "p_lse", "p_delta", "p_norm"),
 )
 
 
@@ -56,7 +55,7 @@ class Tiles(NamedTuple):
 # by whether elements have two bytes, then by padded head_dim
 TILES = {
     True: {
-        64: Tiles(128, 128, Loop(64, 4, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
+        64: Tiles(128, 128, Loop(64, 8, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
         128: Tiles(128, 64, Loop(64, 8, 2), Loop(32, 8, 2), Loop(32, 8, 2)),
         256: Tiles(64, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
     },
@@ -91,51 +90,53 @@ def load_block(p, o, m_row, m_dim, MASKED: tl.constexpr, PADDED: tl.constexpr, D
 def query_terms(p_frame, p_rank, o_q, m_q, shift, MASK: tl.constexpr, CROSS: tl.constexpr):
     """What decides which keys a query sees: its frame and rank and the ranks it sees in earlier frames, or, where
     position decides, its last key."""
-    if MASK == FRAME_CAUSAL or MASK == FRAME_CAUSAL_PREFIX:
+    if MASK == FRAME_CAUSAL_PREFIX:
         b_frame = tl.load(p_frame + o_q, mask=m_q, other=0)
-        if MASK == FRAME_CAUSAL:
-            return b_frame, b_frame, b_frame, b_frame
         b_rank = tl.load(p_rank + o_q, mask=m_q, other=0)
         # prefix keys have rank -1; a switch: 0 none, 1 full, 2 causal
         b_low = tl.where(b_rank < 0, -CROSS[0], -CROSS[2])
         b_high = tl.where(b_rank < 0, INT_MAX if CROSS[1] else -1, INT_MAX if CROSS[3] == 1 else -1)
         if CROSS[3] == 2:
             b_high = tl.where(b_rank < 0, b_high, b_rank)
-        return b_frame, b_rank, b_low, b_high
-    b_last = o_q + shift
-    return b_last, b_last, b_last, b_last
+        terms = b_frame, b_rank, b_low, b_high
+    elif MASK == FRAME_CAUSAL:
+        terms = (tl.load(p_frame + o_q, mask=m_q, other=0),)
+    else:
+        terms = (o_q + shift,)
+    return terms
 
 
 @triton.jit
 def key_terms(p_frame, p_rank, o_k, m_k, MASK: tl.constexpr):
-    if MASK == FRAME_CAUSAL or MASK == FRAME_CAUSAL_PREFIX:
-        b_frame = tl.load(p_frame + o_k, mask=m_k, other=0)
-        if MASK == FRAME_CAUSAL:
-            return b_frame, b_frame
-        return b_frame, tl.load(p_rank + o_k, mask=m_k, other=0)
-    return o_k, o_k
+    if MASK == FRAME_CAUSAL_PREFIX:
+        terms = tl.load(p_frame + o_k, mask=m_k, other=0), tl.load(p_rank + o_k, mask=m_k, other=0)
+    elif MASK == FRAME_CAUSAL:
+        terms = (tl.load(p_frame + o_k, mask=m_k, other=0),)
+    else:
+        terms = (o_k,)
+    return terms
 
 
 @triton.jit
 def sees(query, key, m, MASK: tl.constexpr, CROSS: tl.constexpr):
     """The mask predicate, where m; terms of queries and keys broadcast against each other."""
     if MASK == FRAME_CAUSAL_PREFIX:
-        own = (key[0] == query[0]) & (key[1] <= query[1])
         earlier = key[0] < query[0]
-        if CROSS != ALL_FULL:
+        if CROSS[0] != 1 or CROSS[1] != 1 or CROSS[2] != 1 or CROSS[3] != 1:
             earlier = earlier & (key[1] >= query[2]) & (key[1] <= query[3])
-        return m & (own | earlier)
-    if MASK == CAUSAL or MASK == FRAME_CAUSAL:
-        return m & (key[0] <= query[0])
+        m = m & (earlier | ((key[0] == query[0]) & (key[1] <= query[1])))
+    elif MASK == CAUSAL or MASK == FRAME_CAUSAL:
+        m = m & (key[0] <= query[0])
     return m
 
 
 @triton.jit
 def causal_shift(p_cu_q, p_cu_k, sequence, MASK: tl.constexpr):
     """What takes a row to the last key it sees: the ends of queries and keys are aligned."""
+    shift = 0
     if MASK == CAUSAL:
-        return tl.load(p_cu_k + sequence + 1) - tl.load(p_cu_q + sequence + 1)
-    return 0
+        shift = tl.load(p_cu_k + sequence + 1) - tl.load(p_cu_q + sequence + 1)
+    return shift
 
 
 @triton.jit
@@ -238,8 +239,8 @@ def load_lse(p_lse, o, m):
 
 @triton.jit
 def dq_step(
-    b_q, b_do, b_dq, b_lse, b_delta, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank, stride_k,
-    stride_v, key, end, scale,
+    b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
+    stride_k, stride_v, key, end, scale,
     MASKED: tl.constexpr, MASK: tl.constexpr, CROSS: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -252,21 +253,24 @@ def dq_step(
     if MASKED:
         terms = key_terms(p_k_frame, p_k_rank, o_k[None, :], m_k[None, :], MASK)
         b_p = tl.where(sees(query, terms, m_k[None, :], MASK, CROSS), b_p, 0.0)
+    if p_norm is not None:
+        b_sum += tl.sum(b_p, 1)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(DOT)
-    return tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
+    return tl.dot(b_ds, b_k, b_dq, input_precision="ieee"), b_sum
 
 
 @triton.jit(do_not_specialize_on_alignment=METADATA)
 def attention_dq_kernel(
-    p_do, p_q, p_k, p_v, p_out, p_lse, p_delta, p_dq, p_weight, p_q_frame, p_q_rank, p_k_frame, p_k_rank, p_cu_q,
-    p_cu_k, p_tiles, p_ptr, p_ranges,
+    p_do, p_q, p_k, p_v, p_out, p_lse, p_delta, p_norm, p_dq, p_weight, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
+    p_cu_q, p_cu_k, p_tiles, p_ptr, p_ranges,
     stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_dq, stride_dqh,
     heads, group, scale, scale_log2,
     MASK: tl.constexpr, CROSS: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    # q, dO, out, dq [BLOCK_Q, BLOCK_D], k and v [STEP, BLOCK_D]; D goes to p_delta [total_q, heads] for dk
+    # q, dO, out, dq [BLOCK_Q, BLOCK_D], k and v [STEP, BLOCK_D]; D and 1 / sum P go to p_delta and p_norm
+    # [total_q, heads] for dk
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
     tile, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     sequence, first = tl.load(p_tiles + 4 * tile), tl.load(p_tiles + 4 * tile + 1)
@@ -288,12 +292,13 @@ def attention_dq_kernel(
     b_q = load_block(p_q, o_row[:, None] * stride_q + o_d, m_q, m_dim, True, PADDED, DOT)
     o_kd, o_vd = o_step[:, None] * stride_k + o_d, o_step[:, None] * stride_v + o_d
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for i in range(range_first, range_first + fulls):
         begin, end = tl.load(p_ranges + 3 * i), tl.load(p_ranges + 3 * i + 1)
         for key in range(begin, end - STEP + 1, STEP):
-            b_dq = dq_step(
-                b_q, b_do, b_dq, b_lse, b_delta, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
-                stride_k, stride_v, key, end, scale_log2, False, MASK, CROSS, PADDED, DOT, STEP,
+            b_dq, b_sum = dq_step(
+                b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
+                p_k_rank, stride_k, stride_v, key, end, scale_log2, False, MASK, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
     shift = causal_shift(p_cu_q, p_cu_k, sequence, MASK)
     query = query_terms(p_q_frame, p_q_rank, o_q[:, None], m_q[:, None], shift, MASK, CROSS)
@@ -301,18 +306,23 @@ def attention_dq_kernel(
         begin, end = tl.load(p_ranges + 3 * i), tl.load(p_ranges + 3 * i + 1)
         begin = tl.where(i < range_first + fulls, end - (end - begin) % STEP, begin)
         for key in range(begin, end, STEP):
-            b_dq = dq_step(
-                b_q, b_do, b_dq, b_lse, b_delta, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
-                stride_k, stride_v, key, end, scale_log2, True, MASK, CROSS, PADDED, DOT, STEP,
+            b_dq, b_sum = dq_step(
+                b_q, b_do, b_dq, b_sum, b_lse, b_delta, p_norm, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame,
+                p_k_rank, stride_k, stride_v, key, end, scale_log2, True, MASK, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
+    if p_norm is not None:
+        # lse is rounded: its P does not quite sum to 1
+        b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        tl.store(p_norm + o_row * heads + head, b_norm, mask=m_q)
+        b_dq *= b_norm[:, None]
     o_dq = head * stride_dqh + o_row[:, None] * stride_dq + o_d
     tl.store(p_dq + o_dq, (scale * b_dq).to(p_dq.dtype.element_ty), mask=m_q[:, None] & m_dim)
 
 
 @triton.jit
 def dkdv_step(
-    b_k, b_v, b_dk, b_dv, b_weight, keys, m_key, p_do, p_q, p_lse, p_delta, o_dod, o_qd, m_dim, p_q_frame, p_q_rank,
-    stride_do, stride_q, heads, shift, row, end, scale,
+    b_k, b_v, b_dk, b_dv, b_weight, keys, m_key, p_do, p_q, p_lse, p_delta, p_norm, head, o_dod, o_qd, m_dim, p_q_frame,
+    p_q_rank, stride_do, stride_q, heads, shift, row, end, scale,
     MASKED: tl.constexpr, MASK: tl.constexpr, CROSS: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -321,12 +331,14 @@ def dkdv_step(
     m_q = o_q < end
     b_q = load_block(p_q + tl.cast(row, tl.int64) * stride_q, o_qd, m_q, m_dim, MASKED, PADDED, DOT)
     b_do = load_block(p_do + tl.cast(row, tl.int64) * stride_do, o_dod, m_q, m_dim, MASKED, PADDED, DOT)
-    b_lse = load_lse(p_lse, o_q.to(tl.int64) * heads, m_q)
-    b_delta = tl.load(p_delta + o_q.to(tl.int64) * heads, mask=m_q, other=0.0)
+    o_head = o_q.to(tl.int64) * heads + head
+    b_lse, b_delta = load_lse(p_lse, o_head, m_q), tl.load(p_delta + o_head, mask=m_q, other=0.0)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
     if b_weight is not None:
         b_s += b_weight[:, None]
     b_p = tl.exp2(b_s - b_lse[None, :])
+    if p_norm is not None:
+        b_p *= tl.load(p_norm + o_head, mask=m_q, other=0.0)[None, :]
     if MASKED:
         query = query_terms(p_q_frame, p_q_rank, o_q[None, :], m_q[None, :], shift, MASK, CROSS)
         b_p = tl.where(sees(query, keys, m_key & m_q[None, :], MASK, CROSS), b_p, 0.0)
@@ -338,8 +350,8 @@ def dkdv_step(
 
 @triton.jit(do_not_specialize_on_alignment=METADATA)
 def attention_dkdv_kernel(
-    p_do, p_q, p_k, p_v, p_lse, p_delta, p_dk, p_dv, p_weight, p_q_frame, p_q_rank, p_k_frame, p_k_rank, p_cu_q,
-    p_cu_k, p_tiles, p_ptr, p_ranges,
+    p_do, p_q, p_k, p_v, p_lse, p_delta, p_norm, p_dk, p_dv, p_weight, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
+    p_cu_q, p_cu_k, p_tiles, p_ptr, p_ranges,
     stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_dk, stride_dkh,
     stride_dv, stride_dvh, kv_heads, group, scale, scale_log2,
     MASK: tl.constexpr, CROSS: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
@@ -372,17 +384,17 @@ def attention_dkdv_kernel(
             begin, end = tl.load(p_ranges + 3 * i), tl.load(p_ranges + 3 * i + 1)
             for row in range(begin, end - STEP + 1, STEP):
                 b_dk, b_dv = dkdv_step(
-                    b_k, b_v, b_dk, b_dv, b_weight, None, None, p_head_do, p_head_q, p_lse + head, p_delta + head,
-                    o_dod, o_qd, m_dim, p_q_frame, p_q_rank, stride_do, stride_q, kv_heads * group, shift, row, end,
-                    scale_log2, False, MASK, CROSS, PADDED, DOT, STEP,
+                    b_k, b_v, b_dk, b_dv, b_weight, None, None, p_head_do, p_head_q, p_lse, p_delta, p_norm,
+                    head, o_dod, o_qd, m_dim, p_q_frame, p_q_rank, stride_do, stride_q, kv_heads * group, shift, row,
+                    end, scale_log2, False, MASK, CROSS, PADDED, DOT, STEP,
                 )  # fmt: skip
         for i in range(range_first, range_last):
             begin, end = tl.load(p_ranges + 3 * i), tl.load(p_ranges + 3 * i + 1)
             begin = tl.where(i < range_first + fulls, end - (end - begin) % STEP, begin)
             for row in range(begin, end, STEP):
                 b_dk, b_dv = dkdv_step(
-                    b_k, b_v, b_dk, b_dv, b_weight, keys, m_k[:, None], p_head_do, p_head_q, p_lse + head,
-                    p_delta + head, o_dod, o_qd, m_dim, p_q_frame, p_q_rank, stride_do, stride_q, kv_heads * group,
+                    b_k, b_v, b_dk, b_dv, b_weight, keys, m_k[:, None], p_head_do, p_head_q, p_lse, p_delta,
+                    p_norm, head, o_dod, o_qd, m_dim, p_q_frame, p_q_rank, stride_do, stride_q, kv_heads * group,
                     shift, row, end, scale_log2, True, MASK, CROSS, PADDED, DOT, STEP,
                 )  # fmt: skip
     o_dk = kv_head * stride_dkh + o_row[:, None] * stride_dk + o_d
@@ -397,7 +409,7 @@ def _strides(*tensors):
 
 def _constants(q, mask, cross):
     # the interpreter multiplies the bits of bfloat16: there operands are float32
-    dot = tl.float32 if library.interpreting() else getattr(tl, str(q.dtype).removeprefix("torch."))
+    dot = tl.float32 if library.interpreting() and q.dtype == torch.bfloat16 else getattr(tl, str(q.dtype).removeprefix("torch."))
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     return {"MASK": mask, "CROSS": tuple(cross), "HEAD_DIM": q.shape[-1], "BLOCK_D": block_d, "DOT": dot}
 
@@ -444,18 +456,19 @@ def attention_backward_triton(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
+    norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
     frames = (key_log_weight, q_frame, q_rank, k_frame, k_rank, cu_seqlens_q, cu_seqlens_k)
     constants = _constants(q, mask, cross)
     with torch.cuda.device_of(q):
         if len(q_tiles):
             attention_dq_kernel[(len(q_tiles) * heads,)](
-                grad_out, q, k, v, out, lse, delta, dq, *frames, q_tiles, k_ptr, k_tiles,
+                grad_out, q, k, v, out, lse, delta, norm, dq, *frames, q_tiles, k_ptr, k_tiles,
                 *_strides(grad_out, q, k, v, dq), heads, group, scale, scale_log2,
                 BLOCK_Q=tiles.block_q, **constants, **_loop(tiles.dq),
             )  # fmt: skip
         if len(key_tiles):
             attention_dkdv_kernel[(len(key_tiles) * kv_heads,)](
-                grad_out, q, k, v, lse, delta, dk, dv, *frames, key_tiles, q_ptr, q_ranges,
+                grad_out, q, k, v, lse, delta, norm, dk, dv, *frames, key_tiles, q_ptr, q_ranges,
                 *_strides(grad_out, q, k, v, dk, dv), kv_heads, group, scale, scale_log2,
                 BLOCK_K=tiles.block_k, **constants, **_loop(tiles.dkdv),
             )  # fmt: skip
