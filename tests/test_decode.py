@@ -238,7 +238,9 @@ def norm_settings(norm, weighted, head_dim, rope, rows, place):
 @on_every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("norm", "weighted"), NORMS)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "n", "rope"), [(4, 2, 64, 1, True), (3, 1, 10, 4, True), (18, 1, 17, 2, False)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "n", "rope"), [(4, 2, 64, 1, True), (3, 1, 10, 4, True), (18, 1, 17, 2, False)]
+)
 def test_append_writes_its_positions_and_no_other(place, dtype, norm, weighted, heads, kv_heads, head_dim, n, rope):
     lengths, max_len = [n, 33, 50], 50
     weights, rope, call = norm_settings(norm, weighted, head_dim, rope, max_len, place)
@@ -348,7 +350,10 @@ def exact_norm(qkv, heads, kv_heads, head_dim, norm, weights, angles, dtype):
 @on_every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("norm", "weighted"), NORMS)
-@pytest.mark.parametrize(("total", "heads", "kv_heads", "head_dim", "rope"), [(37, 4, 4, 64, True), (5, 3, 1, 10, True), (3, 18, 2, 129, False), (2, 2, 1, 256, True)])
+@pytest.mark.parametrize(
+    ("total", "heads", "kv_heads", "head_dim", "rope"),
+    [(37, 4, 4, 64, True), (5, 3, 1, 10, True), (3, 18, 2, 129, False), (2, 2, 1, 256, True)],
+)
 def test_norm_and_its_gradient(place, dtype, norm, weighted, total, heads, kv_heads, head_dim, rope):
     weights, rope, call = norm_settings(norm, weighted, head_dim, rope, 50, place)
     positions = torch.randint(50, (total,), dtype=torch.int32)
@@ -402,7 +407,11 @@ def test_norm_of_nothing_and_of_a_constant(place):
 
 
 def test_the_result_of_a_token_does_not_depend_on_the_others():
-    qkv, rope, positions = draw(40, 3 * 5 * 34).to(DEVICE), to(DEVICE, *tables(50, 34)), torch.arange(40).int().to(DEVICE)
+    qkv, rope, positions = (
+        draw(40, 3 * 5 * 34).to(DEVICE),
+        to(DEVICE, *tables(50, 34)),
+        torch.arange(40).int().to(DEVICE),
+    )
     whole = flexkernels.qk_norm(qkv, 5, rope=rope, positions=positions)
     part = flexkernels.qk_norm(qkv[7:20], 5, rope=rope, positions=positions[7:20])
     assert all(torch.equal(a[7:20], b) for a, b in zip(whole, part, strict=True))
@@ -412,7 +421,10 @@ def test_the_result_of_a_token_does_not_depend_on_the_others():
 
 
 def cache_case(dtype=torch.float32):
-    q, cache = torch.randn(2, 3, 4, 8, device=DEVICE, dtype=dtype), torch.randn(2, 2, 2, 9, 8, device=DEVICE, dtype=dtype)
+    q, cache = (
+        torch.randn(2, 3, 4, 8, device=DEVICE, dtype=dtype),
+        torch.randn(2, 2, 2, 9, 8, device=DEVICE, dtype=dtype),
+    )
     return q, *cache, torch.tensor([3, 9], dtype=torch.int32, device=DEVICE)
 
 
@@ -430,9 +442,7 @@ def test_opcheck():
         torch.library.opcheck(op.qk_norm.default, (x, 4, 2, 1, w, None, 1e-5, cos, sin, positions[:total]))
         torch.library.opcheck(op.qk_norm.default, (x, 4, 2, 2, None, None, 1e-5, None, None, None))
     heads = torch.randn(6, 4, 8, device=DEVICE), torch.randn(6, 2, 8, device=DEVICE)
-    torch.library.opcheck(
-        op.qk_norm_backward.default, (*heads, qk, 1, weight, weight, 1e-5, cos, sin, positions)
-    )
+    torch.library.opcheck(op.qk_norm_backward.default, (*heads, qk, 1, weight, weight, 1e-5, cos, sin, positions))
 
 
 def step(qkv, k, v, lengths, cos, sin):
@@ -458,7 +468,10 @@ def test_norm_compiles_to_one_graph(compiler):
         q, k, v = flexkernels.qk_norm(qkv, 4, 2, q_weight=weight)
         return (q[:, :2] * k * v.sin()).sum()
 
-    qkv, weight = torch.randn(6, 64, device=DEVICE, requires_grad=True), torch.randn(8, device=DEVICE, requires_grad=True)
+    qkv, weight = (
+        torch.randn(6, 64, device=DEVICE, requires_grad=True),
+        torch.randn(8, device=DEVICE, requires_grad=True),
+    )
     want = torch.autograd.grad(loss(qkv, weight), (qkv, weight))
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(qkv, weight), (qkv, weight))
     for a, b in zip(got, want, strict=True):
@@ -556,7 +569,9 @@ def test_wrong_norm_is_refused(call, error, message):
 
 
 def test_wrong_projection_is_refused():
-    with pytest.raises(ValueError, match=r"qkv must have \(heads \+ 2 \* kv_heads\) \* head_dim columns, 9 times 1 to 256"):
+    with pytest.raises(
+        ValueError, match=r"qkv must have \(heads \+ 2 \* kv_heads\) \* head_dim columns, 9 times 1 to 256"
+    ):
         flexkernels.kv_append_(X, K, K, L, heads=5)
     with pytest.raises(ValueError, match=r"k_cache must have the shape \[2, kv_heads, max_len, 16\]"):
         flexkernels.kv_append_(torch.zeros(2, 1, 128), K, K, L, heads=4)
