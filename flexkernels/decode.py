@@ -542,6 +542,19 @@ def qk_norm_backward_triton(*args):
     decode.qk_norm_backward_triton(*args)
 
 
-for _op in ("decode_attention", "kv_append", "qk_norm", "qk_norm_backward"):
-    for _backend, _row in (("reference", "reference"), ("cpu", "native"), ("triton", "triton"), ("cuda", "native")):
-        library.register(_op, _backend, globals()[f"{_op}_{_row}"])
+library.register("decode_attention", "reference", decode_attention_reference)
+library.register("decode_attention", "cpu", decode_attention_native)
+library.register("decode_attention", "triton", decode_attention_triton)
+library.register("decode_attention", "cuda", decode_attention_native)
+library.register("kv_append", "reference", kv_append_reference)
+library.register("kv_append", "cpu", kv_append_native)
+library.register("kv_append", "triton", kv_append_triton)
+library.register("kv_append", "cuda", kv_append_native)
+library.register("qk_norm", "reference", qk_norm_reference)
+library.register("qk_norm", "cpu", qk_norm_native)
+library.register("qk_norm", "triton", qk_norm_triton)
+library.register("qk_norm", "cuda", qk_norm_native)
+library.register("qk_norm_backward", "reference", qk_norm_backward_reference)
+library.register("qk_norm_backward", "cpu", qk_norm_backward_native)
+library.register("qk_norm_backward", "triton", qk_norm_backward_triton)
+library.register("qk_norm_backward", "cuda", qk_norm_backward_native)

@@ -51,9 +51,9 @@ FLEXKERNELS_HD int64_t decode_out(const DecodeAttention& p, int64_t b, int kv_he
   return (b * p.n + r / p.group) * p.heads + kv_head * p.group + r % p.group;
 }
 
-// exp(score - maximum), where no key at all has maximum -inf
+// exp(score - maximum), where no key at all has maximum -inf; NaN stays NaN
 FLEXKERNELS_HD float decode_exp(float score, float maximum) {
-  return maximum == -INFINITY ? 0.0f : expf(score - maximum);
+  return expf(score - (maximum == -INFINITY ? 0.0f : maximum));
 }
 
 FLEXKERNELS_HD float decode_lse(float maximum, float total) {
@@ -120,10 +120,10 @@ struct QkNormBackward {
   HeadNorm norm;
   const void* qk;
   const int32_t* positions;
-  const void* grad_q;    // [total, heads, head_dim]
-  const void* grad_k;    // [total, kv_heads, head_dim]
-  void* grad_qk;         // [total, (heads + kv_heads) * head_dim]
-  float* grad_weight;    // [ceil(total / kQkNormChunk), 2, head_dim], the parts of q_weight and k_weight, or null
+  const void* grad_q;  // [total, heads, head_dim]
+  const void* grad_k;  // [total, kv_heads, head_dim]
+  void* grad_qk;       // [total, (heads + kv_heads) * head_dim]
+  float* grad_weight;  // [ceil(total / kQkNormChunk), 2, head_dim], the parts of q_weight and k_weight, or null
   int64_t total, qk_stride;
   int heads, kv_heads;
   Dtype dtype;

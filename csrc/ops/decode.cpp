@@ -24,7 +24,8 @@ void decode_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, con
   const OptionalTensor workspace = decode_workspace(args, q);
   const int64_t tiles = (args.rows + kTile - 1) / kTile, units = args.kv_heads * tiles * splits;
   // a unit reads keys and values and multiplies each by its rows
-  const int64_t per_unit = (keys / (splits + 1) + 1) * args.head_dim * 2 * ((args.rows < kTile ? args.rows : kTile) + 1) / 2;
+  const int64_t per_unit =
+      (keys / (splits + 1) + 1) * args.head_dim * 2 * ((args.rows < kTile ? args.rows : kTile) + 1) / 2;
   launch(FLEXKERNELS_SELECT(decode_attention_kernel), args, units, per_unit);
   if (!workspace) return;
   const int64_t rows = args.batch * args.kv_heads * args.rows;

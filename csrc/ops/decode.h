@@ -20,8 +20,8 @@ inline void check_rows(const char* name, const Tensor& t, int64_t dim, const Ten
   check_scalar_type(name, t, like.scalar_type());
   STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of the first argument (index ",
                   like.get_device_index(), "), got another (index ", t.get_device_index(), ")");
-  STD_TORCH_CHECK(t.stride(dim - 1) == 1 || t.size(dim - 1) <= 1, name, " must have stride 1 in its last dimension, got ",
-                  t.stride(dim - 1));
+  STD_TORCH_CHECK(t.stride(dim - 1) == 1 || t.size(dim - 1) <= 1, name,
+                  " must have stride 1 in its last dimension, got ", t.stride(dim - 1));
   for (int64_t d = 0; d + 1 < dim; ++d) strides[d] = t.stride(d);
 }
 
@@ -78,8 +78,7 @@ inline DecodeAttention decode_attention_args(const Tensor& q, const Tensor& k, c
   p.k = k.const_data_ptr();
   p.v = v.const_data_ptr();
   p.cache_len = read<int32_t>(cache_len);
-  p.key_log_weight =
-      read_optional<float>("key_log_weight", key_log_weight, ScalarType::Float, p.batch * p.max_len, q);
+  p.key_log_weight = read_optional<float>("key_log_weight", key_log_weight, ScalarType::Float, p.batch * p.max_len, q);
   p.out = output("out", out, q.numel(), q);
   if (lse) {
     check_scalar_type("lse", *lse, ScalarType::Float);
@@ -99,9 +98,9 @@ inline OptionalTensor decode_workspace(DecodeAttention& p, const Tensor& like) {
   return partial;
 }
 
-inline HeadNorm head_norm_args(int64_t kind, double eps, const OptionalTensor& q_weight,
-                               const OptionalTensor& k_weight, const OptionalTensor& cos, const OptionalTensor& sin,
-                               int64_t head_dim, const Tensor& like) {
+inline HeadNorm head_norm_args(int64_t kind, double eps, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                               const OptionalTensor& cos, const OptionalTensor& sin, int64_t head_dim,
+                               const Tensor& like) {
   HeadNorm p{};
   STD_TORCH_CHECK(kind >= kHeadNormNone && kind <= kHeadNormRms, "norm must be 0, 1 or 2, got ", kind);
   p.kind = static_cast<int>(kind);
@@ -161,7 +160,8 @@ Args qk_norm_common(const Tensor& qk, int64_t norm, double eps, const OptionalTe
   check_size("k", heads_k, 2, head_dim);
   check_size("qk", qk, 1, (p.heads + p.kv_heads) * head_dim);
   p.norm = head_norm_args(norm, eps, q_weight, k_weight, cos, sin, head_dim, qk);
-  STD_TORCH_CHECK(cos.has_value() == positions.has_value(), "cos and positions must be given together, got one of them");
+  STD_TORCH_CHECK(cos.has_value() == positions.has_value(),
+                  "cos and positions must be given together, got one of them");
   p.positions = read_optional<int32_t>("positions", positions, ScalarType::Int, p.total, qk);
   p.qk = qk.const_data_ptr();
   return p;
