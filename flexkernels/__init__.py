@@ -5,6 +5,8 @@ from .flow import APG, CFG, flow_step, flow_step_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
+from .linear import quantize_rows, skinny_linear, skinny_linear_ref
+from .sampling import sample_logits, sample_logits_ref
 from .version import __version__
 
 __all__ = [
@@ -22,4 +24,9 @@ __all__ = [
     "fsq_dequantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
+    "quantize_rows",
+    "sample_logits",
+    "sample_logits_ref",
+    "skinny_linear",
+    "skinny_linear_ref",
 ]

@@ -4,12 +4,16 @@
 
 #include "../core/flow.h"
 #include "../core/fsq.h"
+#include "../core/linear.h"
+#include "../core/sampling.h"
 
 #define FLEXKERNELS_DECLARE_KERNELS(isa)                                          \
   namespace flexkernels::isa {                                                    \
   void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);     \
   void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end); \
   void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);           \
+  void sample_logits_kernel(const SampleLogits& p, int64_t begin, int64_t end);   \
+  void skinny_linear_kernel(const SkinnyLinear& p, int64_t begin, int64_t end);   \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -3,6 +3,8 @@
 
 #include "../core/flow.h"
 #include "../core/fsq.h"
+#include "../core/linear.h"
+#include "../core/sampling.h"
 
 namespace flexkernels::cuda {
 
@@ -10,5 +12,7 @@ namespace flexkernels::cuda {
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void flow_step_launch(const FlowStep& p, void* stream);
+void sample_logits_launch(const SampleLogits& p, void* stream);
+void skinny_linear_launch(const SkinnyLinear& p, void* stream);
 
 }  // namespace flexkernels::cuda
