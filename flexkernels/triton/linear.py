@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import library
+
 # the least that tl.dot takes
 BLOCK_M = 16
 BLOCK_N = 16
@@ -15,7 +17,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def product(p_x, p_weight, o_n, m_n, m, k, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def product(p_x, p_weight, o_n, m_n, m, k, x_stride, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """x [m, k] times the rows o_n of weight, [BLOCK_M, BLOCK_N] float32."""
     o_m, o_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     b_y = tl.zeros([BLOCK_M, o_n.shape[0]], dtype=tl.float32)
@@ -25,7 +27,10 @@ def product(p_x, p_weight, o_n, m_n, m, k, x_stride, BLOCK_M: tl.constexpr, BLOC
         p_b_x = p_x + o_m[:, None].to(tl.int64) * x_stride + (start + o_k)[None, :]
         p_b_w = p_weight + o_n[:, None] * k + (start + o_k)[None, :]
         b_x = tl.load(p_b_x, mask=(o_m < m)[:, None] & m_k[None, :], other=0.0)
-        b_w = tl.load(p_b_w, mask=m_n[:, None] & m_k[None, :], other=0).to(b_x.dtype)
+        b_w = tl.load(p_b_w, mask=m_n[:, None] & m_k[None, :], other=0)
+        if WIDE:
+            b_x = b_x.to(tl.float32)
+        b_w = b_w.to(b_x.dtype)
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision="ieee")
     return b_y
 
@@ -53,6 +58,7 @@ def skinny_linear_kernel(
     x_stride,
     residual_stride,
     SWIGLU: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,10 +66,10 @@ def skinny_linear_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < outputs
-    b_y = product(p_x, p_weight, o_n, m_n, m, k, x_stride, BLOCK_M, BLOCK_K)
+    b_y = product(p_x, p_weight, o_n, m_n, m, k, x_stride, WIDE, BLOCK_M, BLOCK_K)
     b_y = finish(b_y, p_scale, p_bias, o_n, m_n)
     if SWIGLU:
-        b_up = product(p_x, p_weight, o_n + outputs, m_n, m, k, x_stride, BLOCK_M, BLOCK_K)
+        b_up = product(p_x, p_weight, o_n + outputs, m_n, m, k, x_stride, WIDE, BLOCK_M, BLOCK_K)
         b_y = b_y * tl.sigmoid(b_y) * finish(b_up, p_scale, p_bias, o_n + outputs, m_n)
     m_out = (o_m < m)[:, None] & m_n[None, :]
     o_row = o_m[:, None].to(tl.int64)
@@ -89,6 +95,8 @@ def skinny_linear_triton(x, weight, weight_scale, bias, residual, swiglu, out):
             x.stride(0),
             residual.stride(0) if residual is not None else 0,
             SWIGLU=swiglu,
+            # the interpreter multiplies the bits of bfloat16
+            WIDE=library.interpreting(),
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K[x.dtype],
