@@ -21,6 +21,8 @@ from .norm import (
     swiglu,
     swiglu_ref,
 )
+from .linear import quantize_rows, skinny_linear, skinny_linear_ref
+from .sampling import sample_logits, sample_logits_ref
 from .version import __version__
 
 __all__ = [
@@ -63,4 +65,9 @@ __all__ = [
     "rms_norm_ref",
     "swiglu",
     "swiglu_ref",
+    "quantize_rows",
+    "sample_logits",
+    "sample_logits_ref",
+    "skinny_linear",
+    "skinny_linear_ref",
 ]

@@ -8,6 +8,8 @@
 #include "../core/fsq.h"
 #include "../core/norm.h"
 #include "../core/fsq_linear.h"
+#include "../core/linear.h"
+#include "../core/sampling.h"
 
 #define FLEXKERNELS_DECLARE_KERNELS(isa)                                                \
   namespace flexkernels::isa {                                                          \
@@ -34,6 +36,8 @@
   void fsq_project_kernel(const FsqProject& p, int64_t begin, int64_t end);       \
   void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end);           \
   void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);       \
+  void sample_logits_kernel(const SampleLogits& p, int64_t begin, int64_t end);   \
+  void skinny_linear_kernel(const SkinnyLinear& p, int64_t begin, int64_t end);   \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -6,6 +6,8 @@
 #include "../core/fsq.h"
 #include "../core/norm.h"
 #include "../core/fsq_linear.h"
+#include "../core/linear.h"
+#include "../core/sampling.h"
 
 namespace flexkernels::cuda {
 
@@ -25,5 +27,7 @@ void norm_backward_launch(const NormBackward& p, void* stream);
 void norm_sums_launch(const NormSums& p, void* stream);
 void swiglu_launch(const Swiglu& p, void* stream);
 void swiglu_backward_launch(const Swiglu& p, void* stream);
+void sample_logits_launch(const SampleLogits& p, void* stream);
+void skinny_linear_launch(const SkinnyLinear& p, void* stream);
 
 }  // namespace flexkernels::cuda

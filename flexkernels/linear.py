@@ -1,0 +1,181 @@
+"""A linear layer for the few rows of a decoding step: `skinny_linear`, its reference, and `quantize_rows` for int8.
+
+    y = (x @ weight.T) * weight_scale + bias,   swiglu: y = silu(y[:, :h]) * y[:, h:],   out = y + residual
+
+At so few rows reading the weight is all the cost, so it is read once and everything after it costs no pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks, library
+
+MAX_ROWS = 16
+INT8_LARGEST = 127
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The linear layer above for at most 16 rows of x; [m, n'] in x's dtype. For inference: it has no gradient.
+
+    x: [m, k] float32, bfloat16 or float16, m <= 16; rows may be apart. m = 0 gives an empty result, k = 0 a zero
+        product.
+    weight: [n, k] in x's dtype, or int8 with weight_scale float32 [n], one factor a row (`quantize_rows`).
+    bias: [n] in x's dtype. residual: [m, n'] in x's dtype, added last.
+    activation: None, n' = n; or "swiglu": weight is [w1; w3], n' = n / 2.
+
+    Sums, bias, activation and residual are in float32, rounded once to x's dtype. Results repeat bit by bit; on the
+    CPU and CUDA backends a row of x also gives the same bits alone or among others.
+    Raises TypeError or ValueError for wrong dtypes, shapes or devices, and RuntimeError where autograd would need a
+    gradient: call it under torch.no_grad().
+    Source: arXiv 2002.05202 (SwiGLU).
+    """
+    _check(x, weight, bias, residual, activation, weight_scale)
+    _check_no_grad(x, weight, bias, residual, weight_scale)
+    return _linear_op(x, weight, weight_scale, bias, residual, activation == "swiglu")
+
+
+def skinny_linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification of `skinny_linear` in plain PyTorch; it takes float64 too and then computes so."""
+    _check(x, weight, bias, residual, activation, weight_scale, (*checks.FLOATS, torch.float64))
+    return _reference(x, weight, weight_scale, bias, residual, activation == "swiglu")
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [n, k], float, as int8 [n, k] and float32 scale [n]: weight is about int8 * scale, row by row.
+
+    Symmetric: scale is a row's largest magnitude over 127, values round to the nearest, so each is off by at most
+    scale / 2 (and float32 rounding). A row of zeros has the scale 0. Raises ValueError for values that are not
+    finite: it looks at them, which waits for a GPU.
+    """
+    checks.tensor("weight", weight, (*checks.FLOATS, torch.float64), 2)
+    wide = weight.detach().float()
+    if not bool(wide.isfinite().all()):
+        checks.reject("weight", "be finite", "inf or NaN")
+    largest = wide.abs().amax(1) if weight.shape[1] else wide.new_zeros(weight.shape[0])
+    scale = largest / INT8_LARGEST
+    # a subnormal scale is too coarse to divide by
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    quotient = wide / torch.where(scale > 0, scale, 1.0)[:, None]
+    return quotient.round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale
+
+
+# validation
+
+
+def _check(x, weight, bias, residual, activation, weight_scale, floats=checks.FLOATS):
+    checks.tensor("x", x, floats, 2)
+    if x.shape[0] > MAX_ROWS:
+        checks.reject("x", f"have at most {MAX_ROWS} rows", x.shape[0])
+    checks.tensor("weight", weight, (x.dtype, torch.int8), 2)
+    checks.shape("weight", weight, (weight.shape[0], x.shape[1]))
+    checks.same_device("weight", weight, "x", x)
+    n = weight.shape[0]
+    if activation not in (None, "swiglu"):
+        checks.reject("activation", 'be None or "swiglu"', repr(activation))
+    if activation == "swiglu" and n % 2:
+        checks.reject("weight", "have an even number of rows with swiglu", n)
+    if weight.dtype == torch.int8:
+        _check_beside(x, "weight_scale", weight_scale, torch.float32, (n,))
+    elif weight_scale is not None:
+        checks.reject("weight_scale", "be None unless weight is int8", "a tensor")
+    if bias is not None:
+        _check_beside(x, "bias", bias, x.dtype, (n,))
+    if residual is not None:
+        _check_beside(x, "residual", residual, x.dtype, (x.shape[0], n // 2 if activation else n))
+
+
+def _check_beside(x, name, value, dtype, shape):
+    checks.tensor(name, value, (dtype,))
+    checks.shape(name, value, shape)
+    checks.same_device(name, value, "x", x)
+
+
+def _check_no_grad(*tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError("skinny_linear has no gradient: call it under torch.no_grad(), or use torch's linear layer")
+
+
+# the op
+
+
+def _linear_impl(x, weight, weight_scale, bias, residual, swiglu):
+    out = _linear_fake(x, weight, weight_scale, bias, residual, swiglu)
+    if out.numel() == 0:
+        return out
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    weight, weight_scale, bias = (None if t is None else t.contiguous() for t in (weight, weight_scale, bias))
+    library.launch("skinny_linear", x, weight, weight_scale, bias, residual, swiglu, out)
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _linear_fake(x, weight, weight_scale, bias, residual, swiglu):
+    n = weight.shape[0]
+    return x.new_empty((x.shape[0], n // 2 if swiglu else n))
+
+
+_linear_op = library.define(
+    "skinny_linear",
+    "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? residual, bool swiglu) -> Tensor",
+    _linear_impl,
+    _linear_fake,
+)
+
+
+def _reference(x, weight, weight_scale, bias, residual, swiglu):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(wide) @ weight.to(wide).T
+    if weight_scale is not None:
+        y = y * weight_scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    if swiglu:
+        gate, up = y.chunk(2, 1)
+        y = torch.nn.functional.silu(gate) * up
+    if residual is not None:
+        y = y + residual.to(wide)
+    return y.to(x.dtype)
+
+
+# backends: each fills out [m, n'] from contiguous rows
+
+
+def skinny_linear_reference(*args):
+    *arguments, out = args
+    out.copy_(_reference(*arguments))
+
+
+def skinny_linear_native(*args):
+    torch.ops.flexkernels_native.skinny_linear(*args)
+
+
+def skinny_linear_triton(*args):
+    from .triton import linear
+
+    linear.skinny_linear_triton(*args)
+
+
+library.register("skinny_linear", "reference", skinny_linear_reference)
+library.register("skinny_linear", "cpu", skinny_linear_native)
+library.register("skinny_linear", "triton", skinny_linear_triton)
+library.register("skinny_linear", "cuda", skinny_linear_native)
