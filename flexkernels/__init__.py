@@ -1,14 +1,13 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
-from . import solvers
 from .attention import attention, attention_ref
-from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
+from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .fsq_linear import fsq_embed, fsq_embed_ref, fsq_project_quantize, fsq_project_quantize_ref
 from .layout import SequenceLayout
 from .library import available_backends, backend
-from .varlen import flash_attn_varlen_func
+from .linear import quantize_rows, skinny_linear, skinny_linear_ref
 from .norm import (
     adaln_norm,
     adaln_norm_ref,
@@ -21,8 +20,8 @@ from .norm import (
     swiglu,
     swiglu_ref,
 )
-from .linear import quantize_rows, skinny_linear, skinny_linear_ref
 from .sampling import sample_logits, sample_logits_ref
+from .varlen import flash_attn_varlen_func
 from .version import __version__
 
 __all__ = [
@@ -52,22 +51,21 @@ __all__ = [
     "fsq_project_quantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
-    "kv_append_",
-    "kv_append_ref_",
-    "qk_norm",
-    "qk_norm_ref",
-    "solvers",
     "gated_residual",
     "gated_residual_adaln_norm",
     "gated_residual_adaln_norm_ref",
     "gated_residual_ref",
+    "kv_append_",
+    "kv_append_ref_",
+    "qk_norm",
+    "qk_norm_ref",
+    "quantize_rows",
     "rms_norm",
     "rms_norm_ref",
-    "swiglu",
-    "swiglu_ref",
-    "quantize_rows",
     "sample_logits",
     "sample_logits_ref",
     "skinny_linear",
     "skinny_linear_ref",
+    "swiglu",
+    "swiglu_ref",
 ]

@@ -4,9 +4,9 @@
 #include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
-#include "../core/norm.h"
 #include "../core/fsq_linear.h"
 #include "../core/linear.h"
+#include "../core/norm.h"
 #include "../core/sampling.h"
 
 namespace flexkernels::cuda {
@@ -21,7 +21,6 @@ void decode_attention_launch(const DecodeAttention& p, void* stream);
 void kv_append_launch(const KvAppend& p, void* stream);
 void qk_norm_launch(const QkNorm& p, void* stream);
 void qk_norm_backward_launch(const QkNormBackward& p, void* stream);
-void flow_step_launch(const FlowStep& p, void* stream);
 void norm_forward_launch(const NormForward& p, void* stream);
 void norm_backward_launch(const NormBackward& p, void* stream);
 void norm_sums_launch(const NormSums& p, void* stream);

@@ -409,7 +409,11 @@ def _strides(*tensors):
 
 def _constants(q, mask, cross):
     # the interpreter multiplies the bits of bfloat16: there operands are float32
-    dot = tl.float32 if library.interpreting() and q.dtype == torch.bfloat16 else getattr(tl, str(q.dtype).removeprefix("torch."))
+    dot = (
+        tl.float32
+        if library.interpreting() and q.dtype == torch.bfloat16
+        else getattr(tl, str(q.dtype).removeprefix("torch."))
+    )
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     return {"MASK": mask, "CROSS": tuple(cross), "HEAD_DIM": q.shape[-1], "BLOCK_D": block_d, "DOT": dot}
 
