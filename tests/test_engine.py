@@ -174,7 +174,7 @@ def test_prepared_weights_are_views_and_change_nothing(tmp_path):
     model.prepare()
     joined = attn._joined["weight"]
     assert attn.wk.weight.data_ptr() == joined[192:].data_ptr()
-    assert mlp.fc1.out_features % layers.MLP_ALIGNMENT and len(mlp._joined["weight"]) % (2 * layers.MLP_ALIGNMENT) == 0
+    assert mlp.fc1.out_features == 512 and len(mlp._joined["weight"]) % (2 * layers.MLP_ALIGNMENT) == 0
     torch.testing.assert_close(velocity(), before, rtol=1e-5, atol=1e-6)
     for name, p in model.named_parameters():
         assert torch.equal(p, plain[name]), name
