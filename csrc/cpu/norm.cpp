@@ -170,7 +170,7 @@ void backward_rows(const NormBackward& args, int64_t begin, int64_t end) {
 }
 
 // rows of a segment that are added before they join the total, which keeps long sums accurate
-constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockRows = 16;
 
 template <typename X>
 struct SumRows {
