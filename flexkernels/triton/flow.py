@@ -15,10 +15,10 @@ import triton.language as tl
 
 from ..flow_math import GUIDANCE_APG, NO_GUIDANCE
 
-BLOCK = 1024
+BLOCK = 512
 NUM_WARPS = 4
 # blocks that one program of an update without row sums goes through
-BLOCKS_EACH = 4
+BLOCKS_EACH = 8
 
 
 @triton.jit
