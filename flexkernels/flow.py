@@ -32,7 +32,7 @@ from .flow_math import (
 )
 
 # the most states and the most past velocities that one update takes
-MAX_TERMS = 4
+MAX_TERMS = 3
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def flow_update(
 ) -> tuple[torch.Tensor | None, ...]:
     """sum a_i x_i + b * v + sum past_b_j past_j with the guided velocity v, in one pass over memory.
 
-    x: 1 to 4 states of one shape and dtype: [B, C, ...] float32, bfloat16 or float16, whose B * C rows are guided each
+    x: 1 to 3 states of one shape and dtype: [B, C, ...] float32, bfloat16 or float16, whose B * C rows are guided each
         by itself; or flat [total] with row_offsets int64 [rows + 1], row r being elements row_offsets[r] ..
         row_offsets[r + 1] (ragged batches).
     a: a number for each state. b: that of v. past_b: those of the past velocities.
     v_cond, v_uncond: velocities like x, in one of those dtypes; v_uncond only with guidance, which needs it.
-    past: at most 4 guided velocities of earlier evaluations, float32 like x.
+    past: at most 3 guided velocities of earlier evaluations, float32 like x.
     guidance: None, CFG or APG with a number as scale (resolve a function of t before).
     momentum_buffer: float32 like x, the buffer that the update before returned; None means zeros.
     prefix: float32 conditioning values. [B, C, ...], overwriting the first elements of each row, or flat with

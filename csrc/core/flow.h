@@ -11,7 +11,7 @@ namespace flexkernels {
 enum FlowGuidance : int { kFlowNone = 0, kFlowCFG = 1, kFlowAPG = 2 };
 
 // the most states and the most past velocities
-constexpr int kFlowMaxTerms = 4;
+constexpr int kFlowMaxTerms = 3;
 
 struct FlowUpdate {
   const void* x[kFlowMaxTerms];      // [total] each

@@ -16,6 +16,7 @@ struct FsqQuantize {
   void* ids;                // [n] or null
   int64_t n;
   int64_t basis[kFsqMaxDims];  // 1, L0, L0*L1, ...
+  int64_t codebook;            // product of the levels, 0 without ids
   int dims, width;
   int half[kFsqMaxDims];  // L // 2
   Dtype dtype;            // of z and codes

@@ -8,9 +8,31 @@
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
 
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// level / half as the division rounds it: a product with the reciprocal, corrected by its remainder (Markstein)
+inline vf quotient(vf level, vf half, vf reciprocal) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+  const vf near = level * reciprocal;
+  return fma(fma(-near, half, level), reciprocal, near);
+#else
+  (void)reciprocal;
+  return level / half;
+#endif
+}
+
 struct QuantizeTables {
   vf thresholds[kFsqMaxDims][kFsqLinearCount];
-  vf half[kFsqMaxDims];
+  vf half[kFsqMaxDims], reciprocal[kFsqMaxDims];
+  vi basis32[kFsqMaxDims];
   vl basis[kFsqMaxDims][2];
 };
 
@@ -19,6 +41,8 @@ void fill_tables(const FsqQuantize& p, QuantizeTables& t) {
     for (int lane = 0; lane < W; ++lane) {
       const int dim = (v * W + lane) % p.dims;
       t.half[v][lane] = static_cast<float>(p.half[dim]);
+      t.reciprocal[v][lane] = 1.0f / t.half[v][lane];
+      t.basis32[v][lane] = static_cast<int32_t>(p.basis[dim]);
       t.basis[v][lane / (W / 2)][lane % (W / 2)] = p.basis[dim];
       if (p.width > kFsqLinearCount) continue;
       for (int k = 0; k < p.width; ++k) t.thresholds[v][k][lane] = p.thresholds[dim * p.width + k];
@@ -39,13 +63,17 @@ inline vi count_levels(const FsqQuantize& p, const QuantizeTables& t, int v, vf 
   return level;
 }
 
-// one tile of W rows; `weighted` receives level * basis of every element
-template <typename T, bool kIds>
-void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T* codes, int64_t* weighted) {
+// one tile of W rows; `weighted` receives level * basis of every element, in Word
+template <typename T, typename Word>
+inline void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T* codes, Word* weighted) {
   for (int v = 0; v < p.dims; ++v) {
     const vi level = count_levels(p, t, v, load(z + v * W));
-    if (codes) store(codes + v * W, (__builtin_convertvector(level, vf) - t.half[v]) / t.half[v]);
-    if constexpr (kIds) {
+    if (codes)
+      store(codes + v * W, quotient(__builtin_convertvector(level, vf) - t.half[v], t.half[v], t.reciprocal[v]));
+    if constexpr (sizeof(Word) == 4) {
+      const vi product = level * t.basis32[v];
+      memcpy(weighted + v * W, &product, sizeof product);
+    } else {
       vl low, high;
       widen<vl, vi_half>(level, &low, &high);
       low *= t.basis[v][0];
@@ -57,55 +85,93 @@ void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T*
 }
 
 // ids[r] = sum of weighted[r, :]; D is known so that the sum unrolls
-template <typename Id, int D>
-void sum_rows(const int64_t* weighted, int rows, Id* ids) {
+template <typename Word, typename Id, int D>
+inline void sum_rows(const Word* weighted, int rows, Id* ids) {
   for (int r = 0; r < rows; ++r, weighted += D) {
-    int64_t id = weighted[0];
+    Word id = weighted[0];
 #pragma GCC unroll 16
     for (int d = 1; d < D; ++d) id += weighted[d];
     ids[r] = static_cast<Id>(id);
   }
 }
 
-template <typename Id, int D = kFsqMaxDims>
-void sum_rows_of(int dims, const int64_t* weighted, int rows, Id* ids) {
-  if (dims == D) return sum_rows<Id, D>(weighted, rows, ids);
-  if constexpr (D > 1) sum_rows_of<Id, D - 1>(dims, weighted, rows, ids);
+#if defined(__AVX512F__)
+// the same for six dimensions and W rows: sums of neighbours, then of three of those, by shuffles of two vectors
+inline __m512i pick(__m512i a, __m512i b, int first, int step, int from) {
+  // lane l takes element first + step * l of a and b, counted from `from`
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i index =
+      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(step)), _mm512_set1_epi32(first - from));
+  return _mm512_permutex2var_epi32(a, index, b);
 }
 
-template <typename T, bool kIds>
+inline __m512i sum_rows_of_six(const int32_t* weighted) {
+  __m512i pairs[3];
+  for (int v = 0; v < 3; ++v) {
+    const __m512i a = _mm512_loadu_si512(weighted + 32 * v), b = _mm512_loadu_si512(weighted + 32 * v + 16);
+    pairs[v] = _mm512_add_epi32(pick(a, b, 0, 2, 0), pick(a, b, 1, 2, 0));
+  }
+  __m512i sum = _mm512_setzero_si512();
+  for (int k = 0; k < 3; ++k) {
+    // elements 3 l + k of the 48: those below 32 from the first two vectors, the others from the third
+    const __m512i low = pick(pairs[0], pairs[1], k, 3, 0), high = pick(pairs[1], pairs[2], k, 3, 16);
+    const __mmask16 beyond = static_cast<__mmask16>(0xffffu << ((32 - k + 2) / 3));
+    sum = _mm512_add_epi32(sum, _mm512_mask_blend_epi32(beyond, low, high));
+  }
+  return sum;
+}
+
+inline void store_ids(__m512i id, int32_t* ids) { _mm512_storeu_si512(ids, id); }
+
+inline void store_ids(__m512i id, int64_t* ids) {
+  _mm512_storeu_si512(ids, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_castsi512_si256(id)));
+  _mm512_storeu_si512(ids + 8, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 1)));
+}
+#endif
+
+template <typename Word, typename Id, int D = kFsqMaxDims>
+inline void sum_rows_of(int dims, const Word* weighted, int rows, Id* ids) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Word) == 4 && D == 6) {
+    if (dims == 6 && rows == W) return store_ids(sum_rows_of_six(weighted), ids);
+  }
+#endif
+  if (dims == D) return sum_rows<Word, Id, D>(weighted, rows, ids);
+  if constexpr (D > 1) sum_rows_of<Word, Id, D - 1>(dims, weighted, rows, ids);
+}
+
+template <typename T, typename Word>
 void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
   QuantizeTables t;
   fill_tables(p, t);
   const T* z = static_cast<const T*>(p.z);
   T* codes = static_cast<T*>(p.codes);
-  int64_t weighted[W * kFsqMaxDims];
+  Word weighted[W * kFsqMaxDims];
   for (int64_t row = begin; row < end; row += W) {
     const int64_t at = row * p.dims;
     const int rows = end - row < W ? static_cast<int>(end - row) : W;
     if (rows == W) {
-      quantize_tile<T, kIds>(p, t, z + at, codes ? codes + at : nullptr, weighted);
+      quantize_tile<T, Word>(p, t, z + at, codes ? codes + at : nullptr, weighted);
     } else {
       T z_tail[W * kFsqMaxDims] = {}, codes_tail[W * kFsqMaxDims];
       memcpy(z_tail, z + at, rows * p.dims * sizeof(T));
-      quantize_tile<T, kIds>(p, t, z_tail, codes_tail, weighted);
+      quantize_tile<T, Word>(p, t, z_tail, codes_tail, weighted);
       if (codes) memcpy(codes + at, codes_tail, rows * p.dims * sizeof(T));
     }
-    if constexpr (kIds) {
-      if (p.ids64)
-        sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
-      else
-        sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
-    }
+    if (!p.ids) continue;
+    if (p.ids64)
+      sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
+    else
+      sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
   }
 }
 
 template <typename T>
 void quantize(const FsqQuantize& p, int64_t begin, int64_t end) {
-  if (p.ids)
-    quantize_rows<T, true>(p, begin, end);
+  if (p.codebook <= INT32_MAX)
+    quantize_rows<T, int32_t>(p, begin, end);
   else
-    quantize_rows<T, false>(p, begin, end);
+    quantize_rows<T, int64_t>(p, begin, end);
 }
 
 // id / level by the high half of a product; exact while id * level < 2^64

@@ -56,7 +56,7 @@ inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, 
   }
   if (ids) {
     p.ids64 = is_int64("ids", *ids);
-    checked_codebook(levels, p.ids64, p.basis);
+    p.codebook = checked_codebook(levels, p.ids64, p.basis);
     check_numel("ids", *ids, p.n);
     check_layout("ids", *ids, z);
     p.ids = ids->mutable_data_ptr();

@@ -15,10 +15,10 @@ import triton.language as tl
 
 from ..flow_math import GUIDANCE_APG, NO_GUIDANCE
 
-BLOCK = 1024
+BLOCK = 512
 NUM_WARPS = 4
 # blocks that one program of an update without row sums goes through
-BLOCKS_EACH = 4
+BLOCKS_EACH = 8
 
 
 @triton.jit
@@ -26,11 +26,9 @@ def flow_update_kernel(
     p_x,
     p_x1,
     p_x2,
-    p_x3,
     p_past0,
     p_past1,
     p_past2,
-    p_past3,
     p_cond,
     p_uncond,
     p_buffer,
@@ -46,12 +44,10 @@ def flow_update_kernel(
     a0,
     a1,
     a2,
-    a3,
     b,
     past_b0,
     past_b1,
     past_b2,
-    past_b3,
     gain,
     threshold,
     shed,
@@ -99,11 +95,9 @@ def flow_update_kernel(
         b_x = add_term(b * b_v, p_x, a0, o_row, m_row)
         b_x = add_term(b_x, p_x1, a1, o_row, m_row)
         b_x = add_term(b_x, p_x2, a2, o_row, m_row)
-        b_x = add_term(b_x, p_x3, a3, o_row, m_row)
         b_x = add_term(b_x, p_past0, past_b0, o_row, m_row)
         b_x = add_term(b_x, p_past1, past_b1, o_row, m_row)
         b_x = add_term(b_x, p_past2, past_b2, o_row, m_row)
-        b_x = add_term(b_x, p_past3, past_b3, o_row, m_row)
         if p_prefix is not None:
             o_prefix = prefix_start + o_row - start
             m_prefix = m_row & (o_row - start < prefix_length)
@@ -196,8 +190,8 @@ def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
     noisy = 0.0 if tensors.prefix_noise is None else numbers.prefix_time
     with torch.cuda.device_of(x_next):
         flow_update_kernel[(rows, splits)](
-            *_four((tensors.x, *tensors.more_x), None),
-            *_four(tensors.past, None),
+            *_three((tensors.x, *tensors.more_x), None),
+            *_three(tensors.past, None),
             tensors.v_cond,
             tensors.v_uncond if numbers.guidance != NO_GUIDANCE else None,
             tensors.momentum_buffer if numbers.momentum else None,
@@ -210,9 +204,9 @@ def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
             velocity,
             total,
             length,
-            *_four(numbers.a, 0.0),
+            *_three(numbers.a, 0.0),
             numbers.b,
-            *_four(numbers.past_b, 0.0),
+            *_three(numbers.past_b, 0.0),
             numbers.scale - 1,
             numbers.threshold,
             1 - numbers.eta,
@@ -228,5 +222,5 @@ def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
         )
 
 
-def _four(values, rest):
-    return [*values, *[rest] * (4 - len(values))]
+def _three(values, rest):
+    return [*values, *[rest] * (3 - len(values))]

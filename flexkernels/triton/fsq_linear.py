@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 ROWS = 16
-BLOCK_PROJECT = 64
+BLOCK_PROJECT = 32
 BLOCK_EMBED = 128
 NUM_WARPS = 4
 # what tl.dot needs at least, and the most dimensions there are

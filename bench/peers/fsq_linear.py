@@ -1,0 +1,12 @@
+"""FSQ between its linear layers, by PyTorch's own ops."""
+
+import torch.nn.functional as F
+
+
+def project_quantize(formula, hidden, weight, bias):
+    """LN without parameters, linear, FSQ: hidden [n, width] -> ids [n]."""
+    return formula.quantize(F.linear(F.layer_norm(hidden, hidden.shape[1:]), weight, bias))[1]
+
+
+def embed(formula, ids, weight, bias, positions, position_index):
+    return F.linear(formula.dequantize(ids), weight, bias) + positions[position_index]
