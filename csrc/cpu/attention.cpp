@@ -23,13 +23,11 @@ constexpr int kCols = 2;
 constexpr int kRows = 6;  // rows of the accumulator tile
 constexpr int kPanel = kCols * W;
 constexpr int kBlockRows = 64, kBlockKeys = 512;
-// keys of P V at a time: their V stays in the first-level cache
-constexpr int kChunkKeys = 64;
 // scores of neighbouring rows must not share a cache set
 constexpr int kScoreRow = kBlockKeys + 16;
 constexpr float kHidden = -__builtin_inff();
 
-static_assert(kBlockKeys % kPanel == 0 && kChunkKeys % kPanel == 0, "blocks are whole panels");
+static_assert(kBlockKeys % kPanel == 0, "blocks are whole panels");
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int least(int a, int b) { return a < b ? a : b; }
@@ -101,7 +99,7 @@ inline vf polynomial(const float (&p)[n], vf x) {
 // exp(x) for x <= 0 or barely above; 0 from about -87 (AVX-512: -104) down
 inline vf exponential(vf x) {
   // relative error 2e-9 on |r| <= log(2) / 2, before rounding
-  static constexpr float kTerms[] = {1.0f,          1.00000003f,   0.49999994f,  0.16666431f,
+  static constexpr float kTerms[] = {1.0f,         1.00000003f,   0.49999994f, 0.16666431f,
                                      0.041668005f, 0.0083741973f, 0.00138436f};
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 #if defined(__AVX512F__)
@@ -126,6 +124,8 @@ inline vf exponential(vf x) {
 // float lanes; exact float32
 struct Single {
   static constexpr int kPack = 1;
+  // keys of P V summed at a time: longer sums round more, shorter ones are slower
+  static constexpr int kChunkKeys = 32;
   // scores are kept in units of 1 / kUnit
   static constexpr float kUnit = 1.0f;
 
@@ -154,6 +154,7 @@ struct Single {
 // pairs of bfloat16; float32 sums, P rounded to bfloat16
 struct Pair {
   static constexpr int kPack = 2;
+  static constexpr int kChunkKeys = 64;
   static constexpr float kUnit = 1.44269504f;
 
   static vf multiply_add(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
@@ -291,16 +292,16 @@ inline void transpose(vf (&x)[W]) {
 
 // a thread's buffers, in lanes; all sizes are whole vectors
 struct Buffers {
-  float* k;         // [panels, depth, kPanel]: of a key head of a sequence, keys in lanes
-  float* v;         // [keys / kPack, width]
-  float* weight;    // [keys] in units of 1 / kUnit
-  int32_t* frame;   // [keys]
-  int32_t* rank;    // [keys]
-  float* q;         // [kBlockRows, depth]
-  float* score;     // [kBlockRows, kScoreRow], then P
-  float* sum;       // [kBlockRows, width]: O
-  float* partial;   // [kBlockRows, W]: l, lane by lane
-  float* most;      // [kBlockRows]: m
+  float* k;        // [panels, depth, kPanel]: of a key head of a sequence, keys in lanes
+  float* v;        // [keys / kPack, width]
+  float* weight;   // [keys] in units of 1 / kUnit
+  int32_t* frame;  // [keys]
+  int32_t* rank;   // [keys]
+  float* q;        // [kBlockRows, depth]
+  float* score;    // [kBlockRows, kScoreRow], then P
+  float* sum;      // [kBlockRows, width]: O
+  float* partial;  // [kBlockRows, W]: l, lane by lane
+  float* most;     // [kBlockRows]: m
   int64_t bytes;
 };
 
@@ -327,7 +328,7 @@ Buffers buffers(const AttentionForward& p) {
   return b;
 }
 
-// the arguments with what follows from them for one sequence
+// the arguments, and what follows from them for one sequence
 template <typename M, typename Element>
 struct Walk {
   using Math = M;
@@ -415,8 +416,8 @@ void scores(const Plan& w, const KeyBlock& keys, int rows) {
   const int64_t panel_size = static_cast<int64_t>(kPanel) * w.depth;
   for (int at = keys.column, vectors = keys.vectors; vectors > 0;) {
     const int first = at % kPanel, count = least(vectors, (kPanel - first) / W);
-    multiply<typename Plan::Math>(rows, count, w.b.q, w.width, w.b.k + at / kPanel * panel_size + first, kPanel, w.depth,
-                                w.b.score + (at - keys.column), kScoreRow, false);
+    multiply<typename Plan::Math>(rows, count, w.b.q, w.width, w.b.k + at / kPanel * panel_size + first, kPanel,
+                                  w.depth, w.b.score + (at - keys.column), kScoreRow, false);
     at += count * W;
     vectors -= count;
   }
@@ -455,8 +456,7 @@ void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, int64_
     const AttentionQuery query{position, p.q_frame[row], p.q_rank[row]};
     float* score = w.b.score + r * kScoreRow - keys.column;
     for (int key = first; key < last; key += W) {
-      const vi seen =
-          attention_visible<vi>(p.mask, query, iota() + key, load(w.b.frame + key), load(w.b.rank + key));
+      const vi seen = attention_visible<vi>(p.mask, query, iota() + key, load(w.b.frame + key), load(w.b.rank + key));
       store(score + key, seen ? load(score + key) : splat(kHidden));
     }
   }
@@ -511,14 +511,14 @@ void softmax(const Plan& w, const KeyBlock& keys, int rows, float scale) {
 
 template <typename Plan>
 void add_values(const Plan& w, const KeyBlock& keys, int rows) {
-  constexpr int kPack = Plan::Math::kPack;
+  constexpr int kPack = Plan::Math::kPack, kChunkKeys = Plan::Math::kChunkKeys;
   const int all = keys.vectors * W;
   for (int done = 0; done < all; done += kChunkKeys) {
     const int depth = least(kChunkKeys, all - done) / kPack;
     const float* v = w.b.v + static_cast<int64_t>(keys.column + done) / kPack * w.width;
     for (int i = 0; i < w.width; i += kPanel) {
       multiply<typename Plan::Math>(rows, least(kPanel, w.width - i) / W, w.b.score + done / kPack, kScoreRow, v + i,
-                                  w.width, depth, w.b.sum + i, w.width, true);
+                                    w.width, depth, w.b.sum + i, w.width, true);
     }
   }
 }
@@ -593,7 +593,9 @@ void attend(const AttentionForward& p, int64_t begin, int64_t end) {
                           static_cast<int>(round_up(p.head_dim, W)),
                           // -inf times the scale must stay -inf
                           scale == 0.0f ? 1.0f : fabsf(scale) * Math::kUnit,
-                          scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f,
+                          scale > 0.0f   ? 1.0f
+                          : scale < 0.0f ? -1.0f
+                                         : 0.0f,
                           cu_q[0], cu_k[0], cu_q[1] - cu_q[0], cu_k[1] - cu_k[0]};
     if (sequence != packed_sequence) pack_tokens(w);
     if (sequence != packed_sequence || at.kv_head != packed_head) {
@@ -605,7 +607,8 @@ void attend(const AttentionForward& p, int64_t begin, int64_t end) {
     const int group = p.heads / p.kv_heads;
     for (int head = at.kv_head * group; head < (at.kv_head + 1) * group; ++head) {
       for (int64_t row = tile[1]; row < tile[2]; row += kBlockRows) {
-        attend_rows(w, static_cast<int>(at.tile), row, static_cast<int>(tile[2] - row < kBlockRows ? tile[2] - row : kBlockRows), head);
+        attend_rows(w, static_cast<int>(at.tile), row,
+                    static_cast<int>(tile[2] - row < kBlockRows ? tile[2] - row : kBlockRows), head);
       }
     }
   }

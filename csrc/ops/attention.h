@@ -45,11 +45,13 @@ inline AttentionMask attention_mask(int64_t mask, const std::vector<int64_t>& cr
 }
 
 // what can be told without looking at values
-inline AttentionForward attention_forward_args(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    const Tensor& q_frame, const Tensor& q_rank, const Tensor& k_frame, const Tensor& k_rank, const Tensor& q_tiles,
-    const Tensor& k_ptr, const Tensor& k_tiles, const OptionalTensor& key_log_weight, int64_t mask,
-    const std::vector<int64_t>& cross, double softmax_scale, const Tensor& out, const OptionalTensor& lse) {
+inline AttentionForward attention_forward_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                               const Tensor& q_frame, const Tensor& q_rank, const Tensor& k_frame,
+                                               const Tensor& k_rank, const Tensor& q_tiles, const Tensor& k_ptr,
+                                               const Tensor& k_tiles, const OptionalTensor& key_log_weight,
+                                               int64_t mask, const std::vector<int64_t>& cross, double softmax_scale,
+                                               const Tensor& out, const OptionalTensor& lse) {
   AttentionForward p{};
   p.dtype = float_dtype("q", q);
   check_heads("q", q, q);
