@@ -16,7 +16,7 @@ constexpr int kTile = 8;
 constexpr int kSumRows = W == 16 ? 4 : 2;
 constexpr int kSumVectors = 4;
 // bytes between a load and what is asked for meanwhile
-constexpr int kAhead = 2048;
+constexpr int kAhead = 4096;
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -137,22 +137,19 @@ INLINE vf dot_keys(const float* q, const K* k, int64_t stride, int count, int he
   return sum_rows(sums);
 }
 
+// the same for W keys; meanwhile the next W are asked for
 template <typename K>
 INLINE vf dot_all_keys(const float* q, const K* k, int64_t stride, int head_dim) {
   vf sums[W] = {};
   for_vectors(head_dim, [&](int d, auto io) {
     const vf x = load(q + d);
 #pragma GCC unroll 16
-    for (int j = 0; j < W; ++j) sums[j] = fma(x, io.load_from(k + j * stride + d), sums[j]);
+    for (int j = 0; j < W; ++j) {
+      __builtin_prefetch(k + (j + W) * stride + d);
+      sums[j] = fma(x, io.load_from(k + j * stride + d), sums[j]);
+    }
   });
   return sum_rows(sums);
-}
-
-template <typename T>
-void prefetch_rows(const T* rows, int64_t stride, int head_dim) {
-  for (int j = 0; j < W; ++j) {
-    for (int d = 0; d < head_dim; d += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(rows + j * stride + d);
-  }
 }
 
 // p[r][j] = scores of the unit's keys
@@ -165,7 +162,6 @@ void score(const DecodeAttention& p, const Unit& u, Scratch& s) {
   for (int j = 0; j < u.keys; j += W) {
     const int count = u.keys - j < W ? u.keys - j : W;
     const T* keys = k + j * stride;
-    if (j + 2 * W <= u.keys) prefetch_rows(keys + W * stride, stride, p.head_dim);
     const vf add = !weight ? vf{} : count == W ? load(weight + j) : Part{count}.load_from(weight + j);
     const bool staged = u.rows > 1;
     if (staged) {
@@ -375,43 +371,64 @@ INLINE void load_heads(const T* x, int heads, int head_dim, float (*out)[kDecode
   }
 }
 
-// lane h = sum over d < head_dim of body(h, d), a vector that is 0 beyond head_dim
+// lane h = sum over d < head_dim of body(h, d, io), a vector that is 0 beyond head_dim
 template <typename Body>
 INLINE vf sum_heads(int heads, int head_dim, Body body) {
   vf sums[W] = {};
   for (int h = 0; h < heads; ++h) {
     vf sum = {};
-    for (int d = 0; d < head_dim; d += W) sum += body(h, d);
+    for_vectors(head_dim, [&](int d, auto io) { sum += body(h, d, io); });
     sums[h] = sum;
   }
   return sum_rows(sums);
 }
 
-// x -> x_hat, rstd
-INLINE void normalise(const HeadNorm& p, Heads& s, int heads) {
-  const int dim = p.head_dim;
-  if (p.kind == kHeadNormNone) return;
-  if (p.kind == kHeadNormLayer) {
-    alignas(64) float mean[W];
-    store(mean, sum_heads(heads, dim, [&](int h, int d) { return load(s.x[h] + d); }) / static_cast<float>(dim));
-    for (int h = 0; h < heads; ++h) {
-      for_vectors(dim, [&](int d, auto io) { io.store_to(s.x[h] + d, load(s.x[h] + d) - mean[h]); });
-    }
-  }
-  const vf squares = sum_heads(heads, dim, [&](int h, int d) {
-    const vf x = load(s.x[h] + d);
-    return x * x;
-  });
-  for (int h = 0; h < W; ++h) s.rstd[h] = head_rstd(p, squares[h]);
-  for (int h = 0; h < heads; ++h) {
-    for (int d = 0; d < dim; d += W) store(s.x[h] + d, load(s.x[h] + d) * s.rstd[h]);
-  }
+INLINE vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int lane = 0; lane < W; ++lane) x[lane] = sqrtf(x[lane]);
+  return x;
+#endif
 }
 
-INLINE void scale_heads(float (*x)[kDecodeMaxHeadDim], int heads, int head_dim, const float* weight) {
-  if (!weight) return;
+// x, less its mean for a layer norm, and rstd; x_hat = rstd * x
+template <typename T>
+INLINE void load_centred(const HeadNorm& p, const T* x, int heads, Heads& s) {
+  const int dim = p.head_dim;
+  const float size = static_cast<float>(dim);
+  store(s.rstd, splat(1.0f));
+  if (p.kind == kHeadNormNone) return load_heads(x, heads, dim, s.x);
+  const bool layer = p.kind == kHeadNormLayer;
+  const vf sums = sum_heads(heads, dim, [&](int h, int d, auto io) {
+    const vf value = io.load_from(x + h * dim + d);
+    store(s.x[h] + d, value);
+    return layer ? value : value * value;
+  });
+  vf squares = sums;
+  if (layer) {
+    alignas(64) float mean[W];
+    store(mean, sums / size);
+    squares = sum_heads(heads, dim, [&](int h, int d, auto io) {
+      io.store_to(s.x[h] + d, load(s.x[h] + d) - mean[h]);
+      const vf value = io.load_from(s.x[h] + d);
+      return value * value;
+    });
+  }
+  store(s.rstd, 1.0f / square_root(squares / size + p.eps));
+}
+
+// out = x * rstd * weight
+template <typename T>
+INLINE void finish_heads(const Heads& s, int heads, int head_dim, const float* weight, T* out, int64_t out_stride) {
   for (int h = 0; h < heads; ++h) {
-    for_vectors(head_dim, [&](int d, auto io) { io.store_to(x[h] + d, load(x[h] + d) * io.load_from(weight + d)); });
+    const vf rstd = splat(s.rstd[h]);
+    for_vectors(head_dim, [&](int d, auto io) {
+      const vf x_hat = load(s.x[h] + d) * rstd;
+      io.store_to(out + h * out_stride + d, weight ? x_hat * io.load_from(weight + d) : x_hat);
+    });
   }
 }
 
@@ -435,13 +452,16 @@ void norm_heads(const HeadNorm& p, const T* x, int count, const float* weight, i
                 Heads& s) {
   for (int first = 0; first < count; first += W) {
     const int heads = count - first < W ? count - first : W;
-    load_heads(x + first * p.head_dim, heads, p.head_dim, s.x);
-    normalise(p, s, heads);
-    scale_heads(s.x, heads, p.head_dim, weight);
-    if (p.cos) rotate(p, s.x, heads, row, false);
+    T* to = out + first * out_stride;
+    load_centred(p, x + first * p.head_dim, heads, s);
+    if (!p.cos) {
+      finish_heads(s, heads, p.head_dim, weight, to, out_stride);
+      continue;
+    }
+    finish_heads(s, heads, p.head_dim, weight, s.x[0], kDecodeMaxHeadDim);
+    rotate(p, s.x, heads, row, false);
     for (int h = 0; h < heads; ++h) {
-      T* to = out + (first + h) * out_stride;
-      for_vectors(p.head_dim, [&](int d, auto io) { io.store_to(to + d, load(s.x[h] + d)); });
+      for_vectors(p.head_dim, [&](int d, auto io) { io.store_to(to + h * out_stride + d, load(s.x[h] + d)); });
     }
   }
 }
@@ -491,14 +511,14 @@ INLINE void write_gradient(const HeadNorm& p, Gradients& g, int heads, T* out) {
   const int dim = p.head_dim;
   alignas(64) float mean[W] = {}, along[W] = {};
   if (p.kind == kHeadNormLayer) {
-    store(mean, sum_heads(heads, dim, [&](int h, int d) { return load(g.dy[h] + d); }) / static_cast<float>(dim));
+    store(mean, sum_heads(heads, dim, [&](int h, int d, auto) { return load(g.dy[h] + d); }) / static_cast<float>(dim));
   }
   if (p.kind != kHeadNormNone) {
-    store(along, sum_heads(heads, dim, [&](int h, int d) { return load(g.dy[h] + d) * load(g.heads.x[h] + d); }) /
+    store(along, sum_heads(heads, dim, [&](int h, int d, auto) { return load(g.dy[h] + d) * load(g.heads.x[h] + d); }) /
                      static_cast<float>(dim));
   }
   for (int h = 0; h < heads; ++h) {
-    const float rstd = p.kind == kHeadNormNone ? 1.0f : g.heads.rstd[h];
+    const float rstd = g.heads.rstd[h];
     for_vectors(dim, [&](int d, auto io) {
       const vf dx = load(g.dy[h] + d) - mean[h] - load(g.heads.x[h] + d) * along[h];
       io.store_to(out + h * dim + d, rstd * dx);
@@ -511,8 +531,8 @@ void norm_heads_backward(const HeadNorm& p, const T* x, const T* dz, int count, 
                          float* grad_weight, T* out, Gradients& g) {
   for (int first = 0; first < count; first += W) {
     const int heads = count - first < W ? count - first : W;
-    load_heads(x + first * p.head_dim, heads, p.head_dim, g.heads.x);
-    normalise(p, g.heads, heads);
+    load_centred(p, x + first * p.head_dim, heads, g.heads);
+    finish_heads(g.heads, heads, p.head_dim, nullptr, g.heads.x[0], kDecodeMaxHeadDim);
     load_heads(dz + first * p.head_dim, heads, p.head_dim, g.dy);
     if (p.cos) rotate(p, g.dy, heads, row, true);
     for (int h = 0; weight && h < heads; ++h) {
@@ -520,7 +540,10 @@ void norm_heads_backward(const HeadNorm& p, const T* x, const T* dz, int count, 
         store(grad_weight + d, fma(load(g.dy[h] + d), load(g.heads.x[h] + d), load(grad_weight + d)));
       }
     }
-    scale_heads(g.dy, heads, p.head_dim, weight);
+    for (int h = 0; weight && h < heads; ++h) {
+      for_vectors(p.head_dim,
+                  [&](int d, auto io) { io.store_to(g.dy[h] + d, load(g.dy[h] + d) * io.load_from(weight + d)); });
+    }
     write_gradient(p, g, heads, out + first * p.head_dim);
   }
 }

@@ -53,7 +53,8 @@ def decode_split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # q [batch, n, heads, HEAD_DIM], k, v [batch, kv_heads, max_len, HEAD_DIM]; row r is query r // GROUP, head r % GROUP
+    # q [batch, N, heads, HEAD_DIM], k, v [batch, kv_heads, max_len, HEAD_DIM]
+    # row r is query r // GROUP of the kv head's query head r % GROUP
     ROWS: tl.constexpr = N * GROUP
     TILES: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -91,7 +92,7 @@ def decode_split_kernel(
             if WIDE:
                 b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
             # [BLOCK_R, BLOCK_N]
-            if BLOCK_R == 1:
+            if BLOCK_R == 1:  # noqa: SIM108
                 b_s = tl.sum(b_q * b_k, 1)[None, :]
             else:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
@@ -278,7 +279,7 @@ def kv_append_kernel(
     fits = (length >= n) & (length <= max_len)
     o_x = i_b * stride_x_batch + i_n * stride_x_token + o_head * HEAD_DIM
     b_x_low, b_x_high = load_halves(p_qkv, o_x, m_head, HALF, HEAD_DIM, BLOCK_H)
-    b_low, b_high, b_rstd = normalise_halves(b_x_low, b_x_high, eps, KIND, HALF, HEAD_DIM)
+    b_low, b_high, _ = normalise_halves(b_x_low, b_x_high, eps, KIND, HALF, HEAD_DIM)
     if WEIGHTS != 0:
         b_w_low, b_w_high = load_weight(p_q_weight, p_k_weight, m_q, WEIGHTS, HALF, HEAD_DIM, BLOCK_H)
         b_low, b_high = b_low * b_w_low, b_high * b_w_high
@@ -325,7 +326,7 @@ def qk_norm_kernel(
     m_q = o_head < heads
     o_x = o_token * stride_x + o_head * HEAD_DIM
     b_low, b_high = load_halves(p_x, o_x, m_row, HALF, HEAD_DIM, BLOCK_H)
-    b_low, b_high, b_rstd = normalise_halves(b_low, b_high, eps, KIND, HALF, HEAD_DIM)
+    b_low, b_high, _ = normalise_halves(b_low, b_high, eps, KIND, HALF, HEAD_DIM)
     if WEIGHTS != 0:
         b_w_low, b_w_high = load_weight(p_q_weight, p_k_weight, m_q, WEIGHTS, HALF, HEAD_DIM, BLOCK_H)
         b_low, b_high = b_low * b_w_low, b_high * b_w_high
