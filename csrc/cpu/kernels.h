@@ -32,9 +32,6 @@
   void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end);                 \
   void sample_logits_kernel(const SampleLogits& p, int64_t begin, int64_t end);         \
   void skinny_linear_kernel(const SkinnyLinear& p, int64_t begin, int64_t end);         \
-  void flow_step_kernel(const FlowStep& p, int64_t begin, int64_t end);                 \
-  int64_t attention_scratch_bytes(const AttentionForward& p);                           \
-  void attention_forward_kernel(const AttentionForward& p, int64_t begin, int64_t end); \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)
