@@ -70,9 +70,7 @@ def sample_logits(
     min_p outside [0, 1), a negative or NaN temperature.
     Source: Salmon et al., SC 2011 (Philox); arXiv 1904.09751 (top-p); arXiv 2407.01082 (min-p).
     """
-    arguments = _check(
-        logits, uncond_logits, guidance, temperature, top_k, top_p, min_p, seed, offset, return_logprob
-    )
+    arguments = _check(logits, uncond_logits, guidance, temperature, top_k, top_p, min_p, seed, offset, return_logprob)
     ids, logprob = _sample_op(*arguments)
     return (ids, logprob) if return_logprob else ids
 
@@ -91,9 +89,7 @@ def sample_logits_ref(
     return_logprob: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The specification of `sample_logits` in plain PyTorch, with a sort; the same ids and logprobs bit by bit."""
-    arguments = _check(
-        logits, uncond_logits, guidance, temperature, top_k, top_p, min_p, seed, offset, return_logprob
-    )
+    arguments = _check(logits, uncond_logits, guidance, temperature, top_k, top_p, min_p, seed, offset, return_logprob)
     ids, logprob = _reference(*_constants(arguments[:-1]))
     return (ids, logprob) if return_logprob else ids
 

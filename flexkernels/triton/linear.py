@@ -1,6 +1,6 @@
 """A linear layer for few rows in Triton: a program reads BLOCK_N rows of weight once against all rows of x.
 
-    y = (x @ weight.T) * scale + bias,   swiglu: y = silu(y1) * y3,   out = y + residual
+y = (x @ weight.T) * scale + bias,   swiglu: y = silu(y1) * y3,   out = y + residual
 """
 
 import torch
