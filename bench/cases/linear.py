@@ -26,7 +26,8 @@ def linear_case(device: str, dtype, n: int, k: int, int8=False, activation=None)
 
     def check():
         wide = weight if int8 else weight.double()
-        return accurate(ours(), peer(), flexkernels.skinny_linear_ref(x.double(), wide, **settings))
+        exact = settings | {"weight_scale": None if scale is None else scale.double()}
+        return accurate(ours(), peer(), flexkernels.skinny_linear_ref(x.double(), wide, **exact))
 
     note = "int8 weight" if int8 else activation or ""
     flops = 2 * x.shape[0] * weight.numel()
