@@ -92,7 +92,8 @@ def _check(x, weight, bias, residual, activation, weight_scale, floats=checks.FL
     if activation == "swiglu" and n % 2:
         checks.reject("weight", "have an even number of rows with swiglu", n)
     if weight.dtype == torch.int8:
-        _check_beside(x, "weight_scale", weight_scale, torch.float32, (n,))
+        scale_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        _check_beside(x, "weight_scale", weight_scale, scale_dtype, (n,))
     elif weight_scale is not None:
         checks.reject("weight_scale", "be None unless weight is int8", "a tensor")
     if bias is not None:

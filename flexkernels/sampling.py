@@ -100,7 +100,7 @@ def sample_logits_ref(
 def _check(logits, uncond, guidance, temperature, top_k, top_p, min_p, seed, offset, return_logprob):
     """The op's arguments: a value that is no filter stands where there is none."""
     checks.tensor("logits", logits, checks.FLOATS, 2)
-    n, vocab = logits.shape
+    vocab = logits.shape[1]
     if not 1 <= vocab <= MAX_VOCAB:
         checks.reject("logits", f"have between 1 and {MAX_VOCAB} columns", vocab)
     guidance = checks.finite("guidance", guidance)

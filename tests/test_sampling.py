@@ -21,6 +21,12 @@ FILTERS = {
 every_filter = pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 
 
+def skip_in_the_interpreter(place, unless=False):
+    """Its draws are compared with the reference's elsewhere, and it is slow."""
+    if interpreted(place) and not unless:
+        pytest.skip("slow in the interpreter")
+
+
 def sample(place, logits, **settings):
     with flexkernels.backend(place[0]):
         move = {k: v.to(place[1]) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
@@ -126,7 +132,8 @@ def check(place, logits, **settings):
     expected = flexkernels.sample_logits_ref(logits, **settings, return_logprob=True)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(sample(place, logits, **settings), expected[0])
+    if not interpreted(place):
+        assert torch.equal(sample(place, logits, **settings), expected[0])
     return expected
 
 
@@ -134,16 +141,19 @@ def check(place, logits, **settings):
 @every_filter
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_backend_draws_the_same(place, filters, dtype):
-    for vocab in (1, 17, 64, 151, 1000):
-        logits, uncond = (3 * torch.randn(2, 3, vocab)).to(dtype)
-        check(place, logits, **filters, seed=3, offset=9)
+    skip_in_the_interpreter(place, dtype == torch.float32 or filters == FILTERS["all"])
+    for vocab in (151,) if interpreted(place) else (1, 17, 64, 151, 1000):
+        logits, uncond = (3 * torch.randn(2, 1 if interpreted(place) else 3, vocab)).to(dtype)
+        if not interpreted(place):
+            check(place, logits, **filters, seed=3, offset=9)
         check(place, logits, uncond_logits=uncond, guidance=2.5, seed=-1, offset=2**40, **filters)
 
 
 @on_every_backend
 @every_filter
 def test_many_rows_draw_the_same(place, filters):
-    rows = 50 if interpreted(place) else 4000
+    skip_in_the_interpreter(place, filters == FILTERS["all"])
+    rows = 4 if interpreted(place) else 4000
     logits = 2 * torch.randn(rows, 70)
     check(place, logits, **filters, seed=2**50 + 1, offset=torch.arange(rows))
 
@@ -151,9 +161,8 @@ def test_many_rows_draw_the_same(place, filters):
 @on_every_backend
 @pytest.mark.parametrize("filters", [{}, {"top_k": 100, "top_p": 0.95}, {"top_p": 0.9}, {"top_k": 30_000}])
 def test_large_vocabularies(place, filters):
-    if interpreted(place) and filters.get("top_k") != 100:
-        pytest.skip("slow in the interpreter")
-    for vocab in (64_000, 2**18):
+    skip_in_the_interpreter(place, not filters)
+    for vocab in (64_000,) if interpreted(place) else (64_000, 2**18):
         check(place, 2.5 * torch.randn(1, vocab), **filters, seed=4)
 
 
@@ -178,6 +187,7 @@ def test_rows_do_not_depend_on_their_place(place):
 def test_logprob_is_that_of_the_formula(place, filters, vocab):
     if filters == FILTERS["argmax"]:
         pytest.skip("its log-probability is 0")
+    skip_in_the_interpreter(place)
     logits, uncond = 2 * torch.randn(2, 8, vocab)
     ids, logprob = sample(place, logits, uncond_logits=uncond, guidance=1.7, return_logprob=True, **filters)
     expected = formula(logits, uncond, 1.7, **filters).gather(1, ids[:, None])[:, 0].log()
@@ -193,8 +203,11 @@ def test_logprob_of_a_large_vocabulary(filters):
 
 
 def kept_tokens(place, logits, **settings):
-    """Which tokens of one row are ever drawn in many rows."""
-    rows = 100 if interpreted(place) else 2000
+    """Which tokens of one row are ever drawn in many rows; few in the interpreter, whose draws are the reference's."""
+    rows = 2000
+    if interpreted(place):
+        check(place, logits, seed=1, **settings)
+        place = "reference", place[1]
     return set(sample(place, logits.expand(rows, -1), **settings).tolist())
 
 
@@ -234,6 +247,7 @@ def test_argmax_takes_the_lowest_index(place):
 @on_every_backend
 @every_filter
 def test_infinite_and_missing_logits(place, filters):
+    skip_in_the_interpreter(place, filters in (FILTERS["argmax"], FILTERS["all"]))
     logits = torch.randn(6, 130)
     logits[0] = -math.inf
     logits[1] = math.nan
@@ -246,6 +260,7 @@ def test_infinite_and_missing_logits(place, filters):
     assert ids[2] == 0 and logprob[2] == 0 and ids[3] != 5 and ids[4] in (7, 9)
     assert ids[5] % 2 == 1
     # guidance makes NaN of two infinities
+    skip_in_the_interpreter(place)
     check(place, logits, uncond_logits=logits.flip(1), guidance=3.0, **filters)
 
 
@@ -260,9 +275,9 @@ def test_outliers_and_extreme_temperatures(place):
 def test_empty_and_strided_inputs(place):
     ids, logprob = sample(place, torch.empty(0, 50), return_logprob=True, top_k=3)
     assert ids.shape == logprob.shape == (0,) and ids.dtype == torch.int64
-    wide = torch.randn(4, 2, 90)
-    for logits in (wide[:, 1], wide[:, 0, ::2], torch.randn(70, 5).t()):
-        settings = {"top_k": 20, "top_p": 0.9, "seed": torch.arange(2 * len(logits))[::2]}
+    wide = torch.randn(2, 2, 90)
+    for logits in (wide[:, 1], wide[:, 0, ::2], torch.randn(70, 2).t()):
+        settings = {"min_p": 0.2, "seed": torch.arange(2 * len(logits))[::2]}
         expected = sample(place, logits.contiguous(), **settings)
         with flexkernels.backend(place[0]):
             settings["seed"] = settings["seed"].to(place[1])
@@ -275,7 +290,11 @@ def test_empty_and_strided_inputs(place):
 @pytest.mark.parametrize("full", [False, True])
 def test_opcheck(full):
     logits, numbers = torch.randn(3, 40, device=DEVICE), torch.arange(3, device=DEVICE)
-    rest = (logits, 1.5, 0.7, 5, 0.9, 0.1, 0, numbers, 0, numbers) if full else (None, 1.0, 1.0, 2**18, 1.0, 0.0, 1, None, 2, None)
+    rest = (
+        (logits, 1.5, 0.7, 5, 0.9, 0.1, 0, numbers, 0, numbers)
+        if full
+        else (None, 1.0, 1.0, 2**18, 1.0, 0.0, 1, None, 2, None)
+    )
     torch.library.opcheck(op.sample_logits.default, (logits, *rest, full))
 
 
@@ -285,7 +304,9 @@ def test_compiles_to_one_graph(compiler):
     logits = torch.randn(3, 40, device=DEVICE)
     for offset in range(3):
         settings = {"top_k": 9, "top_p": 0.9, "offset": offset, "return_logprob": True}
-        for found, expected in zip(compiled(logits, **settings), flexkernels.sample_logits(logits, **settings), strict=True):
+        for found, expected in zip(
+            compiled(logits, **settings), flexkernels.sample_logits(logits, **settings), strict=True
+        ):
             assert torch.equal(found, expected)
 
 

@@ -10,12 +10,12 @@ constexpr int kSkinnyMaxRows = 16;
 enum class WeightType : int { like_x, int8 };
 
 struct SkinnyLinear {
-  const void* x;        // [m, k], rows x_stride apart
-  const void* weight;   // [n, k]; with swiglu n = 2 * outputs, [w1; w3]
-  const float* scale;   // [n] or null: int8 weight only
-  const void* bias;     // [n] or null, in x's dtype
-  const void* residual; // [m, outputs] or null, rows residual_stride apart
-  void* out;            // [m, outputs]
+  const void* x;         // [m, k], rows x_stride apart
+  const void* weight;    // [n, k]; with swiglu n = 2 * outputs, [w1; w3]
+  const float* scale;    // [n] or null: int8 weight only
+  const void* bias;      // [n] or null, in x's dtype
+  const void* residual;  // [m, outputs] or null, rows residual_stride apart
+  void* out;             // [m, outputs]
   int64_t k, outputs, x_stride, residual_stride;
   int m;
   bool swiglu;

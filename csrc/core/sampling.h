@@ -15,8 +15,8 @@ struct SampleLogits {
   float* logprob;          // [n] or null
   int64_t n, vocab, logits_stride, uncond_stride;
   int64_t seed, offset;
-  int64_t top_k;     // vocab: no filter
-  int64_t top_p;     // in units of 2^-30; 0: no filter
+  int64_t top_k;  // vocab: no filter
+  int64_t top_p;  // in units of 2^-30; 0: no filter
   float guidance;
   float scale;      // log2(e) / temperature; 0: argmax
   float log2_minp;  // -inf: no filter
@@ -203,13 +203,9 @@ FLEXKERNELS_HD int32_t sample_order(int32_t bits) { return bits ^ ((bits >> 31) 
 
 FLEXKERNELS_HD int32_t order_of_float(float x) { return sample_order(static_cast<int32_t>(bits_of_float(x))); }
 
-FLEXKERNELS_HD float float_of_order(int32_t order) {
-  return float_of_bits(static_cast<uint32_t>(sample_order(order)));
-}
+FLEXKERNELS_HD float float_of_order(int32_t order) { return float_of_bits(static_cast<uint32_t>(sample_order(order))); }
 
-FLEXKERNELS_HD int64_t sample_mass(float weight) {
-  return static_cast<int64_t>(rounded_mul(weight, 0x1p40f));
-}
+FLEXKERNELS_HD int64_t sample_mass(float weight) { return static_cast<int64_t>(rounded_mul(weight, 0x1p40f)); }
 
 // floor(total * top_p), at least 1, without overflow for total < 2^60
 FLEXKERNELS_HD int64_t sample_needed(int64_t total, int64_t top_p) {

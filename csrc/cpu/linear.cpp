@@ -33,7 +33,8 @@ typedef float v4 __attribute__((vector_size(16)));
 // the sum of lanes l, l + 4, l + 8, ...
 ALWAYS_INLINE v4 fold(vf v) {
 #if defined(__AVX512F__)
-  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  const __m256 half =
+      _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0), _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
   return (v4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
   return (v4)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
@@ -110,7 +111,9 @@ struct Activations {
   typename Step<T>::Operand* x;
   int64_t steps;
 
-  const typename Step<T>::Operand* at(int row, int64_t step) const { return x + (row * steps + step) * Step<T>::kParts; }
+  const typename Step<T>::Operand* at(int row, int64_t step) const {
+    return x + (row * steps + step) * Step<T>::kParts;
+  }
 };
 
 // up to kColumns elements, the others zero

@@ -92,7 +92,8 @@ __device__ void find_bin(Shared& s, Amount needed) {
   __syncthreads();
 }
 
-// the largest value from which on the amounts reach `needed`, or the smallest one; amount_of(x) is 0 for values left out
+// the largest value from which on the amounts reach `needed`, or the smallest one; amount_of(x) is 0 for values left
+// out
 template <typename T, typename AmountOf>
 __device__ float threshold(const Row<T>& row, Amount needed, Shared& s, AmountOf amount_of) {
   static_assert(kBins == 2 * kThreads, "a thread has two bins");

@@ -12,7 +12,7 @@ from .. import library
 # the least that tl.dot takes
 BLOCK_M = 16
 BLOCK_N = 16
-BLOCK_K = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+BLOCK_K = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 NUM_WARPS = 4
 
 

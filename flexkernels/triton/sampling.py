@@ -103,11 +103,9 @@ def threshold(p_cond, p_uncond, vocab, guidance, largest, scale, low, needed, MA
         for start in range(0, vocab, BLOCK):
             b_x = guided(p_cond, p_uncond, start + tl.arange(0, BLOCK), vocab, guidance)
             b_order = ordered(b_x)
+            b_amount = (b_order >= low).to(tl.int64)
             if MASS:
-                b_amount = mass(exp2(exponent(b_x, largest, scale)))
-            else:
-                b_amount = tl.full([BLOCK], 1, dtype=tl.int64)
-            b_amount = tl.where(b_order >= low, b_amount, 0)
+                b_amount *= mass(exp2(exponent(b_x, largest, scale)))
             b_first += tl.where(b_order >= first, b_amount, 0)
             b_second += tl.where(b_order >= second, b_amount, 0)
             b_third += tl.where(b_order >= third, b_amount, 0)
@@ -187,10 +185,9 @@ def sample_logits_kernel(
         else:
             key = seed.to(tl.int64)
             stream = row
+        step = offset.to(tl.int64)
         if p_offsets is not None:
             step = tl.load(p_offsets + row)
-        else:
-            step = offset.to(tl.int64)
         step_low = (step & 0xFFFFFFFF).to(tl.uint32)
         step_high = ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
 

@@ -11,7 +11,11 @@ def launches():
     found = []
     sampling.sample_logits_kernel = Recorder(sampling.sample_logits_kernel, found)
     ids, wide = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-    for dtype, vocab, everything in ((torch.float32, 64000, False), (torch.bfloat16, 64000, True), (torch.half, 50, True)):
+    for dtype, vocab, everything in (
+        (torch.float32, 64000, False),
+        (torch.bfloat16, 64000, True),
+        (torch.half, 50, True),
+    ):
         logits = torch.zeros(2, vocab, dtype=dtype)
         uncond, per_row, logprob = (logits, ids, wide) if everything else (None, None, None)
         filters = (20, 2**29, -3.0) if everything else (vocab, 0, -float("inf"))

@@ -1,0 +1,59 @@
+"""The head over 64,000 tokens for two sequences, and a small layer, where the overhead shows."""
+
+import torch
+from peers import linear as linear_peers
+
+import flexkernels
+
+from .case import Case, accurate, case, size
+
+
+def linear_case(device: str, dtype, n: int, k: int, int8=False, activation=None) -> Case:
+    x, weight, scale = torch.randn(2, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), None
+    if int8:
+        weight, scale = flexkernels.quantize_rows(weight)
+    x, weight = x.to(device), weight.to(device)
+    scale = None if scale is None else scale.to(device)
+    settings = {"activation": activation, "weight_scale": scale}
+
+    def peer():
+        if int8:
+            return linear_peers.dequantized_linear(x, weight, scale)
+        return linear_peers.swiglu(x, weight) if activation else linear_peers.linear(x, weight)
+
+    def ours():
+        return flexkernels.skinny_linear(x, weight, **settings)
+
+    def check():
+        wide = weight if int8 else weight.double()
+        exact = settings | {"weight_scale": None if scale is None else scale.double()}
+        return accurate(ours(), peer(), flexkernels.skinny_linear_ref(x.double(), wide, **exact))
+
+    note = "int8 weight" if int8 else activation or ""
+    flops = 2 * x.shape[0] * weight.numel()
+    return Case(dtype, [2, n, k], ours, {"torch linear": peer}, check, size(x, weight, ours()), flops, note)
+
+
+@case("skinny_linear_head_fp32")
+def head_fp32(device: str) -> Case:
+    return linear_case(device, torch.float32, 64_000, 1024)
+
+
+@case("skinny_linear_head_bf16")
+def head_bf16(device: str) -> Case:
+    return linear_case(device, torch.bfloat16, 64_000, 1024)
+
+
+@case("skinny_linear_head_int8")
+def head_int8(device: str) -> Case:
+    return linear_case(device, torch.bfloat16, 64_000, 1024, int8=True)
+
+
+@case("skinny_linear_small_bf16")
+def small_bf16(device: str) -> Case:
+    return linear_case(device, torch.bfloat16, 1920, 640)
+
+
+@case("skinny_linear_swiglu_bf16")
+def swiglu_bf16(device: str) -> Case:
+    return linear_case(device, torch.bfloat16, 3456, 640, activation="swiglu")

@@ -1,0 +1,26 @@
+"""Sampling as eager code writes it: filters by a sort, the draw by torch.multinomial."""
+
+import math
+
+import torch
+
+
+def sort_and_draw(logits, temperature, top_k, top_p):
+    """logits [n, vocab] -> ids [n]."""
+    ordered, order = (logits.float() / temperature).sort(-1, descending=True)
+    ordered[:, top_k:] = -math.inf
+    p = ordered.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    return order.gather(1, torch.multinomial(p, 1))[:, 0]
+
+
+def topk_and_draw(logits, temperature, top_k, top_p):
+    """The same by torch.topk, which is possible where top_k is given."""
+    ordered, order = (logits.float() / temperature).topk(top_k)
+    p = ordered.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    return order.gather(1, torch.multinomial(p, 1))[:, 0]
+
+
+def draw(logits, temperature):
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
