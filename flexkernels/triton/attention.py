@@ -55,13 +55,13 @@ class Tiles(NamedTuple):
 # by whether elements have two bytes, then by padded head_dim
 TILES = {
     True: {
-        64: Tiles(128, 128, Loop(64, 8, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
+        64: Tiles(128, 128, Loop(64, 8, 2), Loop(64, 8, 2), Loop(64, 8, 2)),
         128: Tiles(128, 64, Loop(64, 8, 2), Loop(32, 8, 2), Loop(32, 8, 2)),
-        256: Tiles(64, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
+        256: Tiles(32, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
     },
     False: {
-        64: Tiles(64, 64, Loop(32, 8, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
-        128: Tiles(64, 32, Loop(32, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
+        64: Tiles(32, 32, Loop(32, 8, 2), Loop(16, 4, 1), Loop(16, 8, 1)),
+        128: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
         256: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
     },
 }
