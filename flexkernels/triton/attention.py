@@ -3,9 +3,9 @@
     S = scale * q k^T + w,  P = exp(S - lse) over visible keys,  out = P v,  lse = log sum exp S
     D = rowsum(dO * out),  dS = P * (dO v^T - D),  dq = scale * dS k,  dk = scale * dS^T q,  dv = P^T dO
 
-Forward and dq: a program per (query tile, head). dk and dv: a program per (key tile, kv head), which sums over its query
-heads and rows itself, so nothing is atomic and every result is repeatable. The heads of one tile are neighbours in the
-grid: they share the plan's entry and, in a group, their keys. Exponentials are base 2: scale and w carry log2(e).
+Forward and dq: a program per (query tile, head). dk and dv: a program per (key tile, kv head), which sums over its
+query heads and rows itself, so nothing is atomic and every result is repeatable. The heads of one tile are neighbours
+in the grid: they share the plan's entry and, in a group, their keys. Exponentials are base 2: log2(e) is in scale, w.
 
 A tile lists ranges of the other side, first those that are visible throughout, then those that need the predicate. A
 range may be longer than a step; what is left of a full one after whole steps goes the way of the partial ones.
@@ -55,13 +55,13 @@ class Tiles(NamedTuple):
 # by whether elements have two bytes, then by padded head_dim
 TILES = {
     True: {
-        64: Tiles(128, 128, Loop(64, 8, 3), Loop(64, 8, 2), Loop(64, 8, 2)),
+        64: Tiles(128, 64, Loop(64, 8, 2), Loop(32, 8, 2), Loop(32, 4, 2)),
         128: Tiles(128, 64, Loop(64, 8, 2), Loop(32, 8, 2), Loop(32, 8, 2)),
-        256: Tiles(64, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
+        256: Tiles(32, 32, Loop(32, 4, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
     },
     False: {
-        64: Tiles(64, 64, Loop(32, 8, 2), Loop(32, 8, 1), Loop(32, 8, 1)),
-        128: Tiles(64, 32, Loop(32, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
+        64: Tiles(32, 32, Loop(32, 8, 2), Loop(16, 4, 1), Loop(16, 8, 1)),
+        128: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
         256: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
     },
 }
@@ -125,7 +125,7 @@ def sees(query, key, m, MASK: tl.constexpr, CROSS: tl.constexpr):
         if CROSS[0] != 1 or CROSS[1] != 1 or CROSS[2] != 1 or CROSS[3] != 1:
             earlier = earlier & (key[1] >= query[2]) & (key[1] <= query[3])
         m = m & (earlier | ((key[0] == query[0]) & (key[1] <= query[1])))
-    elif MASK == CAUSAL or MASK == FRAME_CAUSAL:
+    elif MASK == CAUSAL or MASK == FRAME_CAUSAL:  # noqa: SIM109
         m = m & (key[0] <= query[0])
     return m
 
@@ -409,11 +409,8 @@ def _strides(*tensors):
 
 def _constants(q, mask, cross):
     # the interpreter multiplies the bits of bfloat16: there operands are float32
-    dot = (
-        tl.float32
-        if library.interpreting() and q.dtype == torch.bfloat16
-        else getattr(tl, str(q.dtype).removeprefix("torch."))
-    )
+    widen = library.interpreting() and q.dtype == torch.bfloat16
+    dot = tl.float32 if widen else getattr(tl, str(q.dtype).removeprefix("torch."))
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     return {"MASK": mask, "CROSS": tuple(cross), "HEAD_DIM": q.shape[-1], "BLOCK_D": block_d, "DOT": dot}
 
@@ -450,8 +447,8 @@ def attention_backward_triton(
 ):  # fmt: skip
     """Fills the rows of dq, dk and dv (last dimension contiguous) that the plans cover, always in the same order.
 
-    key_tiles ``[n, 4]``, q_ptr ``[n + 1]``, q_ranges ``[m, 3]`` are the transposed plan: for each tile of keys, with the
-    sequence and the number of full ranges as in q_tiles, the rows that see it. A key in no tile gets no gradient
+    key_tiles ``[n, 4]``, q_ptr ``[n + 1]``, q_ranges ``[m, 3]`` are the transposed plan: for each tile of keys, with
+    the sequence and the number of full ranges as in q_tiles, the rows that see it. A key in no tile gets no gradient
     written, so keys that nothing sees need a tile without ranges.
     """
     tiles = tiles or tiles_of(q.dtype, q.shape[-1])
