@@ -5,6 +5,7 @@ Bad input ends with exit code 2 and one line on stderr; outputs appear complete 
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -289,13 +290,15 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_train(add, argv: list[str]) -> None:
-    command = add("train", None, "Train a tokenizer on procedural video.", _seed_option())
-    # the training loop is imported only where it is asked for
+    command = add("train", None, "Train a tokenizer or a generator on procedural video.", _seed_option())
+    kinds = ("tokenizer", "generator")
+    command.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help="what to train (default: tokenizer)")
+    # the trainers are imported only where they are asked for, and bring their own arguments
     if argv[:1] == ["train"]:
-        from vft.train import loop
-
-        loop.add_arguments(command)
-        command.set_defaults(run=loop.run)
+        kind = next((a for a in argv[1:] if a in kinds), kinds[0])
+        trainer = importlib.import_module(f"vft.train.{kind}")
+        trainer.add_arguments(command)
+        command.set_defaults(run=trainer.run)
 
 
 def _base() -> argparse.ArgumentParser:
