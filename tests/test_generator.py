@@ -320,7 +320,7 @@ def test_real_sizes():
         ({"class_id": 1, "top_k": 0}, "top_k must be at least 1, got 0"),
         ({"class_id": 1, "top_p": 0}, r"top_p must lie in \(0, 1\], got 0"),
         ({"class_id": 1, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"class_id": 1, "min_p": 2}, r"min_p must lie in \[0, 1\], got 2"),
+        ({"class_id": 1, "min_p": 1}, r"min_p must lie in \[0, 1\), got 1"),
         ({"class_id": 1, "guidance": float("nan")}, "guidance must be finite, got nan"),
         ({"class_id": 1, "seed": -1}, "seed must be at least 0, got -1"),
         ({"class_id": 1, "prompt": [[1], [2]]}, r"one a row \(1\), got 2"),

@@ -74,8 +74,9 @@ def check_sampler(temperature, top_k, top_p, min_p, guidance, seed) -> dict:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value) or not low <= value <= high or (name == "top_p" and value == 0):
-            allowed = {"top_p": "lie in (0, 1]", "min_p": "lie in [0, 1]", "temperature": "be finite and at least 0"}
+        excluded = {"top_p": 0, "min_p": 1}.get(name)
+        if not math.isfinite(value) or not low <= value <= high or value == excluded:
+            allowed = {"top_p": "lie in (0, 1]", "min_p": "lie in [0, 1)", "temperature": "be finite and at least 0"}
             raise ValueError(f"{name} must {allowed.get(name, 'be finite')}, got {value}")
     if top_k is not None:
         _integer("top_k", top_k, 1)

@@ -356,7 +356,7 @@ class Generator(nn.Module):
             frames: T, latent frames (default 5: a clip of 17 frames).
             tokens_per_frame: k, any prefix of the registers (default: what fits into ``seq_len``); a list of n ints
                 stops each row at its own, and pads the ids with -1.
-            temperature: 0 takes the most likely token. top_k, top_p in (0, 1], min_p in [0, 1]: filters in this order.
+            temperature: 0 takes the most likely token. top_k, top_p in (0, 1], min_p in [0, 1): filters in this order.
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
             prompt: given first tokens, time-first: int ``[p]`` for all rows, ``[n, p]``, or a list of n int ``[p_r]``.
