@@ -207,6 +207,16 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, folder, capsys, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_info(folder, capsys):
+    for name, words in (
+        ("class", ["generator", "3 classes", "40 tokens", "64 ids", "tok.safetensors"]),
+        ("text", ["768"]),
+    ):
+        assert cli.main(["info", str(folder / f"{name}.safetensors")]) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+
+
 def test_grid():
     clips = [torch.full((2, 4, 6, 3), i, dtype=torch.uint8) for i in range(3)]
     out = generation.grid(clips)

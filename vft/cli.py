@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import flexkernels
 from flexkernels.library import BACKENDS
-from vft import demo, video
+from vft import checkpoint, demo, video
 from vft.files import check_output
 from vft.tokens import MAGIC, VideoTokens
 
@@ -200,6 +200,8 @@ def _facts(args: argparse.Namespace) -> dict:
     target = args.target
     if os.path.isdir(target) or target.endswith(".safetensors") or not (os.path.exists(target) or _names_file(target)):
         args.model = target
+        if "cond" in checkpoint.read(target)[0]:
+            return _generator_facts(target)
         tokenizer = load_tokenizer(args)
         parameters = sum(parameter.numel() for parameter in tokenizer.parameters())
         size = f"{tokenizer.size}x{tokenizer.size}" if tokenizer.size else "any multiple of 16"
@@ -220,6 +222,19 @@ def _facts(args: argparse.Namespace) -> dict:
     return {
         "kind": "video", "container": probe.container, "codec": probe.codec, "size": f"{probe.width}x{probe.height}",
         "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "bytes": os.path.getsize(target),
+    }  # fmt: skip
+
+
+def _generator_facts(target: str) -> dict:
+    from vft import Generator
+
+    model = Generator.from_pretrained(target)
+    config = model.config
+    condition = f"{config.n_classes} classes" if config.cond == "class" else f"text, {config.ctx_dim} channels"
+    return {
+        "kind": "generator", "name": model.name, "parameters": sum(p.numel() for p in model.parameters()),
+        "depth": config.depth, "condition": condition, "longest": f"{config.seq_len} tokens",
+        "codebook": f"{config.vocab} ids", "tokenizer": config.tokenizer or "not stated",
     }  # fmt: skip
 
 
