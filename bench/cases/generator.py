@@ -6,7 +6,7 @@ from peers import generator as generator_peers
 from vft import Generator, decoding
 from vft.config import parse_generator_config
 
-from .case import Case, case, size
+from .case import Case, accurate, case, size
 
 DEPTH, VOCAB, LENGTH, MAX_LEN, GUIDANCE = 10, 64000, 512, 640, 2.0
 
@@ -67,16 +67,20 @@ def generator_step(device: str, dtype: torch.dtype, samples: int) -> Case:
     @torch.no_grad()
     def check():
         seen = []
-        hook = model.head.register_forward_hook(lambda module, args, out: seen.append(out.float()))
+        hook = model.head.register_forward_hook(lambda module, args, out: seen.append(out))
         ours.rewind(LENGTH)
         ours.plain(samples, MAX_LEN)
         hook.remove()
-        want = loop.logits(ids.repeat(2), LENGTH).float().unflatten(0, (2, samples)).transpose(0, 1).flatten(0, 1)
-        error = float((seen[0] - want).norm() / want.norm())
-        if error > (1e-5 if dtype == torch.float32 else 2e-2):
-            return f"logits differ by {error:.1e}"
-        same = torch.equal(ours.state.out[:, LENGTH], peer())
-        return None if same or dtype != torch.float32 else "ids differ"
+        exact = generator_peers.Loop({k: v.double() for k, v in loop.w.items()}, DEPTH, rows, MAX_LEN)
+        exact.cache.copy_(loop.cache)
+        # float64 and the loop's own, in our order of rows
+        want, plain = (
+            each.logits(ids.repeat(2), LENGTH).unflatten(0, (2, samples)).transpose(0, 1).flatten(0, 1)
+            for each in (exact, loop)
+        )
+        wrong = accurate(seen[0], plain, want)
+        same = dtype != torch.float32 or torch.equal(ours.state.out[:, LENGTH], peer())
+        return wrong or (None if same else "ids differ")
 
     read = size(*weights) + cached
     return Case(
