@@ -1,5 +1,6 @@
 """The generator against what the published implementation computes, and its loop against teacher forcing."""
 
+import contextlib
 import json
 import shutil
 from functools import cache
@@ -197,6 +198,57 @@ def test_a_row_without_caption_is_the_unconditional_row():
     want = gen.logits(flat, text_emb=emb[:, mask[0].bool()])
     got = gen.logits(flat, text_emb=emb.masked_fill(mask[..., None] == 0, 1e9), text_mask=mask)
     assert torch.equal(got, want)
+
+
+class FakeCuda:
+    """CUDA graphs on the CPU: a capture records the steps without running them, a replay runs them."""
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, _):
+            pass
+
+    class CUDAGraph:
+        def replay(self):
+            for call in self.calls:
+                call()
+
+    current_stream = Stream
+    stream = staticmethod(lambda stream: stream)
+    graph_pool_handle = staticmethod(lambda: None)
+    recording = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def graph(cls, graph, pool):
+        cls.recording = graph.calls = []
+        yield
+        cls.recording = None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_give_the_same_ids(case, monkeypatch):
+    gen, captured = load(case), []
+    step = type(gen).step
+
+    def recorded(self, state, *key):
+        if FakeCuda.recording is None:
+            return step(self, state, *key)
+        captured.append(key)
+        FakeCuda.recording.append(lambda: step(self, state, *key))
+
+    options = dict(frames=2, tokens_per_frame=[2, 5, 5], seed=2, guidance=2.0)
+    want = gen.generate(**conditions(case), **options)
+    monkeypatch.setattr(type(gen), "step", recorded)
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
+    monkeypatch.setattr(decoding, "BUCKET", 4)
+    rows = gen.conditions(**{"class_id": None, "text_emb": None, "text_mask": None, "n": 3, **conditions(case)})
+    request = decoding.Request.checked(gen.config, rows, frames=2, tokens_per_frame=[2, 5, 5], prompt=None, guided=True)
+    sampler = decoding.check_sampler(1.0, None, None, None, 2.0, 2)
+    *_, ids = decoding.levels(gen, request, sampler, 2, cuda_graph=True)
+    assert torch.equal(ids, want)
+    # (samples, cache bucket): a row drops out after four tokens, the cache is ten long
+    assert captured == [(3, 4), (2, 8), (2, 10)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -344,7 +344,10 @@ class Generator(nn.Module):
         view.position.add_(1)
         view.offset.add_(1)
 
-    def generate(self, class_id=None, text_emb=None, text_mask=None, **options) -> torch.Tensor:
+    def generate(
+        self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
+        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=False,
+    ) -> torch.Tensor:  # fmt: skip
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device.
 
         Args:
@@ -365,21 +368,22 @@ class Generator(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``.
         """
-        *_, ids = self._levels(class_id, text_emb, text_mask, **options)
+        *_, ids = self.stream(
+            class_id, text_emb, text_mask, n=n, frames=frames, tokens_per_frame=tokens_per_frame,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance, seed=seed,
+            prompt=prompt, cuda_graph=cuda_graph,
+        )  # fmt: skip
         return ids.contiguous()
 
-    def stream(self, class_id=None, text_emb=None, text_mask=None, **options) -> Iterator[torch.Tensor]:
+    def stream(
+        self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
+        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=False,
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
 
         Each yield holds every level so far, so that it can be decoded at once; the last equals :meth:`generate`'s.
         Arguments are those of :meth:`generate` and are checked before this returns.
         """
-        return self._levels(class_id, text_emb, text_mask, **options)
-
-    def _levels(
-        self, class_id, text_emb, text_mask, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0, top_k=None,
-        top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=False,
-    ) -> Iterator[torch.Tensor]:  # fmt: skip
         conditions = self.conditions(class_id, text_emb, text_mask, n)
         request = decoding.Request.checked(
             self.config, conditions, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt,
