@@ -204,7 +204,8 @@ def prefill(model, request: Request, state: State) -> None:
     _, conditions, contexts, prompts = zip(*sequences.values(), strict=True)
     device = model.device
     contexts = torch.tensor(contexts, device=device)
-    cross = [c and tuple(t[contexts] for t in c) for c in state.cross]
+    # one layer's at a time
+    cross = (c and tuple(t[contexts] for t in c) for c in state.cross)
     ids = [torch.tensor(p, dtype=torch.int64).to(device) for p in prompts]
     lengths = torch.tensor([len(i) + 1 for i in ids])
     ends = lengths.cumsum(0)
