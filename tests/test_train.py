@@ -10,9 +10,10 @@ import flexkernels
 import vft
 from flexkernels import attention_ref
 from vft.config import make_config, parse_config
-from vft.train import loop
-from vft.train.loop import Settings, learning_rate, train
+from vft.train import tokenizer as trainer
+from vft.train.loop import Settings, learning_rate
 from vft.train.loss import draw, flow_loss
+from vft.train.tokenizer import train
 
 SMALL = make_config(
     encoder_width=32,
@@ -56,7 +57,7 @@ def test_other_settings_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "flow_loss", lambda model, *_: model.encoder.head.bias.sum() * float("nan"))
+    monkeypatch.setattr(trainer, "flow_loss", lambda model, *_: model.encoder.head.bias.sum() * float("nan"))
     with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
         train(tmp_path, SETTINGS, config=SMALL)
     assert not (tmp_path / "state.safetensors").exists()

@@ -3,7 +3,8 @@
 from flexkernels import APG, CFG, __version__
 
 from .checkpoint import CheckpointError
-from .config import ConfigError, TokenizerConfig
+from .config import ConfigError, GeneratorConfig, TokenizerConfig
+from .generator import Generator, time_first
 from .tokenizer import Tokenizer
 from .tokens import TokensError, VideoTokens
 from .video import VideoError
@@ -13,10 +14,13 @@ __all__ = [
     "CFG",
     "CheckpointError",
     "ConfigError",
+    "Generator",
+    "GeneratorConfig",
     "Tokenizer",
     "TokenizerConfig",
     "TokensError",
     "VideoError",
     "VideoTokens",
     "__version__",
+    "time_first",
 ]

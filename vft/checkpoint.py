@@ -134,7 +134,15 @@ def load_weights(model: torch.nn.Module, config: TokenizerConfig, tensors: dict[
     tensors = {key.removeprefix(HUB_PREFIX): value for key, value in tensors.items()}
     codec = {k.removeprefix(CODEC_PREFIX): v for k, v in tensors.items() if k.startswith(CODEC_PREFIX)}
     given = {k: v for k, v in tensors.items() if not k.startswith((CODEC_PREFIX, *config.ignored))}
-    wanted = {published_name(name, config): p for name, p in model.named_parameters()}
+    fill({published_name(name, config): p for name, p in model.named_parameters()}, given)
+    return codec
+
+
+def fill(wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    """Copies each given tensor into the wanted one of its name.
+
+    Raises CheckpointError naming missing and surplus keys and wrong shapes.
+    """
     for key in sorted(wanted.keys() - given.keys()):
         raise CheckpointError(
             f"the checkpoint lacks the key {key} ({len(wanted.keys() - given.keys())} missing in all)"
@@ -148,7 +156,6 @@ def load_weights(model: torch.nn.Module, config: TokenizerConfig, tensors: dict[
             if not given[key].is_floating_point():
                 raise CheckpointError(f"{key} must be floating point, got {given[key].dtype}")
             parameter.copy_(given[key])
-    return codec
 
 
 def published_name(name: str, config: TokenizerConfig) -> str:
@@ -159,7 +166,12 @@ def published_name(name: str, config: TokenizerConfig) -> str:
 
 def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype=None) -> None:
     """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically."""
-    tensors = {published_name(n, config): p.detach().cpu().to(dtype).contiguous() for n, p in model.named_parameters()}
-    metadata = {key: json.dumps(value) for key, value in (config.raw | extra).items()}
+    tensors = {published_name(name, config): p for name, p in model.named_parameters()}
+    write_tensors(path, tensors, config.raw | extra, dtype)
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, dtype=None) -> None:
+    """Saves one safetensors file with the config as metadata, atomically; dtype None keeps each tensor's own."""
+    stored = {name: t.detach().cpu().to(dtype).contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(serialize(tensors, metadata))
+        temporary.write_bytes(serialize(stored, {key: json.dumps(value) for key, value in config.items()}))

@@ -1,10 +1,11 @@
-"""The ``vft`` command: encode, decode, reconstruct, demo, info, train.
+"""The ``vft`` command: encode, decode, reconstruct, generate, demo, info, train.
 
 Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all.
 """
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import flexkernels
 from flexkernels.library import BACKENDS
-from vft import demo, video
+from vft import checkpoint, demo, video
 from vft.files import check_output
 from vft.tokens import MAGIC, VideoTokens
 
@@ -122,6 +123,61 @@ def reconstruct(args: argparse.Namespace) -> None:
     print(f"PSNR: {quality:.2f} dB at {source.shape[2]}x{source.shape[1]}, where the model works")
 
 
+def generate(args: argparse.Namespace) -> None:
+    """``vft generate``: a class or a caption to videos, or with ``--tokens-only`` to .vft files."""
+    from vft import Generator, generation
+
+    if not args.tokens_only:
+        _check_video_output(args.output)
+    if args.model is None:
+        raise ValueError("a generator must be named with --model: none is embedded")
+    options = {"device": _device(args), "dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else None}
+    generator = Generator.from_pretrained(args.model, **options)
+    condition = _condition(generator, args)
+    count = args.n or len(condition.get("text_emb", [None]))
+    outputs = generation.output_paths(args.output, count, args.tokens_only)
+    reference = args.tokenizer or generator.tokenizer
+    if reference is None:
+        raise ValueError("the generator names no tokenizer: give one with --tokenizer")
+    tokenizer = load_tokenizer(args, reference)
+    samples = generation.tokens(
+        generator, tokenizer, condition, n=count, frames=args.frames, tokens_per_frame=args.keep,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        guidance=args.token_guidance, seed=args.seed, fps=args.fps, size=args.size,
+    )  # fmt: skip
+    if args.tokens_only:
+        for path, tokens in zip(outputs, samples, strict=True):
+            tokens.save(path)
+            print(f"{path}: {_describe(tokens)}, {os.path.getsize(path)} bytes")
+        return
+    generation.show(tokenizer, samples, args.output, args.quality, **_sampler(args))
+    each = f"{samples[0].frames} frames, {_describe(samples[0])} each"
+    print(f"{args.output} and {outputs[0]}: {count} videos of {each}")
+
+
+def _condition(generator, args: argparse.Namespace) -> dict:
+    """What ``--class-name``, ``--text-emb`` or ``--text`` give, as the generator's arguments."""
+    if args.class_name is not None:
+        name = args.class_name
+        known = name in generator.classes or not name.isdecimal()
+        return {"class_id": name if known else int(name)}
+    if args.text_emb is None and args.text is None:
+        return {}
+    if generator.config.cond != "text":
+        raise ValueError("this generator is conditioned on classes: give --class-name, not a text")
+    from vft import text
+
+    if args.text_emb is not None:
+        emb, mask = text.load_embeddings(args.text_emb)
+    else:
+        width = generator.config.ctx_dim
+        encoder = args.text_encoder or text.ENCODERS.get(width)
+        if encoder is None:
+            raise ValueError(f"no umT5 encoder has {width} channels: name one with --text-encoder, or give --text-emb")
+        emb, mask = text.encode_captions([args.text], encoder, device=generator.device)
+    return {"text_emb": emb, "text_mask": mask}
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """``vft demo``."""
     demo.run(load_tokenizer(args), args.output, **_sampler(args))
@@ -144,6 +200,8 @@ def _facts(args: argparse.Namespace) -> dict:
     target = args.target
     if os.path.isdir(target) or target.endswith(".safetensors") or not (os.path.exists(target) or _names_file(target)):
         args.model = target
+        if "cond" in checkpoint.read(target)[0]:
+            return _generator_facts(target)
         tokenizer = load_tokenizer(args)
         parameters = sum(parameter.numel() for parameter in tokenizer.parameters())
         size = f"{tokenizer.size}x{tokenizer.size}" if tokenizer.size else "any multiple of 16"
@@ -167,6 +225,19 @@ def _facts(args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def _generator_facts(target: str) -> dict:
+    from vft import Generator
+
+    model = Generator.from_pretrained(target)
+    config = model.config
+    condition = f"{config.n_classes} classes" if config.cond == "class" else f"text, {config.ctx_dim} channels"
+    return {
+        "kind": "generator", "name": model.name, "parameters": sum(p.numel() for p in model.parameters()),
+        "depth": config.depth, "condition": condition, "longest": f"{config.seq_len} tokens",
+        "codebook": f"{config.vocab} ids", "tokenizer": config.tokenizer or "not stated",
+    }  # fmt: skip
+
+
 def _names_file(target: str) -> bool:
     return target.endswith((_TOKENS_SUFFIX, *video.OUTPUT_FORMATS))
 
@@ -178,15 +249,19 @@ def _is_tokens(path: str) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def load_tokenizer(args: argparse.Namespace):
-    """The tokenizer that ``--model`` and ``--device`` ask for."""
+def load_tokenizer(args: argparse.Namespace, reference: str | None = None):
+    """The tokenizer that ``reference``, else ``--model``, and ``--device`` ask for."""
     from vft import Tokenizer
 
+    return Tokenizer.from_pretrained(reference or args.model or DEFAULT_MODEL, device=_device(args))
+
+
+def _device(args: argparse.Namespace) -> torch.device:
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} is not available on this machine")
-    return Tokenizer.from_pretrained(args.model or DEFAULT_MODEL, device=device)
+    return device
 
 
 def _decoded(tokenizer, tokens: VideoTokens, args: argparse.Namespace, resize: bool = True) -> Iterator[torch.Tensor]:
@@ -279,6 +354,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("input", help=".vft file")
     command = add("reconstruct", reconstruct, "Encode and decode a video; print PSNR.", model, sampler, output)
     command.add_argument("input", help="video file")
+    command = add("generate", generate, "Generate videos of a class or a caption.", model, sampler, output)
+    _add_generator_options(command)
     command = add("demo", run_demo, "Reconstruct the shipped clip from more and more tokens.", model, sampler)
     command.add_argument("-o", "--output", default=".", help="folder for demo.mp4 and demo.png (default: here)")
     command = add("info", info, "Print facts about a .vft file, a video, a model, or the installation.")
@@ -288,14 +365,36 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(add, argv: list[str]) -> None:
-    command = add("train", None, "Train a tokenizer on procedural video.", _seed_option())
-    # the training loop is imported only where it is asked for
-    if argv[:1] == ["train"]:
-        from vft.train import loop
+def _add_generator_options(command: argparse.ArgumentParser) -> None:
+    condition = command.add_mutually_exclusive_group()
+    condition.add_argument("--class-name", help="name or index of the class, for a class-conditional generator")
+    condition.add_argument("--text-emb", help="safetensors file with text_emb [n, c, d] and text_mask [n, c]")
+    condition.add_argument("--text", help="caption, embedded by an umT5 encoder (needs the text extra)")
+    command.add_argument("--text-encoder", help="folder or hub id of the encoder (default: the umT5 of that width)")
+    command.add_argument("--tokenizer", help="model that decodes (default: the one the generator names)")
+    command.add_argument("--n", type=_at_least(1), help="videos (default: one, or one a caption)")
+    command.add_argument("--frames", type=_at_least(1), default=5, help="latent frames (default: 5, 17 frames)")
+    command.add_argument("--fps", type=float, default=8.0, help="frames a second of the videos (default: 8)")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
+    command.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
+    command.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up this probability")
+    command.add_argument("--min-p", type=float, help="leave out tokens below this share of the likeliest one")
+    command.add_argument("--token-guidance", type=float, help="guidance scale of the tokens (default: off)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    command.add_argument("--int8", action="store_true", help="keep the generator's matrices as int8")
+    command.add_argument("--tokens-only", action="store_true", help="write .vft files (NAME-0.vft, ... for several)")
 
-        loop.add_arguments(command)
-        command.set_defaults(run=loop.run)
+
+def _add_train(add, argv: list[str]) -> None:
+    command = add("train", None, "Train a tokenizer or a generator on procedural video.", _seed_option())
+    kinds = ("tokenizer", "generator")
+    command.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help="what to train (default: tokenizer)")
+    # the trainers are imported only where they are asked for, and bring their own arguments
+    if argv[:1] == ["train"]:
+        kind = next((a for a in argv[1:] if a in kinds), kinds[0])
+        trainer = importlib.import_module(f"vft.train.{kind}")
+        trainer.add_arguments(command)
+        command.set_defaults(run=trainer.run)
 
 
 def _base() -> argparse.ArgumentParser:

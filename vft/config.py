@@ -1,4 +1,4 @@
-"""The tokenizer's configuration, read from the published schema.
+"""The models' configurations, read from the published schemas.
 
 A published config is a tree of ``_target_`` entries (VideoFlexTok release). Only the targets and fields listed here are
 read; nothing a file names is ever imported or called. See :func:`parse_config`.
@@ -6,7 +6,7 @@ read; nothing a file names is ever imported or called. See :func:`parse_config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 ROOT = "videoflextok."
@@ -82,6 +82,64 @@ class TokenizerConfig:
         for levels in self.levels:
             size *= levels
         return size
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sizes of the autoregressive transformer; ``raw`` is the config as it was read, for saving."""
+
+    depth: int
+    vocab: int
+    seq_len: int
+    cond: str
+    n_classes: int = 0
+    ctx_dim: int = 0
+    n_ctx_null: int = 0
+    head_bias: bool = False
+    classes: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    raw: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    head_dim = 64
+
+    @property
+    def heads(self) -> int:
+        return self.depth
+
+    @property
+    def width(self) -> int:
+        return self.head_dim * self.depth
+
+    @property
+    def hidden(self) -> int:
+        return -(-int(8 * self.width / 3) // 64) * 64
+
+
+def parse_generator_config(raw: dict[str, Any]) -> GeneratorConfig:
+    """A generator's ``config.json``. Raises ConfigError naming the field that is missing, unknown or wrong."""
+    names = {f.name for f in fields(GeneratorConfig)} - {"raw"}
+    for key in ("depth", "vocab", "seq_len", "cond"):
+        _get(raw, key, "the generator's config")
+    for key in sorted(raw.keys() - names):
+        raise ConfigError(f"the generator's config has the unknown field {key!r}")
+    cond = raw["cond"]
+    if cond not in ("class", "text"):
+        raise ConfigError(f"cond must be 'class' or 'text', got {cond!r}")
+    needed = ("n_classes",) if cond == "class" else ("ctx_dim", "n_ctx_null")
+    for key in ("depth", "vocab", "seq_len", "n_classes", "ctx_dim", "n_ctx_null"):
+        value, low = raw.get(key, 0), 1 if key in ("depth", "vocab", "seq_len", *needed) else 0
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise ConfigError(f"{key} must be an int of at least {low}, got {value!r}")
+    if not isinstance(raw.get("head_bias", False), bool):
+        raise ConfigError(f"head_bias must be true or false, got {raw['head_bias']!r}")
+    if not isinstance(raw.get("tokenizer"), (str, type(None))):
+        raise ConfigError(f"tokenizer must be a string, got {raw['tokenizer']!r}")
+    classes = raw.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ConfigError(f"classes must be a list of names, got {classes!r}")
+    if classes and len(classes) != raw.get("n_classes", 0):
+        raise ConfigError(f"classes must hold n_classes = {raw.get('n_classes', 0)} names, got {len(classes)}")
+    return GeneratorConfig(**{**raw, "classes": tuple(classes)}, raw=dict(raw))
 
 
 # fields that only wire the published code's data dictionary, or matter in training alone

@@ -1,1 +1,1 @@
-"""Training of the tokenizer: procedural data, losses and loops."""
+"""Training of the tokenizer and the generator: procedural data, losses and the loop."""

@@ -1,9 +1,8 @@
-"""``vft train``: trains a tokenizer on procedural video. Stop and start it at will: it resumes where it was.
+"""The training loop of ``vft train``. Stop and start it at will: it resumes where it was.
 
 A run is a folder: ``state.safetensors`` (weights, EMA, optimiser moments; step and settings as metadata),
-``log.jsonl`` (the running loss), ``model.safetensors`` (the EMA weights in float16, for ``Tokenizer.from_pretrained``).
-Clips and random choices of a step depend on (seed, step) alone, so a resumed run repeats the same losses. Clips are
-rendered when first drawn and their latents are kept (20 kB each).
+``log.jsonl`` (the running loss), ``model.safetensors`` (the EMA weights in float16, for ``from_pretrained``). What a
+step draws depends on (seed, step) alone, so a resumed run repeats the same losses.
 """
 
 from __future__ import annotations
@@ -15,31 +14,31 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
+from torch import nn
 from tqdm import tqdm
 
-from ..config import make_config, parse_config
 from ..files import replacing
-from ..tokenizer import Tokenizer
-from ..vae import load_codec
 from . import procedural
-from .loss import draw, flow_loss
 
-# the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
-TINY = {
-    "codec": "linear", "encoder_width": 192, "encoder_depth": 3, "decoder_width": 192, "decoder_depth": 4,
-    "registers": 32, "grid": 8, "size": 64,
-}  # fmt: skip
-# solver steps that a trained model states as its default; without guidance, which costs PSNR
-STEPS = 4
+
+class Task(Protocol):
+    """What is trained: a model, its loss on a batch drawn with ``generator``, and how its weights become a file."""
+
+    model: nn.Module
+
+    def loss(self, generator: torch.Generator) -> torch.Tensor: ...
+
+    def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults made the embedded model. A run is resumed with the same (``steps`` aside)."""
+    """Settings of a run; the defaults made the embedded tokenizer. A run is resumed with the same (``steps`` aside)."""
 
     steps: int = 2650
     batch: int = 16
@@ -53,9 +52,8 @@ class Settings:
     bf16: bool = True
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``vft train`` beyond the common ones."""
-    defaults = Settings()
+def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    """The arguments that every kind of run has."""
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed"
     )
@@ -70,27 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=None, help="stop (resumably) after this much time")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Trains as the parsed arguments say; returns the exit code."""
-    settings = Settings(
-        steps=args.steps, batch=args.batch, clips=args.clips, learning_rate=args.learning_rate, warmup=args.warmup,
-        seed=args.seed, bf16=not args.no_bf16,
-    )  # fmt: skip
-    train(args.output, settings, minutes=args.minutes, config=make_config(**TINY))
-    return 0
+def common(args: argparse.Namespace) -> dict:
+    """The settings that :func:`add_arguments` reads."""
+    return {
+        "steps": args.steps, "batch": args.batch, "clips": args.clips, "learning_rate": args.learning_rate,
+        "warmup": args.warmup, "seed": args.seed, "bf16": not args.no_bf16,
+    }  # fmt: skip
 
 
-def train(folder: Path, settings: Settings, *, config: dict, minutes: float | None = None) -> None:
+def train(folder: Path, settings: Settings, task: Task, minutes: float | None = None) -> None:
     """Trains or resumes the run in ``folder``.
 
     Raises ValueError when the folder holds a run with other settings, and RuntimeError when the loss is not finite
     (the last saved state stays).
     """
-    _check(settings)
-    torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    model = Tokenizer(parse_config(config), "tiny").train()
-    data = _Clips(model, settings)
+    model = task.model
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = _optimizer(model, settings)
     step = _resume(folder, settings, model, ema, optimizer)
@@ -100,7 +93,7 @@ def train(folder: Path, settings: Settings, *, config: dict, minutes: float | No
         tqdm(total=settings.steps, initial=step, desc="train", disable=not sys.stderr.isatty()) as bar,
     ):
         while step < settings.steps:
-            loss = _step(model, data, optimizer, settings, step)
+            loss = _step(task, optimizer, settings, step)
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} at step {step}; the last saved state in {folder} is unharmed")
             step += 1
@@ -114,13 +107,14 @@ def train(folder: Path, settings: Settings, *, config: dict, minutes: float | No
                 log.flush()
             timed_out = minutes is not None and time.time() - started > 60 * minutes
             if time.time() - saved > 120 or timed_out or step == settings.steps:
-                _save(folder, settings, model, ema, optimizer, step)
+                _save(folder, settings, task, ema, optimizer, step)
                 saved = time.time()
             if timed_out:
                 break
 
 
-def _check(settings: Settings) -> None:
+def check(settings: Settings) -> None:
+    """Raises ValueError naming a setting that is out of range."""
     for name in ("steps", "batch", "clips", "warmup"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
@@ -128,7 +122,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"learning_rate must lie between 0 and 1, got {settings.learning_rate}")
 
 
-def _optimizer(model: Tokenizer, settings: Settings) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -143,30 +137,27 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-class _Clips:
-    """Latents of procedural clips, rendered on first use."""
+class Clips:
+    """Procedural clips, rendered on first use and kept as what ``encode`` makes of them ``[B, 3, T, H, W]``."""
 
-    def __init__(self, model: Tokenizer, settings: Settings) -> None:
-        self.codec, self.seed = load_codec(model.config.codec), settings.seed
-        self.size, self.frames = model.size, model.config.chunk_size
-        self.latents: dict[int, torch.Tensor] = {}
+    def __init__(self, encode, seed: int, size: int, frames: int) -> None:
+        self.encode, self.seed, self.size, self.frames = encode, seed, size, frames
+        self.encoded: dict[int, torch.Tensor] = {}
 
     def batch(self, indices: list[int]) -> torch.Tensor:
-        missing = sorted(set(indices) - self.latents.keys())
+        missing = sorted(set(indices) - self.encoded.keys())
         if missing:
             clips = procedural.batch(self.seed, missing, self.size, self.frames, torch.get_num_threads())
-            self.latents.update(zip(missing, self.codec.encode(clips), strict=True))
-        return torch.stack([self.latents[i] for i in indices])
+            self.encoded.update(zip(missing, self.encode(clips), strict=True))
+        return torch.stack([self.encoded[i] for i in indices])
 
 
-def _step(model: Tokenizer, data: _Clips, optimizer, settings: Settings, step: int) -> float:
+def _step(task: Task, optimizer, settings: Settings, step: int) -> float:
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    latents = data.batch(torch.randint(settings.clips, (settings.batch,), generator=generator).tolist())
-    choices = draw(latents, model.registers, generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-        loss = flow_loss(model, latents, choices)
+        loss = task.loss(generator)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    torch.nn.utils.clip_grad_norm_(task.model.parameters(), settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step)
     optimizer.step()
@@ -175,24 +166,22 @@ def _step(model: Tokenizer, data: _Clips, optimizer, settings: Settings, step: i
 
 
 @torch.no_grad()
-def _update_ema(ema: dict[str, torch.Tensor], model: Tokenizer, decay: float) -> None:
+def _update_ema(ema: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
 
 
-def _save(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer, step: int) -> None:
+def _save(folder: Path, settings: Settings, task: Task, ema, optimizer, step: int) -> None:
+    model = task.model
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {f"ema.{n}": p for n, p in ema.items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{key}.{name}"] = value
     with replacing(folder / "state.safetensors") as temporary:
         temporary.write_bytes(serialize(tensors, {"step": str(step), "settings": json.dumps(asdict(settings))}))
-    averaged = Tokenizer(model.config, model.name)
-    averaged.load_state_dict(ema)
-    averaged.steps, averaged.guidance = STEPS, None
-    averaged.save(folder / "model.safetensors", torch.float16)
+    task.save(folder / "model.safetensors", ema)
 
 
-def _resume(folder: Path, settings: Settings, model: Tokenizer, ema, optimizer) -> int:
+def _resume(folder: Path, settings: Settings, model: nn.Module, ema, optimizer) -> int:
     path = folder / "state.safetensors"
     if not path.is_file():
         return 0

@@ -1,0 +1,109 @@
+"""One token of the generator at depth 10 and vocabulary 64,000, against the plain PyTorch loop on the same weights."""
+
+import torch
+from peers import generator as generator_peers
+
+from vft import Generator, decoding
+from vft.config import parse_generator_config
+
+from .case import Case, accurate, case, size
+
+DEPTH, VOCAB, LENGTH, MAX_LEN, GUIDANCE = 10, 64000, 512, 640, 2.0
+
+
+def random_generator(device: str, dtype: torch.dtype) -> Generator:
+    raw = {"depth": DEPTH, "vocab": VOCAB, "seq_len": MAX_LEN, "cond": "class", "n_classes": 600}
+    with torch.device(device):
+        return Generator(parse_generator_config(raw)).to(dtype).eval().requires_grad_(False)
+
+
+class Ours:
+    """The step over and over at one cache length, from the same token."""
+
+    def __init__(self, model: Generator, samples: int, cuda_graph: bool):
+        request = decoding.Request.checked(
+            model.config, [0] * samples, frames=5, tokens_per_frame=MAX_LEN // 5, prompt=None, guided=True
+        )
+        sampler = decoding.check_sampler(0.0, None, None, None, GUIDANCE, 0)
+        self.model, self.samples = model, samples
+        self.state = decoding.State(model, request, samples, sampler, 0)
+        self.rewind(LENGTH)
+        self.step = decoding.Graphs(model, self.state).step if cuda_graph else self.plain
+
+    def plain(self, samples: int, limit: int):
+        self.model.step(self.state, samples, limit)
+
+    def rewind(self, position: int):
+        self.state.position.fill_(position)
+        self.state.length.fill_(position)
+        self.state.ids.fill_(1)
+
+    @torch.no_grad()
+    def __call__(self):
+        self.rewind(LENGTH)
+        self.step(self.samples, MAX_LEN)
+        return self.state.out[:, LENGTH]
+
+
+def generator_step(device: str, dtype: torch.dtype, samples: int) -> Case:
+    model = random_generator(device, dtype)
+    rows = 2 * samples
+    ours = Ours(model, samples, device == "cuda")
+    loop = generator_peers.Loop(model.published(), DEPTH, rows, MAX_LEN)
+    # both caches hold the same: rows of ours are [cond, uncond] of each sample, of the loop all cond, then all uncond
+    filled = 0.5 * torch.randn(2, DEPTH, 2, samples, DEPTH, MAX_LEN, 64, device=device)
+    loop.cache.copy_(filled.flatten(2, 3))
+    ours.state.k.copy_(filled[0].transpose(1, 2).flatten(1, 2))
+    ours.state.v.copy_(filled[1].transpose(1, 2).flatten(1, 2))
+    ids = torch.ones(samples, dtype=torch.int64, device=device)
+    weights = [
+        p for name, p in model.named_parameters() if not name.startswith(("tok_emb", "cls_emb", "pos_emb", "sos"))
+    ]
+    cached = 2 * DEPTH * rows * DEPTH * (LENGTH + 1) * 64 * filled.to(dtype).element_size()
+
+    def peer():
+        return loop.step(ids, LENGTH, GUIDANCE)
+
+    @torch.no_grad()
+    def check():
+        seen = []
+        hook = model.head.register_forward_hook(lambda module, args, out: seen.append(out))
+        ours.rewind(LENGTH)
+        ours.plain(samples, MAX_LEN)
+        hook.remove()
+        exact = generator_peers.Loop({k: v.double() for k, v in loop.w.items()}, DEPTH, rows, MAX_LEN)
+        exact.cache.copy_(loop.cache)
+        # float64 and the loop's own, in our order of rows
+        want, plain = (
+            each.logits(ids.repeat(2), LENGTH).unflatten(0, (2, samples)).transpose(0, 1).flatten(0, 1)
+            for each in (exact, loop)
+        )
+        wrong = accurate(seen[0], plain, want)
+        same = dtype != torch.float32 or torch.equal(ours.state.out[:, LENGTH], peer())
+        return wrong or (None if same else "ids differ")
+
+    read = size(*weights) + cached
+    return Case(
+        dtype, [rows, LENGTH + 1], ours, {"plain loop": peer}, check, read,
+        note=f"depth {DEPTH}, vocabulary {VOCAB}; one token of {samples} guided samples; bytes are weights and cache",
+    )  # fmt: skip
+
+
+@case("generator_step_fp32")
+def generator_step_fp32(device: str) -> Case:
+    return generator_step(device, torch.float32, 1)
+
+
+@case("generator_step_bf16")
+def generator_step_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 1)
+
+
+@case("generator_step_batch8_fp32")
+def generator_step_batch8_fp32(device: str) -> Case:
+    return generator_step(device, torch.float32, 8)
+
+
+@case("generator_step_batch8_bf16")
+def generator_step_batch8_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 8)

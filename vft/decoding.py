@@ -1,0 +1,292 @@
+"""The autoregressive loop: what is asked for, the buffers of a run, and the schedule of its steps.
+
+Samples are ordered by how many tokens they still need, most first, so that those still active are always the first
+ones: a finished one drops out of every buffer by a shorter view. With guidance, rows 2 s and 2 s + 1 are the
+conditional and the unconditional row of sample s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .config import GeneratorConfig
+
+# cache lengths that share one CUDA graph
+BUCKET = 256
+# rows of one caption that one attention call over its keys serves
+SHARED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request, samples in order of decreasing steps; ``order[i]`` is the caller's row of sample i."""
+
+    frames: int
+    levels: int
+    guided: bool
+    order: list[int]
+    conditions: list
+    prompts: list[list[int]]
+    stops: list[int]
+
+    @classmethod
+    def checked(cls, config: GeneratorConfig, conditions, *, frames, tokens_per_frame, prompt, guided) -> Request:
+        """Raises TypeError or ValueError naming the argument."""
+        _integer("frames", frames, 1)
+        n = len(conditions)
+        if tokens_per_frame is None:
+            tokens_per_frame = max(1, config.seq_len // frames)
+        budgets = [tokens_per_frame] * max(n, 1) if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
+        if len(budgets) != max(n, 1):
+            raise ValueError(f"tokens_per_frame must be one int or one a row ({n}), got {len(budgets)}")
+        for k in budgets:
+            _integer("tokens_per_frame", k, 1)
+            if frames * k > config.seq_len:
+                raise ValueError(
+                    f"frames * tokens_per_frame must be at most seq_len = {config.seq_len}, got {frames} * {k}"
+                )
+        stops = [frames * k for k in budgets[:n]]
+        prompts = _prompts(prompt, n, stops, config.vocab)
+        order = sorted(range(n), key=lambda r: len(prompts[r]) - stops[r])
+        pick = lambda values: [values[r] for r in order]  # noqa: E731
+        return cls(frames, max(budgets), guided, order, pick(conditions), pick(prompts), pick(stops))
+
+    @property
+    def steps(self) -> list[int]:
+        """Tokens that each sample needs, never rising."""
+        return [stop - len(prompt) for stop, prompt in zip(self.stops, self.prompts, strict=True)]
+
+
+def check_sampler(temperature, top_k, top_p, min_p, guidance, seed) -> dict:
+    """The keyword arguments of ``sample_logits`` beyond the logits and the seeds."""
+    for name, value, low, high in (
+        ("temperature", temperature, 0, math.inf),
+        ("top_p", top_p, 0, 1),
+        ("min_p", min_p, 0, 1),
+        ("guidance", guidance, -math.inf, math.inf),
+    ):
+        if value is None and name != "temperature":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        excluded = {"top_p": 0, "min_p": 1}.get(name)
+        if not math.isfinite(value) or not low <= value <= high or value == excluded:
+            allowed = {"top_p": "lie in (0, 1]", "min_p": "lie in [0, 1)", "temperature": "be finite and at least 0"}
+            raise ValueError(f"{name} must {allowed.get(name, 'be finite')}, got {value}")
+    if top_k is not None:
+        _integer("top_k", top_k, 1)
+    _integer("seed", seed, 0)
+    return {
+        "temperature": float(temperature), "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "guidance": 1.0 if guidance is None else float(guidance),
+    }  # fmt: skip
+
+
+def check_range(name: str, ids: torch.Tensor, vocab: int) -> None:
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"{name} must lie in 0..{vocab - 1}, got {low if low < 0 else high}")
+
+
+def _integer(name: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value < 2**63:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _prompts(prompt, n: int, stops: Sequence[int], vocab: int) -> list[list[int]]:
+    if prompt is None:
+        return [[] for _ in range(n)]
+    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1:
+        prompt = [prompt] * n
+    rows = [torch.as_tensor(row, dtype=None if len(row) else torch.int64) for row in prompt]
+    if len(rows) != n:
+        raise ValueError(f"prompt must hold one row for all or one a row ({n}), got {len(rows)}")
+    for row, stop in zip(rows, stops, strict=True):
+        if row.dim() != 1 or row.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"prompt must be int [p] a row, got {row.dtype} {list(row.shape)}")
+        if len(row) > stop:
+            raise ValueError(f"prompt must have at most frames * tokens_per_frame = {stop} tokens, got {len(row)}")
+        if len(row):
+            check_range("prompt", row, vocab)
+    return [row.tolist() for row in rows]
+
+
+class View(NamedTuple):
+    """The active part of every buffer; see :class:`State`."""
+
+    ids: torch.Tensor
+    position: torch.Tensor
+    length: torch.Tensor
+    next: torch.Tensor
+    offset: torch.Tensor
+    seed: torch.Tensor
+    out: torch.Tensor
+    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    cross: list
+
+
+class State:
+    """Every buffer of a run, allocated once.
+
+    ``k``, ``v``: ``[layers, rows, heads, max_len, head_dim]``; ``ids``, ``position`` int64 ``[rows]``: the next input
+    and where it stands; ``length`` int32 ``[rows]``: keys in the cache; ``seed``, ``offset`` int64 ``[samples]``: of
+    the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``cross``: (k, v, context_len) for
+    each layer.
+    """
+
+    def __init__(self, model, request: Request, samples: int, sampler: dict, seed: int) -> None:
+        config, device, dtype = model.config, model.device, model.sos.dtype
+        self.branches = 2 if request.guided else 1
+        self.samples, self.sampler = samples, sampler
+        self.max_len = max(request.stops[:samples], default=0)
+        rows = samples * self.branches
+        shape = (config.depth, rows, config.heads, self.max_len, config.head_dim)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        lengths = torch.tensor([len(p) for p in request.prompts[:samples]], dtype=torch.int64).to(device)
+        self.position = lengths.repeat_interleave(self.branches)
+        self.length = (self.position + 1).int()
+        self.ids = torch.zeros_like(self.position)
+        self.seed = torch.full((samples,), seed, dtype=torch.int64, device=device)
+        self.offset = torch.tensor(request.order[:samples], dtype=torch.int64).to(device) * config.seq_len + lengths
+        out = torch.full((len(request.stops), request.frames * request.levels), -1, dtype=torch.int64)
+        for row, prompt in zip(out, request.prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        self.out = out.to(device)
+        self.cross, self.contexts = self._contexts(model, request, samples)
+        self._views: dict[tuple[int, int], View] = {}
+
+    def _contexts(self, model, request: Request, samples: int) -> tuple[list, int]:
+        """Keys and values of the captions, and how many; rows cycle through them where all samples share one."""
+        conditions = request.conditions[:samples]
+        if not conditions:
+            return [None] * model.config.depth, 1
+        shared = samples <= SHARED_ROWS and all(c is conditions[0] for c in conditions)
+        conditions = conditions[:1] if shared else conditions
+        rows = [c for condition in conditions for c in (condition, None)[: self.branches]]
+        return model.cross(rows), len(rows)
+
+    def view(self, samples: int, limit: int) -> View:
+        """The buffers of the first ``samples`` samples and the first ``limit`` cache positions."""
+        key = (samples, limit)
+        if key not in self._views:
+            rows = samples * self.branches
+            caches = [(k[:rows, :, :limit], v[:rows, :, :limit]) for k, v in zip(self.k, self.v, strict=True)]
+            contexts = min(self.contexts, rows)
+            cross = [c and tuple(t[:contexts] for t in c) for c in self.cross]
+            position = self.position[:rows]
+            self._views[key] = View(
+                self.ids[:rows], position, self.length[:rows], position[:: self.branches], self.offset[:samples],
+                self.seed[:samples], self.out[:samples], caches, cross,
+            )  # fmt: skip
+        return self._views[key]
+
+    def counters(self) -> list[torch.Tensor]:
+        """What a step changes beside the caches."""
+        return [self.ids, self.position, self.length, self.offset, self.out]
+
+
+def prefill(model, request: Request, state: State) -> None:
+    """Runs all prompts in one packed pass, equal ones once, fills the caches and draws each sample's first token."""
+    branches, sequences, source = state.branches, {}, []
+    for sample, prompt in enumerate(request.prompts[: state.samples]):
+        for branch, c in enumerate((request.conditions[sample], None)[:branches]):
+            # captions are compared by identity: rows of one caption hold one tensor
+            key = (c if isinstance(c, int) else ("caption", id(c)), tuple(prompt))
+            context = (sample * branches + branch) % state.contexts
+            source.append(sequences.setdefault(key, (len(sequences), c, context, prompt))[0])
+    _, conditions, contexts, prompts = zip(*sequences.values(), strict=True)
+    device = model.device
+    contexts = torch.tensor(contexts, device=device)
+    # one layer's at a time
+    cross = (c and tuple(t[contexts] for t in c) for c in state.cross)
+    ids = [torch.tensor(p, dtype=torch.int64).to(device) for p in prompts]
+    lengths = torch.tensor([len(i) + 1 for i in ids])
+    ends = lengths.cumsum(0)
+    # token of the packed pass, row and position of every cache entry
+    counts = lengths[source]
+    row = torch.arange(len(source)).repeat_interleave(counts)
+    position = torch.cat([torch.arange(int(n)) for n in counts])
+    token = ((ends - lengths)[source][row] + position).to(device)
+    row, position = row.to(device), position.to(device)
+
+    def keep(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        state.k[layer][row, :, position] = k[token]
+        state.v[layer][row, :, position] = v[token]
+
+    x = model.packed(ids, model.starts(conditions), cross, keep)
+    last = (ends - 1)[source].to(device)
+    model.draw(x[last], state.view(state.samples, state.max_len), state.sampler)
+
+
+class Graphs:
+    """The step as CUDA graphs, one for each (samples, limit), captured on first use."""
+
+    def __init__(self, model, state: State) -> None:
+        self.model, self.state = model, state
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def step(self, samples: int, limit: int) -> None:
+        key = (samples, limit)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(samples, limit)
+        self.graphs[key].replay()
+
+    def _capture(self, samples: int, limit: int) -> torch.cuda.CUDAGraph:
+        counters = self.state.counters()
+        before = [t.clone() for t in counters]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # the first run loads kernels; what it draws is drawn again by the replay
+            self.model.step(self.state, samples, limit)
+            for tensor, value in zip(counters, before, strict=True):
+                tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.model.step(self.state, samples, limit)
+        return graph
+
+
+@torch.no_grad()
+def levels(model, request: Request, sampler: dict, seed: int, cuda_graph: bool) -> Iterator[torch.Tensor]:
+    """Yields ids ``[n, frames, levels so far]`` in the caller's order of rows."""
+    steps = request.steps
+    samples = sum(count > 0 for count in steps)
+    state = State(model, request, samples, sampler, seed)
+    order = request.order
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    inverse = None if inverse == order == list(range(len(order))) else torch.tensor(inverse, device=model.device)
+
+    def ids(count: int) -> torch.Tensor:
+        # the first `count` levels of every row
+        flat = state.out[:, : request.frames * count]
+        flat = flat if inverse is None else flat[inverse]
+        return flat.unflatten(-1, (count, request.frames)).transpose(1, 2)
+
+    if samples:
+        prefill(model, request, state)
+    advance = Graphs(model, state).step if cuda_graph and samples else lambda *key: model.step(state, *key)
+    shown = 0
+    for done in range(1, steps[0] if steps else 0):
+        shown, before = _complete(request, steps, done), shown
+        if shown > before:
+            yield ids(shown)
+        active = sum(count > done for count in steps)
+        longest = max(len(p) for p in request.prompts[:active]) + done + 1
+        bucket = min(state.max_len, -(-longest // BUCKET) * BUCKET) if cuda_graph else state.max_len
+        advance(active, bucket)
+    yield ids(request.levels)
+
+
+def _complete(request: Request, steps: list[int], done: int) -> int:
+    """Levels that every unfinished row has after ``done`` of its own steps."""
+    tokens = [len(p) + done for p, count in zip(request.prompts, steps, strict=True) if count > done]
+    return min(tokens, default=0) // request.frames

@@ -1,0 +1,91 @@
+"""``vft generate``: tokens from the generator, then .vft files, or a grid video and a contact sheet at several k."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vft.files import check_output, replacing
+from vft.tokens import VideoTokens
+from vft.video import contact_sheet, to_uint8, write_video
+
+KEEPS = (1, 4, 16, 64)
+# samples with rows of their own in the contact sheet
+SHEET_SAMPLES = 4
+DEFAULT_SIZE = 256
+
+
+def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | None = None, **options):
+    """Generated :class:`VideoTokens`, one a row; ``options`` go to ``generator.stream``.
+
+    Raises:
+        ValueError: the two models do not fit, or an option is out of range.
+    """
+    levels = tokenizer.config.levels
+    if generator.config.vocab != math.prod(levels):
+        raise ValueError(f"the generator has {generator.config.vocab} ids, the tokenizer {math.prod(levels)}")
+    count = options["tokens_per_frame"]
+    if count is None:
+        count = max(1, min(tokenizer.registers, generator.config.seq_len // max(options["frames"], 1)))
+    if count > tokenizer.registers:
+        raise ValueError(f"tokens per frame must be at most the tokenizer's {tokenizer.registers}, got {count}")
+    stream = generator.stream(**condition, **options | {"tokens_per_frame": count})
+    with tqdm(desc="tokens", unit="level", total=count, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for ids in stream:
+            bar.update(ids.shape[-1] - bar.n)
+    frames = 1 + (options["frames"] - 1) * tokenizer.codec.temporal_stride
+    size = tokenizer.size or size or DEFAULT_SIZE
+    chunk = tokenizer.config.chunk_size
+    return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk) for row in ids.cpu()]
+
+
+def output_paths(path: str, count: int, tokens_only: bool) -> list[Path]:
+    """Token files ``a.vft``, or ``a-0.vft``, ``a-1.vft``, ...; or the contact sheet's path beside a video.
+
+    Raises ValueError or OSError where they cannot be written.
+    """
+    target = Path(path)
+    if tokens_only and target.suffix != ".vft":
+        raise ValueError(f"output {path!r} must end in .vft")
+    if not tokens_only:
+        paths = [target.with_suffix(".png")]
+    elif count == 1:
+        paths = [target]
+    else:
+        paths = [target.with_name(f"{target.stem}-{i}.vft") for i in range(count)]
+    for each in paths:
+        check_output(each)
+    return paths
+
+
+def show(tokenizer, samples: list[VideoTokens], path: str, quality: int, **sampler) -> None:
+    """Writes the grid video of all samples, and beside it a picture of the first ones from more and more registers.
+
+    ``sampler`` goes to ``tokenizer.decode``.
+    """
+    (picture,) = output_paths(path, 1, tokens_only=False)
+    keeps = [k for k in KEEPS if k < samples[0].registers] + [samples[0].registers]
+    jobs = [(i, k) for i in range(len(samples)) for k in keeps if i < SHEET_SAMPLES or k == keeps[-1]]
+    clips = {}
+    for i, k in tqdm(jobs, desc="decode", leave=False, disable=not sys.stderr.isatty()):
+        clips[i, k] = to_uint8(tokenizer.decode(samples[i].truncate(k), **sampler)).cpu()
+    write_video(path, grid([clips[i, keeps[-1]] for i in range(len(samples))]), samples[0].fps, quality)
+    rows = [(f"{i + 1}\nk = {k}", clips[i, k]) for i, k in jobs if i < SHEET_SAMPLES]
+    with replacing(picture) as temporary:
+        contact_sheet(rows).save(temporary, format="png")
+
+
+def grid(clips: list[torch.Tensor]) -> torch.Tensor:
+    """Clips of one shape, uint8 ``[T, H, W, 3]``, as the tiles of one nearly square video, white where none is."""
+    columns = math.ceil(math.sqrt(len(clips)))
+    rows = -(-len(clips) // columns)
+    t, h, w, _ = clips[0].shape
+    out = torch.full((t, rows * h, columns * w, 3), 255, dtype=torch.uint8)
+    for i, clip in enumerate(clips):
+        y, x = i // columns * h, i % columns * w
+        out[:, y : y + h, x : x + w] = clip
+    return out
