@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from . import checks, library
 from .attention_backward import attention_backward_blocks, frames_of
-from .layout import MASKS, LayoutTensors, SequenceLayout
+from .layout import MASKS, LayoutTensors, SequenceLayout, plan_tiles
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, "
@@ -127,14 +127,38 @@ def attention_cpu(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse)
 def attention_triton(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
     from .triton import attention as kernels
 
-    kernels.attention_triton(q, k, v, LayoutTensors(*layout), key_log_weight, mask, cross, scale, out, lse)
+    t = LayoutTensors(*layout)
+    # rows of no tile
+    out[len(t.frame) :] = 0
+    lse[len(t.frame) :] = float("-inf")
+    kernels.attention_triton(
+        q, k, v, *_metadata(t), t.tiles, t.ptr, t.runs, key_log_weight, mask, cross, scale, out, lse,
+        rows=plan_tiles(q.device).rows,
+    )  # fmt: skip
 
 
-def attention_backward_triton(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv):
+def attention_backward_triton(
+    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv
+) -> None:
     from .triton import attention as kernels
 
     t = LayoutTensors(*layout)
-    kernels.attention_backward_triton(grad_out, q, k, v, out, lse, t, key_log_weight, mask, cross, scale, dq, dk, dv)
+    for grad, used in ((dq, t.frame), (dk, t.frame_k), (dv, t.frame_k)):
+        grad[len(used) :] = 0
+    kernels.attention_backward_triton(
+        grad_out, q, k, v, out, lse, *_metadata(t), t.tiles, t.ptr, t.runs, t.key_tiles, t.key_ptr, t.key_runs,
+        key_log_weight, mask, cross, scale, dq, dk, dv, rows=plan_tiles(q.device).rows,
+    )  # fmt: skip
+
+
+def _metadata(t: LayoutTensors) -> tuple[torch.Tensor, ...]:
+    return t.frame, t.rank, t.frame_k, t.rank_k, t.cu_seqlens, t.cu_seqlens_k
+
+
+def _backward_unsupported(grad_out, q, *_) -> str | None:
+    if q.dtype == torch.float32 and q.shape[-1] > 64:
+        return "the float32 gradient of head_dim above 64 does not fit into registers"
+    return None
 
 
 def _attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
@@ -142,6 +166,7 @@ def _attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
     if key_log_weight is not None and key_log_weight.device.type == "cpu" and not key_log_weight.isfinite().all():
         checks.reject("key_log_weight", "be finite", "NaN or infinity")
     out, lse = _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     library.launch("attention", q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse)
     return out, lse
 
@@ -153,6 +178,7 @@ def _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale)
 
 def _attention_backward(grad_out, q, k, v, *rest):
     grads = _backward_fake(grad_out, q, k, v)
+    grad_out, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, q, k, v))
     library.launch("attention_backward", grad_out, q, k, v, *rest, *grads)
     return grads
 
@@ -183,4 +209,4 @@ library.register("attention", "cpu", attention_cpu)
 library.register("attention", "triton", attention_triton)
 library.register("attention_backward", "reference", attention_backward_blocks)
 library.register("attention_backward", "cpu", attention_backward_blocks)
-library.register("attention_backward", "triton", attention_backward_triton)
+library.register("attention_backward", "triton", attention_backward_triton, _backward_unsupported)

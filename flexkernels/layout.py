@@ -23,8 +23,16 @@ CROSS_VALUES = ("none", "full", "causal")
 ALL_FULL = (1, 1, 1, 1)
 
 
-# tiles of the plan that a layout carries for the kernels of its device: rows of q, then keys they are counted in
-PLAN_TILES = {"cpu": (64, 64), "cuda": (128, 64)}
+class PlanTiles(NamedTuple):
+    """Sizes of the plans that a layout carries: rows of a tile, and what its runs are multiples of."""
+
+    rows: int
+    step: int
+
+
+def plan_tiles(device: torch.device) -> PlanTiles:
+    """Those that the kernels of a device want."""
+    return PlanTiles(128, 64) if device.type == "cuda" else PlanTiles(64, 64)
 
 
 class TilePlan(NamedTuple):
@@ -46,7 +54,8 @@ class TilePlan(NamedTuple):
 class LayoutTensors(NamedTuple):
     """What attention kernels read of a layout: int32 tensors on its device.
 
-    cu_seqlens, frame, rank of the queries and of the keys, and two plans with the tiles of PLAN_TILES.
+    cu_seqlens, frame, rank of the queries and of the keys; the plan and the transposed one, in the sizes of
+    :func:`plan_tiles`.
     """
 
     cu_seqlens: torch.Tensor
@@ -146,8 +155,8 @@ class SequenceLayout:
         other = own
         if self.keys is not self.queries:
             other = [torch.from_numpy(x) for x in (self.keys.cu_seqlens, self.keys.frame, self.keys.rank)]
-        block_q, block_k = PLAN_TILES.get(self.device.type, PLAN_TILES["cpu"])
-        plans = (*self.plan(block_q, block_k), *self.plan(block_k, block_q, transposed=True))
+        rows, step = plan_tiles(self.device)
+        plans = (*self.plan(rows, step), *self.plan(step, rows, transposed=True))
         moved = [x.to(self.device) for x in own]
         keys = moved if other is own else [x.to(self.device) for x in other]
         self.tensors = LayoutTensors(*moved, *keys, *(torch.from_numpy(x).to(self.device) for x in plans))

@@ -113,7 +113,7 @@ def forward(problem, q, k, v, weight=None, scale=0.3, tiles=SMALL, with_lse=True
     weight = None if weight is None else weight.to(DEVICE)
     kernels.attention_triton(
         q, k, v, *metadata(problem), *plans(problem, tiles)[0], weight, problem.mask, problem.cross, scale, out, lse,
-        tiles=tiles,
+        rows=tiles.block_q, tiles=tiles,
     )  # fmt: skip
     return out, lse
 
@@ -125,7 +125,7 @@ def backward(problem, grad_out, q, k, v, out, lse, weight=None, scale=0.3, tiles
     own, transposed = plans(problem, tiles)
     kernels.attention_backward_triton(
         grad_out, q, k, v, out, lse, *metadata(problem), *own, *transposed, weight, problem.mask, problem.cross, scale,
-        *grads, tiles=tiles,
+        *grads, rows=max(tiles.block_q, tiles.block_k), tiles=tiles,
     )  # fmt: skip
     return grads
 

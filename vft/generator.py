@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flexkernels
-from flexkernels._pending import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu
+from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu
 
 from . import checkpoint, decoding
 from .config import GeneratorConfig, parse_generator_config

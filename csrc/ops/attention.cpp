@@ -25,7 +25,7 @@ int64_t check_cu_seqlens(const char* name, const int32_t* offsets, int64_t batch
   return longest;
 }
 
-// tiles must ascend, stay inside their sequence, and a query tile's keys must ascend inside that sequence
+// query tiles must ascend, and they and their keys stay inside their sequence
 void check_plan(const AttentionForward& p, int64_t k_tiles) {
   STD_TORCH_CHECK(p.k_ptr[0] == 0 && p.k_ptr[p.tiles] == k_tiles, "k_ptr must run from 0 to ", k_tiles, ", got ",
                   p.k_ptr[0], " to ", p.k_ptr[p.tiles]);
@@ -37,13 +37,10 @@ void check_plan(const AttentionForward& p, int64_t k_tiles) {
                     "q_tiles must ascend inside their sequences, got rows ", q[1], " to ", q[2], " of sequence ", q[0]);
     row = q[2];
     STD_TORCH_CHECK(p.k_ptr[i] <= p.k_ptr[i + 1], "k_ptr must not fall, got ", p.k_ptr[i], " before ", p.k_ptr[i + 1]);
-    int64_t key = p.cu_seqlens_k[q[0]];
     for (int64_t j = p.k_ptr[i]; j < p.k_ptr[i + 1] && j < k_tiles; ++j) {
       const int32_t* k = p.k_tiles + 3 * j;
-      STD_TORCH_CHECK(key <= k[0] && k[0] < k[1] && k[1] <= p.cu_seqlens_k[q[0] + 1],
-                      "k_tiles must ascend inside their sequences, got keys ", k[0], " to ", k[1], " of sequence ",
-                      q[0]);
-      key = k[1];
+      STD_TORCH_CHECK(p.cu_seqlens_k[q[0]] <= k[0] && k[0] < k[1] && k[1] <= p.cu_seqlens_k[q[0] + 1],
+                      "k_tiles must lie inside their sequences, got keys ", k[0], " to ", k[1], " of sequence ", q[0]);
     }
   }
 }

@@ -43,7 +43,7 @@ class Loop(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Rows of a query tile and keys of a key tile, the most a plan may hold in one, and the three kernels' loops."""
+    """Query rows and keys of one program, and the three kernels' loops."""
 
     block_q: int
     block_k: int
@@ -68,8 +68,20 @@ TILES = {
 
 
 def tiles_of(dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The tile sizes to plan for and launch with."""
+    """The block sizes to launch with; a planned tile that is larger is served by several programs."""
     return TILES[dtype.itemsize == 2][max(64, triton.next_power_of_2(head_dim))]
+
+
+@triton.jit
+def load_tile(p_tiles, p_ptr, index, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [first, last) of one of the PARTS blocks of a planned tile, and its ranges; a block beyond it has none."""
+    tile = index // PARTS
+    sequence, end = tl.load(p_tiles + 4 * tile), tl.load(p_tiles + 4 * tile + 2)
+    first = tl.load(p_tiles + 4 * tile + 1) + index % PARTS * BLOCK
+    range_first = tl.load(p_ptr + tile)
+    fulls = tl.where(first < end, tl.load(p_tiles + 4 * tile + 3), 0)
+    range_last = tl.where(first < end, tl.load(p_ptr + tile + 1), range_first)
+    return sequence, first, tl.minimum(first + BLOCK, end), range_first, fulls, range_last
 
 
 @triton.jit
@@ -186,14 +198,14 @@ def attention_kernel(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh,
     heads, group, scale,
     MASK: tl.constexpr, CROSS: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # q [BLOCK_Q, BLOCK_D], k and v [STEP, BLOCK_D]; scale >= 0, its sign is NEGATIVE
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
-    tile, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    sequence, first = tl.load(p_tiles + 4 * tile), tl.load(p_tiles + 4 * tile + 1)
-    last, fulls = tl.load(p_tiles + 4 * tile + 2), tl.load(p_tiles + 4 * tile + 3)
-    range_first, range_last = tl.load(p_ptr + tile), tl.load(p_ptr + tile + 1)
+    # later rows see more keys: they go first
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    sequence, first, last, range_first, fulls, range_last = load_tile(p_tiles, p_ptr, program // heads, PARTS, BLOCK_Q)
     o_d, o_step = tl.arange(0, BLOCK_D), tl.arange(0, STEP).to(tl.int64)
     o_q = first + tl.arange(0, BLOCK_Q)
     m_dim, m_q = o_d < HEAD_DIM, o_q < last
@@ -267,15 +279,15 @@ def attention_dq_kernel(
     stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_dq, stride_dqh,
     heads, group, scale, scale_log2,
     MASK: tl.constexpr, CROSS: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # q, dO, out, dq [BLOCK_Q, BLOCK_D], k and v [STEP, BLOCK_D]; D and 1 / sum P go to p_delta and p_norm
     # [total_q, heads] for dk
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
-    tile, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    sequence, first = tl.load(p_tiles + 4 * tile), tl.load(p_tiles + 4 * tile + 1)
-    last, fulls = tl.load(p_tiles + 4 * tile + 2), tl.load(p_tiles + 4 * tile + 3)
-    range_first, range_last = tl.load(p_ptr + tile), tl.load(p_ptr + tile + 1)
+    # later rows see more keys: they go first
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    sequence, first, last, range_first, fulls, range_last = load_tile(p_tiles, p_ptr, program // heads, PARTS, BLOCK_Q)
     o_d, o_step = tl.arange(0, BLOCK_D), tl.arange(0, STEP).to(tl.int64)
     o_q = first + tl.arange(0, BLOCK_Q)
     o_row = o_q.to(tl.int64)
@@ -355,14 +367,14 @@ def attention_dkdv_kernel(
     stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_dk, stride_dkh,
     stride_dv, stride_dvh, kv_heads, group, scale, scale_log2,
     MASK: tl.constexpr, CROSS: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # k, v, dk, dv [BLOCK_K, BLOCK_D], q and dO [STEP, BLOCK_D]
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
-    tile, kv_head = tl.program_id(0) // kv_heads, (tl.program_id(0) % kv_heads).to(tl.int64)
-    sequence, first = tl.load(p_tiles + 4 * tile), tl.load(p_tiles + 4 * tile + 1)
-    last, fulls = tl.load(p_tiles + 4 * tile + 2), tl.load(p_tiles + 4 * tile + 3)
-    range_first, range_last = tl.load(p_ptr + tile), tl.load(p_ptr + tile + 1)
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    sequence, first, last, range_first, fulls, range_last = load_tile(
+        p_tiles, p_ptr, tl.program_id(0) // kv_heads, PARTS, BLOCK_K
+    )
     o_d, o_step = tl.arange(0, BLOCK_D), tl.arange(0, STEP).to(tl.int64)
     o_k = first + tl.arange(0, BLOCK_K)
     o_row = o_k.to(tl.int64)
@@ -421,38 +433,41 @@ def _loop(loop):
 
 def attention_triton(
     q, k, v, q_frame, q_rank, k_frame, k_rank, cu_seqlens_q, cu_seqlens_k, q_tiles, k_ptr, k_tiles, key_log_weight,
-    mask, cross, scale, out, lse, *, tiles=None,
+    mask, cross, scale, out, lse, *, rows, tiles=None,
 ):  # fmt: skip
     """Fills the rows of out ``[total_q, heads, head_dim]`` and lse ``[total_q, heads]`` (or None) that the plan covers;
     rows in no tile are the caller's.
 
     q_tiles ``[n, 4]``: sequence, first row, end row, how many of its ranges are full; k_ptr ``[n + 1]``; k_tiles
-    ``[m, 3]``: first key, end key, full; the full ones of a tile come first. ``tiles`` replaces the choice of tiles_of.
+    ``[m, 3]``: first key, end key, full; the full ones of a tile come first. ``rows``: the most that a tile holds.
+    ``tiles`` replaces the choice of tiles_of.
     """
     tiles = tiles or tiles_of(q.dtype, q.shape[-1])
     if len(q_tiles) == 0:
         return
-    heads = q.shape[1]
+    heads, parts = q.shape[1], triton.cdiv(rows, tiles.block_q)
     with torch.cuda.device_of(q):
-        attention_kernel[(len(q_tiles) * heads,)](
+        attention_kernel[(len(q_tiles) * parts * heads,)](
             q, k, v, out, lse, key_log_weight, q_frame, q_rank, k_frame, k_rank, cu_seqlens_q, cu_seqlens_k,
             q_tiles, k_ptr, k_tiles, *_strides(q, k, v), heads, heads // k.shape[1], abs(scale) * LOG2_E.value,
-            NEGATIVE=scale < 0, BLOCK_Q=tiles.block_q, **_constants(q, mask, cross), **_loop(tiles.forward),
+            NEGATIVE=scale < 0, BLOCK_Q=tiles.block_q, PARTS=parts, **_constants(q, mask, cross),
+            **_loop(tiles.forward),
         )  # fmt: skip
 
 
 def attention_backward_triton(
     grad_out, q, k, v, out, lse, q_frame, q_rank, k_frame, k_rank, cu_seqlens_q, cu_seqlens_k, q_tiles, k_ptr, k_tiles,
-    key_tiles, q_ptr, q_ranges, key_log_weight, mask, cross, scale, dq, dk, dv, *, tiles=None,
+    key_tiles, q_ptr, q_ranges, key_log_weight, mask, cross, scale, dq, dk, dv, *, rows, tiles=None,
 ):  # fmt: skip
     """Fills the rows of dq, dk and dv (last dimension contiguous) that the plans cover, always in the same order.
 
     key_tiles ``[n, 4]``, q_ptr ``[n + 1]``, q_ranges ``[m, 3]`` are the transposed plan: for each tile of keys, with
     the sequence and the number of full ranges as in q_tiles, the rows that see it. A key in no tile gets no gradient
-    written, so keys that nothing sees need a tile without ranges.
+    written, so keys that nothing sees need a tile without ranges. ``rows``: the most queries or keys of a tile.
     """
     tiles = tiles or tiles_of(q.dtype, q.shape[-1])
     heads, kv_heads = q.shape[1], k.shape[1]
+    parts_q, parts_k = triton.cdiv(rows, tiles.block_q), triton.cdiv(rows, tiles.block_k)
     group, scale_log2 = heads // kv_heads, scale * LOG2_E.value
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
@@ -462,14 +477,14 @@ def attention_backward_triton(
     constants = _constants(q, mask, cross)
     with torch.cuda.device_of(q):
         if len(q_tiles):
-            attention_dq_kernel[(len(q_tiles) * heads,)](
+            attention_dq_kernel[(len(q_tiles) * parts_q * heads,)](
                 grad_out, q, k, v, out, lse, delta, norm, dq, *frames, q_tiles, k_ptr, k_tiles,
                 *_strides(grad_out, q, k, v, dq), heads, group, scale, scale_log2,
-                BLOCK_Q=tiles.block_q, **constants, **_loop(tiles.dq),
+                BLOCK_Q=tiles.block_q, PARTS=parts_q, **constants, **_loop(tiles.dq),
             )  # fmt: skip
         if len(key_tiles):
-            attention_dkdv_kernel[(len(key_tiles) * kv_heads,)](
+            attention_dkdv_kernel[(len(key_tiles) * parts_k * kv_heads,)](
                 grad_out, q, k, v, lse, delta, norm, dk, dv, *frames, key_tiles, q_ptr, q_ranges,
                 *_strides(grad_out, q, k, v, dk, dv), kv_heads, group, scale, scale_log2,
-                BLOCK_K=tiles.block_k, **constants, **_loop(tiles.dkdv),
+                BLOCK_K=tiles.block_k, PARTS=parts_k, **constants, **_loop(tiles.dkdv),
             )  # fmt: skip

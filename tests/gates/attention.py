@@ -27,9 +27,9 @@ def launch(dtype, head_dim, mask, weighted, group, backward):
     plan = (torch.zeros(1, 4, dtype=torch.int32), index, index)
     common = (index, index, index, index, index, index, *plan)
     if backward:
-        attention.attention_backward_triton(q, q, k, k, q, lse, *common, *plan, weight, *mask, 0.125, q, k, k)
+        attention.attention_backward_triton(q, q, k, k, q, lse, *common, *plan, weight, *mask, 0.125, q, k, k, rows=128)
     else:
-        attention.attention_triton(q, k, k, *common, weight, *mask, 0.125, q, lse)
+        attention.attention_triton(q, k, k, *common, weight, *mask, 0.125, q, lse, rows=128)
 
 
 def launches():
