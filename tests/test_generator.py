@@ -65,7 +65,9 @@ def test_published_logits(case, guidance):
         (logits[:, -1], "greedy_logits" + name + "_last"),
         (logits.logsumexp(-1), "logsumexp" + name),
     ):
-        assert (got - io(case)[want]).abs().max() < 1e-5
+        # guidance magnifies rounding: relative to the largest value
+        exact = io(case)[want]
+        assert (got - exact).abs().max() < 1e-5 * exact.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("case", CASES)

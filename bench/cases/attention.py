@@ -1,4 +1,6 @@
-"""Attention of the tokenizer's layouts."""
+"""Attention of the tokenizer's layouts: encoder, decoder, decoder with collapsed registers, and a ragged batch."""
+
+from functools import partial
 
 import torch
 from peers import attention as attention_peers
@@ -7,31 +9,80 @@ import flexkernels
 
 from .case import Case, accurate, case, size
 
+HEAD_DIM = 64
+RAGGED = [
+    [(256, 256)] * 5, [(256, 128)] * 3, [(144, 256)] * 4, [(256, 256)], [(64, 64)] * 5, [(256, 33)] * 5,
+    [(196, 17)] * 2, [(256, 256)] * 2,
+]  # fmt: skip
+# name: sequences, mask, heads, whether keys are weighted
+LAYOUTS = {
+    "encoder": ([[(256, 256)] * 5], "frame_causal_prefix", 18, False),
+    "decoder": ([[(256, 256)] * 5], "frame_causal", 28, False),
+    "collapsed": ([[(256, 33)] * 5], "frame_causal", 28, True),
+    "ragged": (RAGGED, "frame_causal_prefix", 18, False),
+}
 
-def attention_encoder(device: str, dtype: torch.dtype) -> Case:
-    heads, head_dim = 8, 64
-    layout = flexkernels.SequenceLayout([[(256, 256)] * 5], "frame_causal_prefix", device=device)
-    q, k, v = torch.randn(3, layout.total, heads, head_dim).to(dtype).to(device)
-    mask = layout.visible()
+
+def problem(name: str, device: str, dtype: torch.dtype):
+    frames, mask, heads, weighted = LAYOUTS[name]
+    layout = flexkernels.SequenceLayout(frames, mask, device=device)
+    q, k, v = torch.randn(3, layout.total, heads, HEAD_DIM).to(dtype).to(device)
+    weight = None
+    if weighted:
+        # the last register of a frame stands for 224
+        weight = torch.where(layout.rank == 32, torch.tensor(224.0).log().to(device), 0.0)
+    return layout, q, k, v, weight
+
+
+def attention_forward(name: str, dtype: torch.dtype, device: str) -> Case:
+    layout, q, k, v, weight = problem(name, device, dtype)
+    visible = layout.visible()
+    bias = visible if weight is None else weight.expand_as(visible).masked_fill(~visible, -torch.inf).to(dtype)
+    blocks = attention_peers.Blocks(LAYOUTS[name][0], layout.mask == "frame_causal_prefix", visible)
+    flex = attention_peers.Flex(layout, weight, device)
 
     def ours():
-        return flexkernels.attention(q, k, v, layout)
+        return flexkernels.attention(q, k, v, layout, key_log_weight=weight)
 
     def check():
-        exact = flexkernels.attention_ref(q.double(), k.double(), v.double(), layout)
-        return accurate(ours(), flexkernels.attention_ref(q, k, v, layout), exact)
+        exact = flexkernels.attention_ref(q.double(), k.double(), v.double(), layout, key_log_weight=weight)
+        return accurate(ours(), flexkernels.attention_ref(q, k, v, layout, key_log_weight=weight), exact)
 
-    peers = {"dense-mask SDPA": lambda: attention_peers.dense_mask(q, k, v, mask)}
-    flops = 4 * head_dim * heads * int(mask.sum())
-    note = "5 frames of 256 patches and 256 registers; flops count seen pairs"
-    return Case(dtype, list(q.shape), ours, peers, check, size(q, k, v, q), flops, note)
-
-
-@case("attention_encoder_fp32")
-def attention_encoder_fp32(device: str) -> Case:
-    return attention_encoder(device, torch.float32)
+    peers = {
+        "dense-mask SDPA": lambda: attention_peers.dense_mask(q, k, v, bias),
+        "SDPA by blocks": lambda: blocks(q, k, v, weight),
+        "compiled FlexAttention": lambda: flex(q, k, v),
+    }
+    flops = 4 * HEAD_DIM * q.shape[1] * int(visible.sum())
+    return Case(dtype, list(q.shape), ours, peers, check, size(q, k, v, q), flops, "flops count seen pairs")
 
 
-@case("attention_encoder_bf16")
-def attention_encoder_bf16(device: str) -> Case:
-    return attention_encoder(device, torch.bfloat16)
+def attention_backward(name: str, dtype: torch.dtype, device: str) -> Case:
+    layout, q, k, v, weight = problem(name, device, dtype)
+    visible = layout.visible()
+    grad = torch.randn_like(q)
+
+    def gradients(function, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            out = function(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True)
+
+    run = gradients(lambda *x: flexkernels.attention(*x, layout, key_log_weight=weight), q, k, v)
+    dense = gradients(lambda *x: attention_peers.dense_mask(*x, visible), q, k, v)
+
+    def check():
+        reference = partial(flexkernels.attention_ref, layout=layout, key_log_weight=weight)
+        exact = gradients(reference, q.double(), k.double(), v.double())()
+        found = (accurate(*x) for x in zip(run(), gradients(reference, q, k, v)(), exact, strict=True))
+        return next((wrong for wrong in found if wrong), None)
+
+    flops = 10 * HEAD_DIM * q.shape[1] * int(visible.sum())
+    note = "backward alone; flops count seen pairs"
+    return Case(dtype, list(q.shape), run, {"dense-mask SDPA": dense}, check, size(q, k, v, q, q, k, v), flops, note)
+
+
+for layout_name in LAYOUTS:
+    for short, data_type in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        case(f"attention_{layout_name}_{short}")(partial(attention_forward, layout_name, data_type))
+case("attention_encoder_backward_fp32")(partial(attention_backward, "encoder", torch.float32))

@@ -1,9 +1,61 @@
-"""Attention over one packed sequence as stock PyTorch does it."""
+"""Attention over packed sequences as stock PyTorch does it; q, k, v [total, heads, head_dim] throughout."""
 
+import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def as_batch(*tensors):
+    return [x.transpose(0, 1)[None] for x in tensors]
 
 
 def dense_mask(q, k, v, mask):
-    """q, k, v [total, heads, head_dim], mask bool [total, total]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    """mask [total, total], bool or added to the scores."""
+    return F.scaled_dot_product_attention(*as_batch(q, k, v), attn_mask=mask)[0].transpose(0, 1)
+
+
+class Blocks:
+    """SDPA over the rows of one frame part at a time and the keys up to where they see: no mask but for registers that
+    are causal among themselves."""
+
+    def __init__(self, sequences, causal_registers, mask):
+        self.parts, at = [], 0
+        for frames in sequences:
+            start = at
+            for patches, registers in frames:
+                end = at + patches + registers
+                if causal_registers:
+                    self.parts.append((slice(at, at + patches), slice(start, at + patches), None))
+                    rows = slice(at + patches, end)
+                    self.parts.append((rows, slice(start, end), mask[rows, start:end].contiguous()))
+                else:
+                    self.parts.append((slice(at, end), slice(start, end), None))
+                at = end
+
+    def __call__(self, q, k, v, weight=None):
+        out = torch.empty_like(q)
+        for rows, keys, mask in self.parts:
+            bias = mask if weight is None else weight[keys].to(q.dtype).expand(rows.stop - rows.start, -1)
+            out[rows] = dense_mask(q[rows], k[keys], v[keys], bias)
+        return out
+
+
+class Flex:
+    """Compiled FlexAttention with a block mask, made beforehand and not counted."""
+
+    def __init__(self, layout, weight, device):
+        sequence, frame, rank = layout.sequence, layout.frame, layout.rank
+        prefix = layout.mask == "frame_causal_prefix"
+
+        def visible(_b, _h, q, k):
+            own = (frame[k] == frame[q]) & (rank[k] <= rank[q]) if prefix else frame[k] == frame[q]
+            return (sequence[q] == sequence[k]) & ((frame[k] < frame[q]) | own)
+
+        total = layout.total
+        self.block_mask = create_block_mask(visible, None, None, total, total, device=device)
+        self.score = None if weight is None else lambda score, _b, _h, _q, k: score + weight[k]
+        self.attention = torch.compile(flex_attention)
+
+    def __call__(self, q, k, v):
+        out = self.attention(*as_batch(q, k, v), score_mod=self.score, block_mask=self.block_mask)
+        return out[0].transpose(0, 1)
