@@ -152,20 +152,20 @@ def test_kernel_rows_of_no_tile(dtype):
     whole, whole_lse = forward(q, k, v, layout)
     assert (whole[layout.total :] == 0).all() and (whole_lse[layout.total :] == -math.inf).all()
     plan = layout.plan(16, 16)
-    keep = np.arange(len(plan.q_tiles)) % 2 == 1
-    counts = np.diff(plan.k_ptr)
+    keep = np.arange(len(plan.tiles)) % 2 == 1
+    counts = np.diff(plan.ptr)
     odd = TilePlan(
-        plan.q_tiles[keep],
+        plan.tiles[keep],
         np.concatenate([[0], counts[keep].cumsum()]).astype(np.int32),
-        plan.k_tiles[np.repeat(keep, counts)],
+        plan.runs[np.repeat(keep, counts)],
     )
     out, lse = forward(q, k, v, layout, plan=odd)
     named = torch.zeros(len(q), dtype=torch.bool)
-    for _, begin, end, _ in odd.q_tiles.tolist():
+    for _, begin, end, _ in odd.tiles.tolist():
         named[begin:end] = True
     assert torch.equal(out[named], forward(q, k, v, layout, (16, 16))[0][named])
     assert (out[~named] == 0).all() and (lse[~named] == -math.inf).all()
-    blind = plan._replace(k_ptr=np.zeros_like(plan.k_ptr), k_tiles=plan.k_tiles[:0])
+    blind = plan._replace(ptr=np.zeros_like(plan.ptr), runs=plan.runs[:0])
     out, lse = forward(q, k, v, layout, plan=blind)
     assert (out == 0).all() and (lse == -math.inf).all()
 

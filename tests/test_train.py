@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 import flexkernels
 import vft
-from flexkernels import attention_ref
 from vft.config import make_config, parse_config
 from vft.train import tokenizer as trainer
 from vft.train.loop import Settings, learning_rate
@@ -137,7 +136,8 @@ def test_gradients_of_the_whole_loss_against_float64(backend, monkeypatch):
     got = {name: p.grad for name, p in model.named_parameters()}
 
     wide, wide_latents, _ = model_and_batch()
-    monkeypatch.setattr(flexkernels, "attention", attention_ref)
+    for op in ("attention", "qk_norm", "swiglu", "adaln_norm", "gated_residual_adaln_norm"):
+        monkeypatch.setattr(flexkernels, op, getattr(flexkernels, op + "_ref"))
     monkeypatch.setattr(flexkernels, "fsq_quantize", straight_through)
     wide = wide.double()
     wide_choices = replace(choices, t=choices.t.double(), noise=choices.noise.double())
