@@ -126,6 +126,7 @@ def encode_folder(
         progress(skipped, len(videos), None)
         for count, job in enumerate(encoded, skipped + 1):
             line = _save(job, output, keep, tokenizer)
+            job.ids.clear()
             failed += "error" in line
             write(line)
             progress(count, len(videos), line)
