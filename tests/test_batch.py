@@ -155,7 +155,7 @@ def test_a_bad_video_does_not_stop_the_run(tmp_path, folder, model, capsys):
         assert sorted(re.findall(r"error: (\d \w+)\.\w+: \w", "\n".join(errors))) == ["1 cut", "2 text", "3 empty"]
         entries = {line["file"]: line for line in lines(output)}
         assert len(lines(output)) == 4 and entries["4 good.mp4"]["frames"] == 33
-        assert "truncated" in entries["1 cut.mp4"]["error"] and "empty" in entries["3 empty.mov"]["error"]
+        assert "damaged" in entries["1 cut.mp4"]["error"] and "empty" in entries["3 empty.mov"]["error"]
         assert [p.name for p in output.rglob("*.vft")] == ["4 good.mp4.vft"]
     # repaired, it is encoded
     (source / "3 empty.mov").write_bytes(data)
