@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,13 @@ def lines(output):
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
 
 
+@cache
+def encoded(model, path):
+    return Tokenizer.from_pretrained(model).encode(path)
+
+
 def check_complete(folder, output, model):
     """Every video once in the manifest and on disk, with the tokens that encode gives."""
-    tokenizer = Tokenizer.from_pretrained(model)
     entries = {line["file"]: line for line in lines(output)}
     assert len(entries) == len(lines(output)) and entries.keys() == LENGTHS.keys()
     found = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.suffix == ".vft"}
@@ -75,13 +80,13 @@ def check_complete(folder, output, model):
         tokens, entry = VideoTokens.from_bytes(data), entries[name]
         assert tokens.frames == entry["frames"] == frames and tokens.ids.numel() == entry["tokens"]
         assert entry["checksum"] == hashlib.sha256(data).hexdigest()
-        want = tokenizer.encode(folder / name)
+        want = encoded(model, folder / name)
         assert (tokens.fps, tokens.height, tokens.width, tokens.model) == (10, 40, 40, want.model)
         # packed with other chunks: a value between two levels may round otherwise
         assert (tokens.ids == want.ids).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("options", [[], ["--packed", "1"], ["--packed", "64", "--readers", "5"]])
+@pytest.mark.parametrize("options", [[], ["--packed", "64", "--readers", "5"]])
 def test_a_folder(tmp_path, folder, model, options, capsys):
     output = tmp_path / "new" / "out"
     assert cli.main(command(folder, output, model, *options)) == 0
