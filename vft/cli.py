@@ -1,6 +1,7 @@
 """The ``vft`` command: encode, decode, reconstruct, generate, demo, info, train.
 
-Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all.
+Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all. A folder of which some
+videos failed ends with exit code 1.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import flexkernels
 from flexkernels.library import BACKENDS
-from vft import checkpoint, demo, video
+from vft import batch, checkpoint, demo, video
 from vft.files import check_output
 from vft.tokens import MAGIC, VideoTokens
 
@@ -82,8 +83,12 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def encode(args: argparse.Namespace) -> None:
-    """``vft encode``: a video file to a .vft file."""
+def encode(args: argparse.Namespace) -> int | None:
+    """``vft encode``: a video file to a .vft file, or a folder of them to a folder; 1 where a video of it failed."""
+    if args.batch:
+        return _encode_folder(args)
+    if os.path.isdir(args.input):
+        raise ValueError(f"{args.input} is a folder: add --batch to encode every video in it")
     check_output(args.output)
     tokenizer = load_tokenizer(args)
     _check_keep(args.keep, tokenizer.registers)
@@ -92,6 +97,30 @@ def encode(args: argparse.Namespace) -> None:
         tokens = tokens.truncate(args.keep)
     tokens.save(args.output)
     print(f"{args.output}: {_describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def _encode_folder(args: argparse.Namespace) -> int:
+    rank, world_size = batch.shard()
+    local_rank = os.environ.get("LOCAL_RANK")
+    if args.device in (None, "cuda") and local_rank is not None and torch.cuda.is_available():
+        args.device = f"cuda:{local_rank}"
+    tokenizer = load_tokenizer(args)
+    _check_keep(args.keep, tokenizer.registers)
+    hidden = not sys.stderr.isatty()
+    with tqdm(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank, leave=False, disable=hidden) as bar:
+
+        def progress(done: int, total: int, line: dict | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if line and "error" in line:
+                tqdm.write(f"vft: error: {line['file']}: {line['error']}", sys.stderr)
+
+        summary = batch.encode_folder(
+            tokenizer, args.input, args.output, keep=args.keep, packed=args.packed, readers=args.readers,
+            rank=rank, world_size=world_size, progress=progress,
+        )  # fmt: skip
+    print(f"{args.output}: {summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed")
+    return 1 if summary.failed else 0
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -346,10 +375,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    command = add("encode", encode, "Turn a video into a .vft file of tokens.", model)
+    command = add("encode", encode, "Turn a video into a .vft file of tokens, or a folder of videos into many.", model)
     command.add_argument("input", help="video file of any size, rate and length; the centred square is used")
-    command.add_argument("-o", "--output", required=True, help=".vft file, replaced if it exists")
+    command.add_argument("-o", "--output", "--out", required=True, help=".vft file, replaced if it exists; a folder")
     command.add_argument("-k", "--keep", type=_at_least(1), help="keep the first K registers of every latent frame")
+    command.add_argument("--batch", action="store_true", help="input and output are folders; finished videos are kept")
+    command.add_argument("--packed", type=_at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
+    command.add_argument("--readers", type=_at_least(1), default=2, help="with --batch: reading threads (default: 2)")
     command = add("decode", decode, "Turn a .vft file, whole or cut, into a video.", model, sampler, output)
     command.add_argument("input", help=".vft file")
     command = add("reconstruct", reconstruct, "Encode and decode a video; print PSNR.", model, sampler, output)

@@ -7,8 +7,9 @@ ids --FSQ--> codes --decoder, flow ODE--> latents --codec--> frames
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import islice
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from .packing import Member
 from .solver import evaluations, sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
-from .video import Video, preprocess, read_video
+from .video import Video, cut_chunks, open_video, preprocess
 
 # the published sampler; a checkpoint may state its own
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 40, APG(scale=25.0, threshold=0.6, eta=0.0, momentum=0.0)
@@ -224,7 +225,7 @@ class Tokenizer(nn.Module):
         batch: int = 8,
         generator: torch.Generator | None = None,
     ) -> VideoTokens | list[VideoTokens]:
-        """Tokenizes video of any length.
+        """Tokenizes video of any length, chunk by chunk: memory does not grow with the length of a file.
 
         Args:
             video: a path; a :class:`vft.video.Video`; uint8 ``[T, H, W, 3]``; or float ``[B, 3, T, H, W]`` in
@@ -241,50 +242,66 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: an unreadable video, no frames, a wrong shape or type, non-finite values.
         """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_clip(clip, fps, clip.shape[-2:], batch, generator) for clip in video]
+            clips = [self._encode_stream(c.unbind(1), fps, c.shape[-2:], batch, generator) for c in video]
             return clips[0] if len(clips) == 1 else clips
         if isinstance(video, (str, os.PathLike)):
-            video = read_video(video, self.size)
-        elif isinstance(video, torch.Tensor):
+            with open_video(video, self.size) as stream:
+                source = stream.height, stream.width
+                return self._encode_stream(stream.frames, stream.fps, source, batch, generator)
+        if isinstance(video, torch.Tensor):
             video = Video(video, fps, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
-        clip, source = preprocess(video.frames, self.size), (video.height, video.width)
-        return self._encode_clip(clip, video.fps, source, batch, generator)
+        source = video.height, video.width
+        return self._encode_stream(video.frames.unbind(), video.fps, source, batch, generator)
 
-    def _encode_clip(self, clip: torch.Tensor, fps: float, source, batch: int, generator) -> VideoTokens:
-        # clip [3, T, H, W] in [-1, 1]
-        if not torch.isfinite(clip).all():
+    def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
+        # frames: uint8 [H, W, 3] or float [3, H, W] each
+        count, ids = 0, []
+        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap)
+        while group := list(islice(cut, batch)):
+            count += sum(new for _, new in group)
+            ids += self.encode_chunks([chunk for chunk, _ in group], generator)
+        return self.join_chunks(ids, fps, count, *source)
+
+    @torch.no_grad()
+    def encode_chunks(
+        self, chunks: Sequence[torch.Tensor], generator: torch.Generator | None = None
+    ) -> list[torch.Tensor]:
+        """Chunks of any videos in one packed call: uint8 ``[t, H, W, 3]`` or float ``[t, 3, H, W]`` in [-1, 1] each ->
+        a list of ids int64 ``[1 + (t - 1) / 4, N]`` on the CPU.
+
+        Raises ValueError for a wrong shape or non-finite values.
+        """
+        clips = [self._chunk_input(chunk) for chunk in chunks]
+        latents: list[torch.Tensor] = [None] * len(clips)
+        # the codec takes chunks of one shape, the encoder any
+        for shape in dict.fromkeys(clip.shape for clip in clips):
+            where = [i for i, clip in enumerate(clips) if clip.shape == shape]
+            encoded = self._encode_frames(torch.stack([clips[i] for i in where]), generator)
+            for i, z in zip(where, encoded, strict=True):
+                latents[i] = z
+        return [ids.cpu() for ids in self.encode_latents(latents)]
+
+    def _chunk_input(self, chunk: torch.Tensor) -> torch.Tensor:
+        # -> float [3, t, H, W]
+        if not chunk.is_floating_point():
+            return preprocess(chunk, self.size)
+        if not torch.isfinite(chunk).all():
             raise ValueError("video must be finite, got NaN or infinity")
-        if clip.shape[1] == 0:
-            raise ValueError("video must have at least one frame, got 0")
-        ids = []
-        chunks = list(self._chunks(clip))
-        for start in range(0, len(chunks), batch):
-            group = torch.stack(chunks[start : start + batch]).to(self.device)
-            latents = self.codec.encode(group, generator).to(self.encoder.registers.dtype)
-            for i, tokens in enumerate(self.encode_latents(latents), start):
-                ids.append(tokens.cpu() if i == 0 else tokens[1:].cpu())
-        return VideoTokens(
-            torch.cat(ids), fps, clip.shape[1], int(source[0]), int(source[1]), self.name, self.config.levels,
-            self.config.chunk_size,
-        )  # fmt: skip
+        return chunk.transpose(0, 1)
 
-    def _chunks(self, clip: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Chunks of chunk_size frames sharing ``overlap`` frames; the last frame is repeated to fill the last one."""
-        size, stride = self.config.chunk_size, self.config.chunk_size - self.config.overlap
-        frames = clip.shape[1]
-        if frames == 1:
-            yield clip
-            return
-        count = max(1, -(-(frames - self.config.overlap) // stride))
-        padding = clip[:, -1:].expand(-1, count * stride + self.config.overlap - frames, -1, -1)
-        clip = torch.cat([clip, padding], 1)
-        for i in range(count):
-            yield clip[:, i * stride : i * stride + size]
+    def join_chunks(self, ids: Sequence[torch.Tensor], fps: float, frames: int, height: int, width: int) -> VideoTokens:
+        """The tokens of one video from those of its chunks in order; every chunk but the first drops its first row."""
+        rows = torch.cat([ids[0], *(chunk[1:] for chunk in ids[1:])])
+        return VideoTokens(
+            rows, fps, frames, int(height), int(width), self.name, self.config.levels, self.config.chunk_size
+        )
 
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
@@ -348,8 +365,8 @@ class Tokenizer(nn.Module):
         first, rest = ids[: 1 + per_chunk], ids[1 + per_chunk :]
         return first, rest.split(per_chunk) if len(rest) else ()
 
-    def _encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        return self.codec.encode(frames.to(self.device)).to(self.encoder.registers.dtype)
+    def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.codec.encode(frames.to(self.device), generator).to(self.encoder.registers.dtype)
 
     def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
         # without a working size, encode has cropped the source to whole patches

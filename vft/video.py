@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 
 import av
 import numpy as np
@@ -45,8 +45,19 @@ class Video:
     width: int
 
 
-def read_video(path: str | os.PathLike, size: int | None = None, max_frames: int | None = None) -> Video:
-    """Read the first video stream of a file.
+@dataclass(frozen=True, eq=False)
+class VideoStream:
+    """An open video: ``frames`` yields uint8 ``[H, W, 3]`` one by one; the rest is as in :class:`Video`."""
+
+    frames: Iterator[torch.Tensor]
+    fps: float
+    height: int
+    width: int
+
+
+@contextmanager
+def open_video(path: str | os.PathLike, size: int | None = None) -> Iterator[VideoStream]:
+    """Open the first video stream of a file; its frames are decoded as they are asked for, inside the ``with`` block.
 
     The frames are turned upright as the file's rotation says. Gray becomes RGB, alpha is dropped, more than 8 bits are
     rounded to 8, pixels are taken as square. Frames are taken in display order at the average rate; a file without a
@@ -55,6 +66,37 @@ def read_video(path: str | os.PathLike, size: int | None = None, max_frames: int
 
     Args:
         size: see :func:`fit`; frames are resized one by one as they are read. None keeps the source size.
+
+    Raises:
+        VideoError: the file is missing, is not a video, is damaged, or has no frame.
+        ValueError: ``size`` is out of range.
+    """
+    if size is not None:
+        _check_size(size)
+    with _opened(path) as (container, stream):
+        pictures = map(_upright, container.decode(stream))
+        first = next(pictures, None)
+        if first is None:
+            raise VideoError(f"{path}: the video has no frames")
+        height, width = first.shape[:2]
+        yield VideoStream(_sized(path, chain([first], pictures), size), _rate(stream), height, width)
+
+
+def _sized(path, pictures: Iterator[np.ndarray], size: int | None) -> Iterator[torch.Tensor]:
+    shape = None
+    for number, picture in enumerate(pictures):
+        frame = torch.from_numpy(picture)
+        frame = frame if size is None else fit(frame[None], size)[0]
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise VideoError(f"{path}: the frame size changes from {shape[1]}x{shape[0]} at frame {number}")
+        yield frame
+
+
+def read_video(path: str | os.PathLike, size: int | None = None, max_frames: int | None = None) -> Video:
+    """Read the first video stream of a file whole; see :func:`open_video`.
+
+    Args:
         max_frames: stop after this many frames.
 
     Raises:
@@ -63,24 +105,31 @@ def read_video(path: str | os.PathLike, size: int | None = None, max_frames: int
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames must be at least 1, got {max_frames}")
-    if size is not None:
-        _check_size(size)
-    with _opened(path) as (container, stream):
-        fps = _rate(stream)
-        frames, height, width = [], 0, 0
-        for frame in container.decode(stream):
-            pixels = torch.from_numpy(_upright(frame))
-            if not frames:
-                height, width = pixels.shape[:2]
-            pixels = pixels if size is None else fit(pixels[None], size)[0]
-            if frames and pixels.shape != frames[0].shape:
-                raise VideoError(f"{path}: the frame size changes from {width}x{height} at frame {len(frames)}")
-            frames.append(pixels)
-            if len(frames) == max_frames:
-                break
-    if not frames:
-        raise VideoError(f"{path}: the video has no frames")
-    return Video(torch.stack(frames), fps, height, width)
+    with open_video(path, size) as video:
+        return Video(torch.stack(list(islice(video.frames, max_frames))), video.fps, video.height, video.width)
+
+
+def cut_chunks(frames: Iterable[torch.Tensor], size: int, overlap: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Cut a stream of frames ``[...]`` into chunks ``[size, ...]`` that share ``overlap`` frames.
+
+    Holds one chunk at a time. Yields each chunk and how many of its frames no chunk before it held. The last chunk is
+    filled by repeating the last frame; a single frame is a chunk of one.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    held, new, first = [], 0, True
+    for frame in frames:
+        if len(held) == size:
+            yield torch.stack(held), new
+            held, new, first = held[size - overlap :], 0, False
+        held.append(frame)
+        new += 1
+    if not held:
+        raise ValueError("video must have at least one frame, got 0")
+    if not first or len(held) > 1:
+        held += held[-1:] * (size - len(held))
+    yield torch.stack(held), new
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ void linear(const SkinnyLinear& p, cudaStream_t stream) {
   if (p.m == 1) return queue<T, X, N, 1, 4>(p, stream);
   if (p.m == 2) return queue<T, X, N, 2, 4>(p, stream);
   if (p.m <= 4) return queue<T, X, N, 4, 4>(p, stream);
-  // half the width: twice the sums do not fit into the registers beside 16 bytes of each row
-  if (p.m <= 8) return queue<T, X, N / 2, 8, 2>(p, stream);
-  queue<T, X, N / 2, kSkinnyMaxRows, 2>(p, stream);
+  // a quarter of the width: so many sums do not fit into the registers beside 16 bytes of each row
+  if (p.m <= 8) return queue<T, X, N / 4, 8, 2>(p, stream);
+  queue<T, X, N / 4, kSkinnyMaxRows, 2>(p, stream);
 }
 
 template <typename X>

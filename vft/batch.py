@@ -1,0 +1,327 @@
+"""``vft encode --batch``: a folder of videos to a folder of ``.vft`` files, in bounded memory, resumable, sharded.
+
+Threads read videos and cut them into chunks; the chunks of several videos are encoded in one packed call. A video
+``a/b.mp4`` becomes ``a/b.mp4.vft``. Beside the token files lies one manifest a process, ``manifest.<rank>.jsonl``, each
+line a JSON object about one video:
+
+    {"file": "a/b.mp4", "model": "tiny", "registers": 32, "frames": 81, "tokens": 672,
+     "checksum": SHA-256 of the token file}
+    {"file": "a/bad.mp4", "error": why it could not be encoded}
+
+A line is written after its token file is complete. Lines count only while their checksum is that of the file, so the
+parts need no order among them and the number of processes may change from run to run; videos without such a line,
+bad ones too, are encoded in the next run.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vft.files import check_output, replacing
+from vft.video import cut_chunks, open_video
+
+SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
+    ".webm", ".wmv", ".y4m",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of videos: encoded now, already there, and failed."""
+
+    encoded: int
+    skipped: int
+    failed: int
+
+
+def find_videos(folder: str | os.PathLike) -> list[str]:
+    """The videos below a folder, by suffix: sorted paths relative to it, with ``/``. Hidden files are left out.
+
+    Raises:
+        OSError: ``folder`` is not a folder, or one in it cannot be read.
+        ValueError: there is no video.
+    """
+    if not os.path.isdir(folder):
+        raise OSError(f"{os.fspath(folder)}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
+
+    def refuse(error: OSError):
+        raise error
+
+    found = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        names = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in names]
+    if not found:
+        raise ValueError(f"{os.fspath(folder)}: no videos in it (none ends in {', '.join(SUFFIXES)})")
+    return sorted(found)
+
+
+def shard(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(rank, number of processes) as ``torchrun`` states them in RANK and WORLD_SIZE; (0, 1) without.
+
+    Raises:
+        ValueError: only one of the two is there, or they are not 0 <= RANK < WORLD_SIZE.
+    """
+    texts = environment.get("RANK"), environment.get("WORLD_SIZE")
+    if texts == (None, None):
+        return 0, 1
+    if None in texts:
+        raise ValueError(f"RANK and WORLD_SIZE must be set together, got {texts[0]!r} and {texts[1]!r}")
+    if not all(text.isascii() and text.isdigit() for text in texts) or not int(texts[0]) < int(texts[1]):
+        raise ValueError(f"RANK and WORLD_SIZE must be 0 <= RANK < WORLD_SIZE, got {texts[0]!r} and {texts[1]!r}")
+    return int(texts[0]), int(texts[1])
+
+
+def encode_folder(
+    tokenizer,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    keep: int | None = None,
+    packed: int = 8,
+    readers: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int, dict | None], None] = lambda done, total, line: None,
+) -> Summary:
+    """Encodes every ``world_size``-th video below ``source``, from the ``rank``-th of the sorted list on.
+
+    Args:
+        output: folder for token files and manifests, made if missing.
+        keep: registers of each latent frame that are written (default: all).
+        packed: chunks encoded in one call. At most twice as many are in memory, and one more for each reader.
+        readers: threads that read videos.
+        progress: called with videos done, videos in all, and None at the start, then the manifest line of each video.
+
+    The chunks of several videos share a call, so a value on the edge between two levels may round otherwise than in
+    ``tokenizer.encode``. A bad video is written to the manifest and counted; the others go on.
+
+    Raises:
+        ValueError, OSError: ``source`` has no videos, a number is out of range, or ``output`` cannot be written.
+    """
+    for name, value in (("packed", packed), ("readers", readers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
+    keep = tokenizer.registers if keep is None else keep
+    if not 1 <= keep <= tokenizer.registers:
+        raise ValueError(f"keep must be between 1 and {tokenizer.registers}, got {keep}")
+    videos = find_videos(source)[rank::world_size]
+    output = _folder(output)
+    finished = read_manifest(output, videos)
+    todo = [f for f in videos if f not in finished or _other(finished[f], tokenizer.name, keep)]
+    skipped, failed = len(videos) - len(todo), 0
+    jobs = [_Job(file, Path(source, file)) for file in todo]
+    with _manifest(output, rank, set(todo)) as write, closing(_encoded(tokenizer, jobs, packed, readers)) as encoded:
+        progress(skipped, len(videos), None)
+        for count, job in enumerate(encoded, skipped + 1):
+            line = _save(job, output, keep, tokenizer)
+            job.ids.clear()
+            failed += "error" in line
+            write(line)
+            progress(count, len(videos), line)
+    return Summary(len(todo) - failed, skipped, failed)
+
+
+def _other(entry: dict, model: str, registers: int) -> bool:
+    return (entry["model"], entry["registers"]) != (model, registers)
+
+
+def read_manifest(output: str | os.PathLike, files: list[str] | None = None) -> dict[str, dict]:
+    """The finished videos (among ``files``, where given): their manifest lines that agree with the token files."""
+    wanted = None if files is None else set(files)
+    entries = {}
+    for part in sorted(Path(output).glob("manifest.*.jsonl")):
+        for entry in _lines(part):
+            file = entry["file"]
+            if (wanted is None or file in wanted) and file not in entries and _holds(Path(output), entry):
+                entries[file] = entry
+    return entries
+
+
+def _lines(part: Path) -> Iterator[dict]:
+    for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+        # a process that was killed may leave half a line
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+                yield entry
+
+
+def _holds(output: Path, entry: dict) -> bool:
+    if not {"model", "registers", "checksum"} <= entry.keys():
+        return False
+    try:
+        data = _target(output, entry["file"]).read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data).hexdigest() == entry["checksum"]
+
+
+def _folder(output: str | os.PathLike) -> Path:
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise OSError(f"output {str(output)!r} must be a folder, got a file")
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+@contextmanager
+def _manifest(output: Path, rank: int, todo: set[str]) -> Iterator[Callable[[dict], None]]:
+    """A function that appends a line to this process's part, from which the lines of ``todo`` have been dropped."""
+    part = check_output(output / f"manifest.{rank}.jsonl")
+    old = [entry for entry in _lines(part) if entry["file"] not in todo] if part.exists() else []
+    with replacing(part) as temporary:
+        temporary.write_text("".join(map(_line, old)), encoding="utf-8")
+    descriptor = os.open(part, os.O_WRONLY | os.O_APPEND)
+    try:
+        # one write a line: an interrupt comes before or after it
+        yield lambda entry: os.write(descriptor, _line(entry).encode()) and None
+    finally:
+        os.close(descriptor)
+
+
+def _line(entry: dict) -> str:
+    return json.dumps(entry) + "\n"
+
+
+def _target(output: Path, file: str) -> Path:
+    # the whole name stays: a.mp4 and a.mov may lie side by side
+    return output / f"{file}.vft"
+
+
+@dataclass(eq=False)
+class _Job:
+    """One video on its way: a reader counts its frames, the encoder adds ids; ``error`` where it failed."""
+
+    file: str
+    path: Path
+    source: tuple[float, int, int] = (0.0, 0, 0)
+    frames: int = 0
+    ids: list[torch.Tensor] = field(default_factory=list)
+    error: str | None = None
+
+    def fail(self, error: Exception) -> None:
+        text = " ".join(str(error).split()).removeprefix(f"{self.path}: ")
+        self.error = self.error or text or type(error).__name__
+
+
+def _save(job: _Job, output: Path, keep: int, tokenizer) -> dict:
+    """Writes the token file; returns the manifest line."""
+    if job.error is None:
+        path = _target(output, job.file)
+        try:
+            fps, height, width = job.source
+            tokens = tokenizer.join_chunks(job.ids, fps, job.frames, height, width).truncate(keep)
+            data = tokens.to_bytes()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        except (ValueError, OSError) as error:
+            job.fail(error)
+    if job.error is not None:
+        return {"file": job.file, "error": job.error}
+    return {
+        "file": job.file, "model": tokens.model, "registers": tokens.registers, "frames": tokens.frames,
+        "tokens": tokens.ids.numel(), "checksum": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+
+
+def _encoded(tokenizer, jobs: list[_Job], packed: int, readers: int) -> Iterator[_Job]:
+    """Reads and encodes videos; yields each job once, in the order in which they end."""
+    group: list[tuple[_Job, torch.Tensor]] = []
+    ended: list[_Job] = []
+    with closing(_read_ahead(tokenizer, jobs, packed, readers)) as items:
+        for job, chunk in items:
+            if chunk is None:
+                ended.append(job)
+            elif job.error is None:
+                group.append((job, chunk))
+            if len(group) == packed:
+                _encode(tokenizer, group)
+                group = []
+            if not group:
+                yield from ended
+                ended = []
+    if group:
+        _encode(tokenizer, group)
+    yield from ended
+
+
+def _encode(tokenizer, group: list[tuple[_Job, torch.Tensor]]) -> None:
+    try:
+        encoded = tokenizer.encode_chunks([chunk for _, chunk in group])
+    except ValueError as error:
+        jobs = dict.fromkeys(job for job, _ in group)
+        if len(jobs) == 1:
+            group[0][0].fail(error)
+            return
+        # one of the videos does not fit the model: find it
+        for job in jobs:
+            _encode(tokenizer, [item for item in group if item[0] is job])
+        return
+    for (job, _), ids in zip(group, encoded, strict=True):
+        job.ids.append(ids)
+
+
+def _read_ahead(tokenizer, jobs: list[_Job], bound: int, readers: int) -> Iterator[tuple[_Job, torch.Tensor | None]]:
+    """(job, chunk) of all videos, those of one video in order, then (job, None); threads read ``bound`` items ahead.
+
+    Closing the generator ends the threads.
+    """
+    todo: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    items: queue.Queue[tuple[_Job, torch.Tensor | None]] = queue.Queue(bound)
+    stop = threading.Event()
+    for job in jobs:
+        todo.put(job)
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                job = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                for chunk in _chunks(tokenizer, job):
+                    items.put((job, chunk))
+                    if stop.is_set():
+                        return
+            # whatever is wrong with a video must not end the run
+            except Exception as error:
+                job.fail(error)
+            items.put((job, None))
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(min(readers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        left = len(jobs)
+        while left:
+            job, chunk = items.get()
+            left -= chunk is None
+            yield job, chunk
+    finally:
+        stop.set()
+        while any(thread.is_alive() for thread in threads):
+            # a thread may wait for room
+            with suppress(queue.Empty):
+                items.get(timeout=0.05)
+
+
+def _chunks(tokenizer, job: _Job) -> Iterator[torch.Tensor]:
+    config = tokenizer.config
+    with open_video(job.path, tokenizer.size) as video:
+        job.source = video.fps, video.height, video.width
+        for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap):
+            job.frames += new
+            yield chunk
