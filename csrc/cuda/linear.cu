@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const __grid
     for (int r = 0; r < R; ++r) load_weights<N>(weight[r] + c, w[r]);
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-      if (i >= p.m) break;
+      // past the end: the last row again
+      const int row = i < p.m ? i : p.m - 1;
       float x[N];
-      load_floats<N>(static_cast<const X*>(p.x) + i * p.x_stride + c, x);
+      load_floats<N>(static_cast<const X*>(p.x) + row * p.x_stride + c, x);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -77,19 +78,22 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const __grid
     }
   }
   // lane i writes row i
+  float mine[R] = {};
 #pragma unroll
   for (int i = 0; i < M; ++i) {
-    if (lane != i || i >= p.m) continue;
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (r >= step || column + r >= p.outputs) continue;
-      float value = finish<X>(p, rows[r], sum[i][r]);
-      if (p.swiglu) {
-        const float up = r + R / 2 < R ? finish<X>(p, rows[(r + R / 2) % R], sum[i][(r + R / 2) % R]) : 0.0f;
-        value = value / (1.0f + expf(-value)) * up;
-      }
-      write<X>(p, i, column + r, value);
+    for (int r = 0; r < R; ++r) mine[r] = lane == i ? sum[i][r] : mine[r];
+  }
+  if (lane >= M || lane >= p.m) return;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (r >= step || column + r >= p.outputs) continue;
+    float value = finish<X>(p, rows[r], mine[r]);
+    if (p.swiglu) {
+      const float up = r + R / 2 < R ? finish<X>(p, rows[(r + R / 2) % R], mine[(r + R / 2) % R]) : 0.0f;
+      value = value / (1.0f + expf(-value)) * up;
     }
+    write<X>(p, lane, column + r, value);
   }
 }
 
@@ -109,9 +113,8 @@ void linear(const SkinnyLinear& p, cudaStream_t stream) {
   if (p.m == 1) return queue<T, X, N, 1, 4>(p, stream);
   if (p.m == 2) return queue<T, X, N, 2, 4>(p, stream);
   if (p.m <= 4) return queue<T, X, N, 4, 4>(p, stream);
-  // a quarter of the width: so many sums do not fit into the registers beside 16 bytes of each row
-  if (p.m <= 8) return queue<T, X, N / 4, 8, 2>(p, stream);
-  queue<T, X, N / 4, kSkinnyMaxRows, 2>(p, stream);
+  if (p.m <= 8) return queue<T, X, N, 8, 2>(p, stream);
+  queue<T, X, N, kSkinnyMaxRows, 2>(p, stream);
 }
 
 template <typename X>
