@@ -59,10 +59,9 @@ __global__ void __launch_bounds__(32 * kWarps) skinny_linear_kernel(const __grid
     for (int r = 0; r < R; ++r) load_weights<N>(weight[r] + c, w[r]);
 #pragma unroll
     for (int i = 0; i < M; ++i) {
-      // past the end: the last row again
-      const int row = i < p.m ? i : p.m - 1;
+      if (i >= p.m) break;
       float x[N];
-      load_floats<N>(static_cast<const X*>(p.x) + row * p.x_stride + c, x);
+      load_floats<N>(static_cast<const X*>(p.x) + i * p.x_stride + c, x);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -113,8 +112,9 @@ void linear(const SkinnyLinear& p, cudaStream_t stream) {
   if (p.m == 1) return queue<T, X, N, 1, 4>(p, stream);
   if (p.m == 2) return queue<T, X, N, 2, 4>(p, stream);
   if (p.m <= 4) return queue<T, X, N, 4, 4>(p, stream);
-  if (p.m <= 8) return queue<T, X, N, 8, 2>(p, stream);
-  queue<T, X, N, kSkinnyMaxRows, 2>(p, stream);
+  // half the width: sums of so many rows do not fit into the registers beside 16 bytes of each
+  if (p.m <= 8) return queue<T, X, N / 2, 8, 2>(p, stream);
+  queue<T, X, N / 2, kSkinnyMaxRows, 2>(p, stream);
 }
 
 template <typename X>
