@@ -21,6 +21,7 @@ import flexkernels
 from flexkernels.library import BACKENDS
 from vft import batch, checkpoint, demo, video
 from vft.files import check_output
+from vft.solver import SOLVERS
 from vft.tokens import MAGIC, VideoTokens
 
 DEFAULT_MODEL = "tiny"
@@ -312,7 +313,7 @@ def _resized(pieces, size: int | None) -> Iterator[torch.Tensor]:
 
 def _sampler(args: argparse.Namespace) -> dict:
     """The sampler's options that were given; the others are left to the model."""
-    options = {"seed": args.seed}
+    options = {"seed": args.seed, "solver": args.solver}
     if args.steps is not None:
         options["steps"] = args.steps
     if args.guidance is not None:
@@ -453,6 +454,7 @@ def _seed_option() -> argparse.ArgumentParser:
 def _sampler_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[_seed_option()])
     parser.add_argument("--steps", type=_at_least(1), help="solver steps (default: the model's)")
+    parser.add_argument("--solver", choices=tuple(SOLVERS), default="euler", help="ODE solver (default: euler)")
     parser.add_argument("--guidance", help="none, cfg:SCALE, apg or apg:SCALE (default: the model's)")
     return parser
 
