@@ -474,6 +474,20 @@ INLINE vf spread(vf v) {
 #endif
 }
 
+template <typename T>
+INLINE void put(T* p, vf v) {
+  store(p, v);
+}
+
+#if defined(__AVX512BF16__)
+INLINE void put(bf16* p, vf v) {
+  // the instruction would flush subnormals to zero
+  if (_mm512_fpclass_ps_mask((__m512)v, 0x20)) return store(p, v);
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &h, sizeof h);
+}
+#endif
+
 // up to four heads of kQuadDim: norm, weight, no rotation; heads beyond `heads` repeat the last one and are dropped
 template <bool layer, typename T>
 INLINE void norm_quad(const T* x, int heads, float eps, const float* weight, T* out, int64_t out_stride) {
@@ -513,7 +527,7 @@ INLINE void norm_quad(const T* x, int heads, float eps, const float* weight, T* 
 #pragma GCC unroll 16
     for (int i = 0; i < kQuadVectors; ++i) {
       const vf x_hat = v[h][i] * rstd[h];
-      store(out + h * out_stride + i * W, weight ? x_hat * load(weight + i * W) : x_hat);
+      put(out + h * out_stride + i * W, weight ? x_hat * load(weight + i * W) : x_hat);
     }
   }
 }
