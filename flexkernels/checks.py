@@ -34,7 +34,7 @@ def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor):
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int], whose: str = ""):
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != tuple(expected):
         reject(name, f"have the shape {list(expected)}{whose}", list(value.shape))
 
 

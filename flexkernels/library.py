@@ -101,9 +101,16 @@ def _known(name: str) -> str:
 
 
 def _choose(op: str, args) -> Row:
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    forced = current_backend()
-    names = _ORDER.get(device.type, ("reference",)) if forced == "auto" else (forced,)
+    for first in args:
+        if isinstance(first, torch.Tensor):
+            break
+    device, forced = first.device, current_backend()
+    kind = device.type
+    names = _ORDER.get(kind, ("reference",)) if forced == "auto" else (forced,)
+    # most calls: the best backend is at home on this device and its row takes everything
+    row = _table[op].get(names[0])
+    if row is not None and row.unsupported is None and names[0] == kind and _unavailable(kind) is None:
+        return row
     reasons = []
     for name in names:
         reason = _refusal(op, name, device, args)

@@ -220,7 +220,7 @@ def _check_residual(x, y, gate, segment, floats):
 
 def _check_rms(x, weight, residual, floats):
     checks.tensor("x", x, floats, 2)
-    checks.tensor("weight", weight, tuple(dict.fromkeys((x.dtype, torch.float32))), 1)
+    checks.tensor("weight", weight, (x.dtype,) if x.dtype == torch.float32 else (x.dtype, torch.float32), 1)
     checks.shape("weight", weight, x.shape[1:])
     checks.same_device("weight", weight, "x", x)
     if residual is not None:
@@ -260,7 +260,8 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def _tables(*tables: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Tables with contiguous rows and one dtype: float32 where they differ."""
-    mixed = len({table.dtype for table in tables if table is not None}) > 1
+    given = [table.dtype for table in tables if table is not None]
+    mixed = len(given) > 1 and len(set(given)) > 1
     return [_dense(table.float() if mixed and table is not None else table) for table in tables]
 
 

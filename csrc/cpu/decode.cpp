@@ -446,10 +446,111 @@ INLINE void rotate(const HeadNorm& p, float (*x)[kDecodeMaxHeadDim], int heads, 
   });
 }
 
+// heads of this size are normalised in registers, four at a time
+constexpr int kQuadDim = 64;
+constexpr int kQuadVectors = kQuadDim / W;
+
+// every block of four lanes = the sums of the lanes of a, b, c, d
+INLINE vf sum_quad(const vf (&x)[4]) {
+  vf sums = add_quads(x[0], x[1], x[2], x[3]);
+#if defined(__AVX512F__)
+  sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  sums += SHUFFLE(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  sums += SHUFFLE(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
+  return sums;
+}
+
+// lane h of every block of four
+template <int h>
+INLINE vf spread(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_permute_ps(0xffff, (__m512)v, 0x55 * h);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)v, 0x55 * h);
+#else
+  return SHUFFLE(v, v, h, h, h, h);
+#endif
+}
+
+template <typename T>
+INLINE void put(T* p, vf v) {
+  store(p, v);
+}
+
+#if defined(__AVX512BF16__)
+INLINE void put(bf16* p, vf v) {
+  // the instruction would flush subnormals to zero
+  if (_mm512_fpclass_ps_mask((__m512)v, 0x20)) return store(p, v);
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &h, sizeof h);
+}
+#endif
+
+// up to four heads of kQuadDim: norm, weight, no rotation; heads beyond `heads` repeat the last one and are dropped
+template <bool layer, typename T>
+INLINE void norm_quad(const T* x, int heads, float eps, const float* weight, T* out, int64_t out_stride) {
+  vf v[4][kQuadVectors], sums[4];
+#pragma GCC unroll 4
+  for (int h = 0; h < 4; ++h) {
+    const T* head = x + (h < heads ? h : heads - 1) * kQuadDim;
+#pragma GCC unroll 16
+    for (int i = 0; i < kQuadVectors; ++i) v[h][i] = load(head + i * W);
+  }
+  if (layer) {
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) {
+      sums[h] = v[h][0];
+#pragma GCC unroll 16
+      for (int i = 1; i < kQuadVectors; ++i) sums[h] += v[h][i];
+    }
+    const vf means = sum_quad(sums) * (1.0f / kQuadDim);
+    const vf mean[4] = {spread<0>(means), spread<1>(means), spread<2>(means), spread<3>(means)};
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kQuadVectors; ++i) v[h][i] -= mean[h];
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < 4; ++h) {
+    sums[h] = v[h][0] * v[h][0];
+#pragma GCC unroll 16
+    for (int i = 1; i < kQuadVectors; ++i) sums[h] = fma(v[h][i], v[h][i], sums[h]);
+  }
+  const vf rstds = 1.0f / square_root(sum_quad(sums) * (1.0f / kQuadDim) + eps);
+  const vf rstd[4] = {spread<0>(rstds), spread<1>(rstds), spread<2>(rstds), spread<3>(rstds)};
+#pragma GCC unroll 4
+  for (int h = 0; h < 4; ++h) {
+    if (h >= heads) break;
+#pragma GCC unroll 16
+    for (int i = 0; i < kQuadVectors; ++i) {
+      const vf x_hat = v[h][i] * rstd[h];
+      put(out + h * out_stride + i * W, weight ? x_hat * load(weight + i * W) : x_hat);
+    }
+  }
+}
+
+template <bool layer, typename T>
+INLINE void norm_quads(const T* x, int count, float eps, const float* weight, T* out, int64_t out_stride) {
+  int first = 0;
+  for (; first + 4 <= count; first += 4) {
+    norm_quad<layer>(x + first * kQuadDim, 4, eps, weight, out + first * out_stride, out_stride);
+  }
+  if (first < count) {
+    norm_quad<layer>(x + first * kQuadDim, count - first, eps, weight, out + first * out_stride, out_stride);
+  }
+}
+
 // `count` heads in a row at x -> out, out_stride apart; row: of the rotary tables, if any
 template <typename T>
 void norm_heads(const HeadNorm& p, const T* x, int count, const float* weight, int64_t row, T* out, int64_t out_stride,
                 Heads& s) {
+  if (p.head_dim == kQuadDim && p.kind != kHeadNormNone && !p.cos) {
+    return p.kind == kHeadNormLayer ? norm_quads<true>(x, count, p.eps, weight, out, out_stride)
+                                    : norm_quads<false>(x, count, p.eps, weight, out, out_stride);
+  }
   for (int first = 0; first < count; first += W) {
     const int heads = count - first < W ? count - first : W;
     T* to = out + first * out_stride;
