@@ -69,7 +69,7 @@ def fsq_dequantize(ids: torch.Tensor, levels: Sequence[int], *, dtype: torch.dty
     """The codes that `fsq_quantize` gave along with `ids`.
 
     ids: [...] int64 or int32, each from 0 to prod(levels) - 1. On the CPU an id outside raises ValueError; elsewhere
-    it is not looked for (that would wait for the device) and gives some code.
+    it is looked for under FLEXKERNELS_CHECK=1 alone (that waits for the device) and otherwise gives some code.
     levels: as for `fsq_quantize`. dtype: float32, bfloat16 or float16.
 
     Returns codes [..., D]; empty ids give empty codes. Raises TypeError or ValueError for a wrong dtype or level.
@@ -233,7 +233,7 @@ def _dequantize_impl(ids, levels, dtype):
     out = _dequantize_fake(ids, levels, dtype)
     if ids.numel() == 0:
         return out
-    if ids.device.type == "cpu":
+    if checks.values_are_checked(ids):
         _check_range(ids, math.prod(levels))
     library.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)))
     return out

@@ -319,6 +319,19 @@ def test_a_codebook_beyond_its_ids_still_gives_codes():
     assert ids is None and torch.equal(codes, torch.zeros(2, 16))
 
 
+@needs_gpu
+def test_ids_on_the_gpu_are_looked_at_on_request(monkeypatch):
+    ids = torch.tensor([0, 40], device="cuda")
+    monkeypatch.setenv("FLEXKERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="ids must lie between 0 and 39, got 0 to 40"):
+        flexkernels.fsq_dequantize(ids, [8, 5])
+
+
+def test_values_of_ids_are_looked_at_where_the_device_allows(monkeypatch):
+    monkeypatch.setattr(fsq.checks, "values_are_checked", lambda ids: False)
+    assert flexkernels.fsq_dequantize(torch.tensor([40]), [8, 5]).shape == (1, 2)
+
+
 def test_wrong_ids_are_refused():
     for function, levels, dtype in itertools.product(
         (flexkernels.fsq_dequantize,), ([8, 5],), (torch.int64, torch.int32)

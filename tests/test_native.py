@@ -94,10 +94,33 @@ def test_kernel_fsq_dequantize(levels, dtype):
             assert torch.equal(codes, want)
 
 
+@pytest.mark.parametrize(
+    "levels", [[256, 256, 64], [255, 257, 64], [3, 1398101], [2**22], [2**22 + 1], [7] * 7], ids=str
+)
+def test_kernel_fsq_dequantize_next_to_every_kind_of_multiple(levels):
+    """Ids around the multiples of the bases, where a rounded quotient would be wrong, in codebooks around 2^22."""
+    codebook = math.prod(levels)
+    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))])
+    level, half = torch.tensor(levels), torch.tensor(levels) // 2
+    near = [torch.arange(0, codebook + step, step)[-3000:] for step in (*basis.tolist(), codebook)]
+    ids = torch.cat([multiple + shift for multiple in near for shift in (-1, 0, 1)])
+    ids = ids[(ids >= 0) & (ids < codebook)]
+    codes = torch.empty(len(ids), len(levels))
+    ops.fsq_dequantize(ids, levels, codes)
+    assert torch.equal(codes, (ids[:, None] // basis % level - half).float() / half.float())
+
+
 def test_kernel_fsq_foreign_ids_stay_in_the_codebook():
-    codes = torch.empty(4, 2)
-    ops.fsq_dequantize(torch.tensor([-1, 40, 2**62, -(2**63)]), [8, 5], codes)
+    ids = torch.arange(40).repeat(2)
+    codes, want = torch.empty(80, 2), torch.empty(80, 2)
+    ops.fsq_dequantize(ids, [8, 5], want)
+    foreign = torch.tensor([-1, 40, 2**62, -(2**63)])
+    ids[20:24] = foreign
+    ops.fsq_dequantize(ids, [8, 5], codes)
     assert codes.abs().max() <= 1
+    known = torch.ones(80, dtype=torch.bool)
+    known[20:24] = False
+    assert torch.equal(codes[known], want[known])
 
 
 Z, IDS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)

@@ -124,7 +124,7 @@ inline __m512i sum_rows_of_six(const int32_t* weighted) {
 inline void store_ids(__m512i id, int32_t* ids) { _mm512_storeu_si512(ids, id); }
 
 inline void store_ids(__m512i id, int64_t* ids) {
-  _mm512_storeu_si512(ids, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_castsi512_si256(id)));
+  _mm512_storeu_si512(ids, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 0)));
   _mm512_storeu_si512(ids + 8, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 1)));
 }
 #endif
@@ -184,14 +184,13 @@ inline uint64_t quotient(uint64_t id, Divisor by, bool exact) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(id) * by.reciprocal) >> 64);
 }
 
+// any codebook and any id, one row after the other
 template <typename T, typename Id>
-void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
+void dequantize_some(const FsqDequantize& p, const Divisor* by, int64_t begin, int64_t end) {
   const Id* ids = static_cast<const Id*>(p.ids);
   T* codes = static_cast<T*>(p.codes);
   const uint64_t codebook = static_cast<uint64_t>(p.codebook);
   const bool exact = codebook < (uint64_t{1} << 32);
-  Divisor by[kFsqMaxDims];
-  for (int d = 0; d < p.dims; ++d) by[d] = {static_cast<uint64_t>(p.levels[d]), UINT64_MAX / p.levels[d] + 1};
   for (int64_t row = begin; row < end; ++row) {
     uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[row]));
     if (id >= codebook) id %= codebook;
@@ -201,6 +200,85 @@ void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
       id = rest;
     }
   }
+}
+
+// float32 divides ids below this exactly: floor(id / m) = trunc((id + 1/2) * RN(1/m)), since (id + 1/2) / m is at least
+// 1/(2m) away from an integer and the two roundings move it by less than 2^-23 (id + 1/2) / m
+constexpr int64_t kFloatIds = 1 << 22;
+
+// lane l of vector v holds element v * W + l of W rows: its row, and its dimension's constants
+struct DequantizeTables {
+  vi row[kFsqMaxDims];
+  vf by_basis[kFsqMaxDims], by_next[kFsqMaxDims];  // 1 / basis, 1 / (basis * level)
+  vf level[kFsqMaxDims], half[kFsqMaxDims], reciprocal[kFsqMaxDims];
+};
+
+void fill_tables(const FsqDequantize& p, DequantizeTables& t) {
+  int64_t basis[kFsqMaxDims + 1] = {1};
+  for (int d = 0; d < p.dims; ++d) basis[d + 1] = basis[d] * p.levels[d];
+  for (int v = 0; v < p.dims; ++v) {
+    for (int lane = 0; lane < W; ++lane) {
+      const int dim = (v * W + lane) % p.dims;
+      t.row[v][lane] = (v * W + lane) / p.dims;
+      t.by_basis[v][lane] = 1.0f / static_cast<float>(basis[dim]);
+      t.by_next[v][lane] = 1.0f / static_cast<float>(basis[dim + 1]);
+      t.level[v][lane] = static_cast<float>(p.levels[dim]);
+      t.half[v][lane] = static_cast<float>(p.levels[dim] / 2);
+      t.reciprocal[v][lane] = 1.0f / t.half[v][lane];
+    }
+  }
+}
+
+inline vf truncate(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }
+
+inline vf permute(vf x, vi from) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)from, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from);
+#else
+  vf out;
+  for (int lane = 0; lane < W; ++lane) out[lane] = x[from[lane]];
+  return out;
+#endif
+}
+
+// id + 1/2 of W ids; false when one of them lies outside the codebook
+template <typename Id>
+inline bool load_ids(const Id* ids, uint64_t codebook, vf* x) {
+  uint64_t foreign = 0;
+  vi low;
+  for (int lane = 0; lane < W; ++lane) {
+    const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[lane]));
+    foreign |= id >= codebook;
+    low[lane] = static_cast<int32_t>(id);
+  }
+  *x = __builtin_convertvector(low, vf) + 0.5f;
+  return !foreign;
+}
+
+template <typename T, typename Id>
+void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
+  Divisor by[kFsqMaxDims];
+  for (int d = 0; d < p.dims; ++d) by[d] = {static_cast<uint64_t>(p.levels[d]), UINT64_MAX / p.levels[d] + 1};
+  if (p.codebook > kFloatIds) return dequantize_some<T, Id>(p, by, begin, end);
+  DequantizeTables t;
+  fill_tables(p, t);
+  int64_t row = begin;
+  for (; row + W <= end; row += W) {
+    vf id;
+    if (!load_ids(static_cast<const Id*>(p.ids) + row, static_cast<uint64_t>(p.codebook), &id)) {
+      dequantize_some<T, Id>(p, by, row, row + W);
+      continue;
+    }
+    T* codes = static_cast<T*>(p.codes) + row * p.dims;
+    for (int v = 0; v < p.dims; ++v) {
+      const vf x = permute(id, t.row[v]);
+      const vf level = truncate(x * t.by_basis[v]) - truncate(x * t.by_next[v]) * t.level[v];
+      store(codes + v * W, quotient(level - t.half[v], t.half[v], t.reciprocal[v]));
+    }
+  }
+  dequantize_some<T, Id>(p, by, row, end);
 }
 
 template <typename T>
