@@ -26,8 +26,8 @@ Capability requested(Capability highest) {
   for (const Capability level : {Capability::baseline, Capability::avx2, Capability::avx512, Capability::avx512_bf16}) {
     if (std::string(name) == capability_name(level)) return level < highest ? level : highest;
   }
-  throw std::invalid_argument("FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2, avx512 or avx512_bf16, got '" + std::string(name) +
-                              "'");
+  throw std::invalid_argument("FLEXKERNELS_CPU_CAPABILITY must be baseline, avx2, avx512 or avx512_bf16, got '" +
+                              std::string(name) + "'");
 }
 
 }  // namespace

@@ -154,6 +154,7 @@ def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
     monkeypatch.setattr(Tokenizer, "decode_stream", stream)
     threads = torch.get_num_threads()
     argv = ["decode", tokens_file, "-o", f"{tmp_path}/a.mp4", "--model", model, "-k", "2", "--steps", "3"]
+    argv += ["--solver", "heun"]
     try:
         assert (
             cli.main([*argv, "--guidance", "cfg:2.5", "--backend", "reference", "--threads", "1", "--seed", "7"]) == 0
@@ -162,7 +163,8 @@ def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
         torch.set_num_threads(threads)
     assert callable(seen.pop("progress"))
     assert seen == {
-        "keep": 2, "steps": 3, "guidance": flexkernels.CFG(2.5), "seed": 7, "backend": "reference", "threads": 1
+        "keep": 2, "steps": 3, "guidance": flexkernels.CFG(2.5), "seed": 7, "solver": "heun", "backend": "reference",
+        "threads": 1,
     }  # fmt: skip
     assert flexkernels.library.current_backend() == "auto"
     assert cli.main([*argv, "--guidance", "apg:9"]) == 0 and seen["guidance"] == flexkernels.APG(scale=9.0)
