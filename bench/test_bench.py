@@ -16,7 +16,18 @@ def case(request):
     return made
 
 
-@pytest.mark.parametrize("contender", ["ours", "eager formula", "eager float32", "torch.compile", "dense-mask SDPA"])
+CONTENDERS = (
+    "ours", "eager formula", "eager float32", "torch.compile", "F.linear alone", "torch linear", "plain loop",
+    "dense-mask SDPA", "SDPA by blocks", "compiled FlexAttention", "SDPA on cache views", "two passes, not collapsed",
+    "softmax and multinomial", "sort and multinomial", "topk and multinomial",
+)  # fmt: skip
+
+
+def test_every_peer_is_a_contender(case):
+    assert case.peers.keys() <= set(CONTENDERS)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
 @torch.no_grad()
 def test_speed(case, contender, benchmark):
     function = case.ours if contender == "ours" else case.peers.get(contender)

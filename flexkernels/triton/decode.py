@@ -276,7 +276,9 @@ def kv_append_kernel(
     m_v = (o_head >= heads + kv_heads) & m_head
     length = tl.load(p_cache_len + i_b)
     position = length - n + i_n
-    fits = (length >= n) & (length <= max_len)
+    # a vector, as the masks that it joins
+    b_length = tl.zeros([BLOCK], dtype=tl.int32) + length
+    fits = (b_length >= n) & (b_length <= max_len)
     o_x = i_b * stride_x_batch + i_n * stride_x_token + o_head * HEAD_DIM
     b_x_low, b_x_high = load_halves(p_qkv, o_x, m_head, HALF, HEAD_DIM, BLOCK_H)
     b_low, b_high, _ = normalise_halves(b_x_low, b_x_high, eps, KIND, HALF, HEAD_DIM)
