@@ -60,7 +60,7 @@ TILES = {
         256: Tiles(32, 32, Loop(32, 4, 2), Loop(32, 4, 1), Loop(32, 8, 1)),
     },
     False: {
-        64: Tiles(32, 32, Loop(32, 8, 2), Loop(16, 4, 1), Loop(16, 8, 1)),
+        64: Tiles(32, 32, Loop(32, 8, 2), Loop(16, 4, 1), Loop(16, 4, 2)),
         128: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
         256: Tiles(32, 32, Loop(16, 8, 1), Loop(16, 8, 1), Loop(16, 8, 1)),
     },
