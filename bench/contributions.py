@@ -17,7 +17,7 @@ from report import machine, write
 from vft.modulation import ModulationTable
 from vft.packing import Member
 
-STEPS = 10
+STEPS = 3
 
 
 class Sampler:
