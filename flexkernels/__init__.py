@@ -5,6 +5,7 @@ from .decode import decode_attention, decode_attention_ref, kv_append_, kv_appen
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .fsq_linear import fsq_embed, fsq_embed_ref, fsq_project_quantize, fsq_project_quantize_ref
+from .integrations import accelerate, restore
 from .layout import SequenceLayout
 from .library import available_backends, backend
 from .linear import quantize_rows, skinny_linear, skinny_linear_ref
@@ -29,6 +30,7 @@ __all__ = [
     "CFG",
     "SequenceLayout",
     "__version__",
+    "accelerate",
     "adaln_norm",
     "adaln_norm_ref",
     "attention",
@@ -60,6 +62,7 @@ __all__ = [
     "qk_norm",
     "qk_norm_ref",
     "quantize_rows",
+    "restore",
     "rms_norm",
     "rms_norm_ref",
     "sample_logits",

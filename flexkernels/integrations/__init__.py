@@ -1,0 +1,93 @@
+"""Drop-in acceleration of other codebases: ``accelerate(model)`` changes a model in place, ``restore(model)`` undoes it.
+
+One module here for each codebase. It recognises that codebase's classes by their names and imports nothing of it, so
+that an absent package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger("flexkernels")
+
+# modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options)
+INTEGRATIONS: tuple[str, ...] = ()
+
+_undo: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an integration did to one object: the parts it replaced, the parts it left, and how to undo it."""
+
+    replaced: list[str]
+    left: list[str]
+    undo: Callable[[], None]
+
+
+def accelerate(model: Any, **options: Any) -> Any:
+    """Makes a model (or scheduler, or quantizer) of another codebase run on these kernels, in place; returns it.
+
+    ``model`` is an object that an integration knows, or an ``nn.Module`` that contains such modules. ``options`` go to
+    the integration; see docs/integrations.md. What was replaced and what was left is logged at level INFO by the logger
+    "flexkernels". An accelerated model is left as it is.
+
+    Raises TypeError when nothing in the model is known, or an integration does not know an option.
+    """
+    if model in _undo:
+        return model
+    found = list(_known(model))
+    if not found:
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model must hold something of {', '.join(INTEGRATIONS)}; found nothing known in {name}")
+    undo: list[Callable[[], None]] = []
+    try:
+        for path, part, integration in found:
+            change = integration.accelerate(part, **options)
+            undo.append(change.undo)
+            where = f"{path or type(part).__name__}"
+            logger.info(
+                "%s: replaced %s; left %s", where, ", ".join(change.replaced), ", ".join(change.left) or "nothing"
+            )
+    except BaseException:
+        _run(undo)
+        raise
+    _undo[model] = undo
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undoes :func:`accelerate`; returns the model. Raises ValueError when the model is not accelerated."""
+    if model not in _undo:
+        raise ValueError(f"model must have been given to accelerate before, got an unchanged {type(model).__name__}")
+    _run(_undo.pop(model))
+    return model
+
+
+def is_a(model: Any, *names: str) -> bool:
+    """Whether a class of the model, its bases included, has one of the full names (module.Class) given."""
+    return any(f"{base.__module__}.{base.__qualname__}" in names for base in type(model).__mro__)
+
+
+def _known(model: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    # the outermost objects that an integration knows: (name inside the model, object, integration)
+    for name in INTEGRATIONS:
+        integration = importlib.import_module(f"{__name__}.{name}")
+        if integration.knows(model):
+            yield path, model, integration
+            return
+    if isinstance(model, nn.Module):
+        for name, child in model.named_children():
+            yield from _known(child, f"{path}.{name}" if path else name)
+
+
+def _run(undo: list[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
