@@ -1,4 +1,4 @@
-"""Drop-in acceleration of other codebases: ``accelerate(model)`` changes a model in place, ``restore(model)`` undoes it.
+"""Drop-in acceleration of other codebases: ``accelerate(model)`` changes one in place, ``restore(model)`` undoes it.
 
 One module here for each codebase. It recognises that codebase's classes by their names and imports nothing of it, so
 that an absent package costs nothing.
