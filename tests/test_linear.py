@@ -80,9 +80,11 @@ def test_a_row_is_the_same_alone_and_among_others(place, dtype, int8):
     assert torch.equal(linear(place, arguments), result)
     if place[0] == "reference":
         pytest.skip("torch promises no such thing")
+    # the interpreter multiplies with NumPy, whose BLAS may sum a row in an order that depends on its place
+    tolerance = 1e-6 if interpreted(place) and dtype == torch.float32 else 0
     for rows in (slice(0, 1), slice(15, 16), slice(3, 10)):
         cut = arguments | {name: arguments[name][rows] for name in ("x", "residual")}
-        assert torch.equal(linear(place, cut), result[rows])
+        torch.testing.assert_close(linear(place, cut), result[rows], rtol=tolerance, atol=tolerance)
 
 
 @on_every_backend
