@@ -1,4 +1,4 @@
-"""The ``vft`` command: encode, decode, reconstruct, generate, demo, info, train.
+"""The ``vft`` command: encode, decode, reconstruct, generate, demo, info, eval, train.
 
 Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all. A folder of which some
 videos failed ends with exit code 1.
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import flexkernels
 from flexkernels.library import BACKENDS
-from vft import batch, checkpoint, demo, video
+from vft import batch, checkpoint, demo, evaluate, video
 from vft.files import check_output
 from vft.solver import SOLVERS
 from vft.tokens import MAGIC, VideoTokens
@@ -213,6 +213,11 @@ def run_demo(args: argparse.Namespace) -> None:
     demo.run(load_tokenizer(args), args.output, **_sampler(args))
 
 
+def run_eval(args: argparse.Namespace) -> None:
+    """``vft eval``: rate and distortion, control and class accuracy, as a table, JSON and a picture."""
+    evaluate.run(args, load_tokenizer(args))
+
+
 def info(args: argparse.Namespace) -> None:
     """``vft info``: facts about a .vft file, a video file or a model; without an argument, about the installation."""
     if args.target is None:
@@ -391,6 +396,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     _add_generator_options(command)
     command = add("demo", run_demo, "Reconstruct the shipped clip from more and more tokens.", model, sampler)
     command.add_argument("-o", "--output", default=".", help="folder for demo.mp4 and demo.png (default: here)")
+    command = add("eval", run_eval, "Measure what a model's tokens are worth; optionally a generator too.", model)
+    evaluate.add_arguments(command)
     command = add("info", info, "Print facts about a .vft file, a video, a model, or the installation.")
     command.add_argument("target", nargs="?", help="file, folder or model name; none: the installation")
     command.set_defaults(device="cpu")

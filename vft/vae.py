@@ -37,6 +37,10 @@ class Codec(torch.nn.Module):
         stride = self.spatial_stride
         return self.channels, 1 + frames // self.temporal_stride, height // stride, width // stride
 
+    def pixel_weight(self, latent_frames: int) -> torch.Tensor | None:
+        """What the squared error of each latent counts in pixels, ``[C, T, 1, 1]`` with mean 1; None where unknown."""
+        return None
+
     @torch.no_grad()
     def encode(self, video: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Video, floating [B, 3, T, H, W] in [-1, 1], T = 1 + 4k -> latents, float32 [B, C, 1 + k, H / 8, W / 8].
@@ -105,6 +109,11 @@ class LinearCodec(Codec):
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=self.metadata))
+
+    def pixel_weight(self, latent_frames: int) -> torch.Tensor:
+        # the bases are orthonormal
+        weight = torch.stack([self.scale[0]] + [self.scale[1]] * (latent_frames - 1), 1) ** -2
+        return (weight / weight.mean())[:, :, None, None]
 
     def _encode(self, video, generator):
         first, groups = _blocks(video.float())

@@ -40,11 +40,11 @@ class Task(Protocol):
 class Settings:
     """Settings of a run; the defaults made the embedded tokenizer. A run is resumed with the same (``steps`` aside)."""
 
-    steps: int = 2650
-    batch: int = 16
-    clips: int = 20000
-    learning_rate: float = 1.5e-3
-    warmup: int = 150
+    steps: int = 4400
+    batch: int = 8
+    clips: int = 8000
+    learning_rate: float = 3e-3
+    warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.998

@@ -38,19 +38,21 @@ def draw(
     *,
     time_mean: float = 1.0,
     time_std: float = 1.2,
+    noise_probability: float = 0.25,
     null_probability: float = 0.1,
     prefix_probability: float = 0.25,
 ) -> Draw:
-    """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; k
-    uniform over 1..N for half of the samples and over the powers of two for the others; the null condition and one
-    conditioning frame with the given probabilities."""
+    """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; with
+    ``noise_probability`` t = 1, where sampling begins; k uniform over 1..N for half of the samples and over the powers
+    of two for the others; the null condition and one conditioning frame with the given probabilities."""
     batch = len(latents)
     uniform = torch.randint(1, registers + 1, (batch,), generator=generator)
     powers = 2 ** torch.randint(0, registers.bit_length(), (batch,), generator=generator)
     pick = torch.rand(batch, generator=generator) < 0.5
-    chance = torch.rand(2, batch, generator=generator)
+    chance = torch.rand(3, batch, generator=generator)
+    t = torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator))
     return Draw(
-        t=torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator)),
+        t=torch.where(chance[2] < noise_probability, 1.0, t),
         noise=torch.randn(latents.shape, generator=generator),
         keep=torch.where(pick, uniform, powers.clamp(max=registers)).tolist(),
         prefix_frames=(chance[0] < prefix_probability).int().tolist() if latents.shape[2] > 1 else [0] * batch,
@@ -59,14 +61,20 @@ def draw(
     )
 
 
-def flow_loss(model: Tokenizer, latents: torch.Tensor, choices: Draw) -> torch.Tensor:
-    """Mean squared velocity error of latents ``[B, C, T, H, W]``, conditioning frames left out, and range penalty."""
+def flow_loss(
+    model: Tokenizer, latents: torch.Tensor, choices: Draw, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared velocity error of latents ``[B, C, T, H, W]``, conditioning frames left out, and range penalty.
+
+    ``weight``, which broadcasts against the latents, weighs the squared errors.
+    """
     values = model.encoder(list(latents))
     codes, _ = flexkernels.fsq_quantize(values, model.config.levels, ids=False)
     t = _frame_times(choices, latents)
     x = (1 - t) * latents + t * choices.noise
     velocity = model.decoder(list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
     error = (torch.stack(velocity) - (choices.noise - latents)).square()
+    error = error if weight is None else error * weight
     counted = _counted(choices, latents)
     beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().mean()
     return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel()) + RANGE_WEIGHT * beyond

@@ -10,7 +10,7 @@ import torch
 from ..config import make_config, parse_config
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
-from . import loop
+from . import initial, loop
 from .loop import Settings
 from .loss import draw, flow_loss
 
@@ -46,14 +46,19 @@ class TokenizerTask:
 
     def __init__(self, settings: Settings, config: dict) -> None:
         self.settings, self.model = settings, Tokenizer(parse_config(config), "tiny").train()
-        codec = load_codec(self.model.config.codec)
-        self.data = loop.Clips(codec.encode, settings.seed, self.model.size, self.model.config.chunk_size)
+        codec, model = load_codec(self.model.config.codec), self.model
+        self.data = loop.Clips(codec.encode, settings.seed, model.size, model.config.chunk_size)
+        shape = codec.latent_shape(model.config.chunk_size, model.size, model.size)
+        self.weight = codec.pixel_weight(shape[1])
+        rows, columns = (n // p for n, p in zip(shape[2:], model.config.patch[1:], strict=True))
+        if initial.fits(model, rows, columns):
+            initial.start(model, rows, columns, self.data.batch(list(range(min(64, settings.clips)))))
 
     def loss(self, generator: torch.Generator) -> torch.Tensor:
         indices = torch.randint(self.settings.clips, (self.settings.batch,), generator=generator).tolist()
         with torch.autocast("cpu", enabled=False):
             latents = self.data.batch(indices)
-        return flow_loss(self.model, latents, draw(latents, self.model.registers, generator))
+        return flow_loss(self.model, latents, draw(latents, self.model.registers, generator), self.weight)
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = Tokenizer(self.model.config, self.model.name)
