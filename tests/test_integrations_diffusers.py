@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import flexkernels
+from flexkernels import library
 
 diffusers = pytest.importorskip("diffusers")
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -47,6 +48,14 @@ def test_dtypes_and_rounding(sample_dtype, dtype):
     torch.testing.assert_close(got, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+def test_really_runs_the_kernel(monkeypatch):
+    _, ours = pair()
+    calls, launch = [], library.launch
+    monkeypatch.setattr(library, "launch", lambda op, *args: (calls.append(op), launch(op, *args)))
+    ours.step(torch.randn(2, 5, 4), ours.timesteps[0], torch.randn(2, 5, 4))
+    assert calls == ["flow_update"]
+
+
 def test_gradient():
     original, ours = pair()
     grads = []
@@ -84,6 +93,15 @@ def test_a_new_schedule_is_noticed():
     ours.sigmas.mul_(0.5)
     got = ours.step(torch.ones_like(x), ours.timesteps[0], x).prev_sample
     torch.testing.assert_close(got, x + (ours.sigmas[1] - ours.sigmas[0]))
+
+
+@torch.inference_mode()
+def test_schedules_made_in_inference_mode():
+    _, ours = pair()
+    x = torch.randn(2, 5, 4)
+    for i, t in enumerate(ours.timesteps):
+        got = ours.step(torch.ones_like(x), t, x).prev_sample
+        torch.testing.assert_close(got, x + (ours.sigmas[i + 1] - ours.sigmas[i]))
 
 
 def test_restore_and_twice_and_signature():
@@ -160,7 +178,7 @@ def test_attention_with_padding():
     "settings, message",
     [
         (dict(dropout_p=0.1), "dropout_p must be 0"),
-        (dict(attn_mask=torch.zeros(2, 1, 9, 9)), r"attn_mask must be a bool mask of keys, .*, got float32 \[2, 1, 9, 9\]"),
+        (dict(attn_mask=torch.zeros(2, 1, 9, 9)), r"must be a bool mask of keys, .*, got float32 \[2, 1, 9, 9\]"),
         (dict(attn_mask=torch.ones(2, 9, dtype=torch.bool), is_causal=True), "attn_mask must be None with is_causal"),
         (dict(_parallel_config=object()), "_parallel_config must be None"),
     ],

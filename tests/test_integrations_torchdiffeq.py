@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from flexkernels import library
 from flexkernels.integrations.torchdiffeq import odeint
 
 torchdiffeq = pytest.importorskip("torchdiffeq")
@@ -50,6 +51,13 @@ def test_gradients(method, options):
         for y in both(field, y0, t, method=method, options=options)
     )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_really_runs_the_kernel(monkeypatch):
+    calls, launch = [], library.launch
+    monkeypatch.setattr(library, "launch", lambda op, *args: (calls.append(op), launch(op, *args)))
+    odeint(Field(), torch.randn(2, 5), torch.linspace(0, 1, 3), method="rk4")
+    assert calls == ["flow_update"] * 8
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (0, 5)], ids=str)
@@ -112,7 +120,7 @@ def test_callbacks():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(method=None), ValueError, "method must be one of euler, midpoint, heun2, heun3, rk4, explicit_adams, got None"),
+        (dict(method=None), ValueError, "method must be one of euler, .*, explicit_adams, got None"),
         (dict(method="dopri5"), ValueError, "method must be one of"),
         (dict(method="explicit_adams"), ValueError, "max_order must be 4 or 5 for explicit_adams, got None"),
         (dict(options=dict(max_order=4)), ValueError, "max_order must be given for explicit_adams alone, got 4"),
@@ -120,7 +128,7 @@ def test_callbacks():
         (dict(options=dict(interp="cubic")), ValueError, "interp must be linear, got 'cubic'"),
         (dict(options=dict(perturb=True)), ValueError, "perturb must be False"),
         (dict(event_fn=lambda t, y: y), ValueError, "event_fn must be None"),
-        (dict(y0=torch.zeros(2, dtype=torch.float64)), TypeError, "y0 must be float32 or bfloat16 or float16, got float64"),
+        (dict(y0=torch.zeros(2, dtype=torch.float64)), TypeError, "y0 must be float32 or .*, got float64"),
         (dict(t=torch.tensor([0.0, 1.0, 1.0])), ValueError, "t must rise or fall strictly"),
         (dict(t=torch.zeros(0)), ValueError, "t must have at least one time"),
         (dict(t=torch.linspace(0, 1, 3, requires_grad=True)), ValueError, "t must need no gradient"),

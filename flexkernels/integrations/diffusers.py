@@ -68,7 +68,7 @@ def _step(
         )  # fmt: skip
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
-    dt = _schedule(scheduler.sigmas)[scheduler.step_index]
+    dt = _time_step(scheduler.sigmas, scheduler.step_index)
     x = sample if sample.dtype == model_output.dtype else sample.float()
     prev_sample = unguided_update(x, model_output, dt).to(model_output.dtype)
     scheduler._step_index += 1
@@ -85,12 +85,15 @@ def _served(scheduler, model_output, timestep, sample) -> bool:
     return alike and sample.dtype in checks.FLOATS and model_output.dtype in checks.FLOATS
 
 
-def _schedule(sigmas: torch.Tensor) -> list[float]:
-    """The differences of the sigmas on the host, read once for each schedule (on a GPU that waits for it)."""
+def _time_step(sigmas: torch.Tensor, index: int) -> float:
+    """From sigma `index` to the next, on the host; a schedule is read once (on a GPU that waits for it)."""
+    if sigmas.is_inference():
+        # has no version that would tell of a change
+        return (sigmas[index + 1] - sigmas[index]).item()
     kept = _steps.get(sigmas)
     if kept is None or kept[0] != sigmas._version:
         kept = _steps[sigmas] = (sigmas._version, sigmas.diff().tolist())
-    return kept[1]
+    return kept[1][index]
 
 
 @contextlib.contextmanager

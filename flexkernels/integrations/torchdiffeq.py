@@ -33,11 +33,6 @@ OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "max_order")
 State = tuple[torch.Tensor, ...]
 
 
-def knows(model: Any) -> bool:
-    """No object: `odeint` is a function, to be imported from here."""
-    return False
-
-
 def odeint(
     func: Callable,
     y0: torch.Tensor | State,

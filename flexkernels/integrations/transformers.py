@@ -24,11 +24,6 @@ NAME = "flexkernels"
 UNSUPPORTED = {"softcap": None, "s_aux": None, "position_bias": None, "sliding_window": None}
 
 
-def knows(model: Any) -> bool:
-    """No object: models ask for the entry by its name."""
-    return False
-
-
 def register() -> None:
     """Adds the entry; doing it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -66,7 +66,8 @@ def count_below(b_z, p_row, COUNT: tl.constexpr):
 def code_of(b_level, p_row, HALF: tl.constexpr, TABLE: tl.constexpr):
     """(level - HALF) / HALF, or the level's entry of a table row."""
     if TABLE:
-        return tl.load(p_row + b_level)
+        # an id outside the codebook may be negative
+        return tl.load(p_row + tl.maximum(b_level, 0))
     return tl.div_rn((b_level - HALF).to(tl.float32), HALF * 1.0)
 
 
