@@ -1,6 +1,7 @@
 import copy
 import itertools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_log_and_errors(caplog):
         flexkernels.accelerate(vq.FSQ(LEVELS))(torch.randn(1, 2, 5))
 
 
-def test_empty_and_deepcopy_and_state_dict():
+def test_empty_and_copies_and_state_dict():
     original, ours = pair(LEVELS, dim=6)
     twin = copy.deepcopy(ours)
     with torch.no_grad():
@@ -213,6 +214,7 @@ def test_empty_and_deepcopy_and_state_dict():
     z = draw(2, 3, 6)
     assert_same(ours(z), original(z))
     assert twin(z)[1].unique().numel() == 1
+    assert_same(pickle.loads(pickle.dumps(ours))(z), original(z))
     assert list(ours.state_dict()) == list(original.state_dict())
     assert_same(ours(z[:, :0]), original(z[:, :0]))
 

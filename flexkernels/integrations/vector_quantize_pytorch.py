@@ -106,16 +106,17 @@ def _forward(fsq, levels: tuple[int, ...], z: torch.Tensor) -> tuple[torch.Tenso
 
 def _quantize(fsq, levels: tuple[int, ...], z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codes like z, in float32 where they are worked with further, and int32 indices [b, n, codebooks] or None."""
-    noisy = fsq.training and fsq.noise_dropout > 0
     widened = fsq.force_quantization_f32 and z.dtype not in fsq.allowed_dtypes
-    exact = _exact(levels)
-    if widened and (z.dtype not in checks.FLOATS or noisy or fsq.orthogonal_rotation or not exact):
-        z = z.float()
-    if not _served(fsq, z, widened):
+    # the shift of unsymmetric levels is float32 and carries a low precision along, whatever is allowed
+    carried = z.dtype in checks.FLOATS and not fsq.preserve_symmetry
+    if not (z.dtype == torch.float32 or widened or carried):
         codes = fsq.quantize(z)
         return codes, fsq.codes_to_indices(codes) if fsq.return_indices else None
+    exact, noisy = _exact(levels), fsq.training and fsq.noise_dropout > 0
+    if noisy or fsq.orthogonal_rotation or not exact or z.dtype not in checks.FLOATS:
+        z = z.float()
     codes, indices = fsq_quantize(
-        z if exact and not fsq.orthogonal_rotation else z.float(),
+        z,
         levels,
         symmetric=fsq.preserve_symmetry,
         clamp=fsq.bound_hard_clamp,
@@ -125,11 +126,6 @@ def _quantize(fsq, levels: tuple[int, ...], z: torch.Tensor) -> tuple[torch.Tens
     if fsq.return_indices and not exact:
         indices = fsq.codes_to_indices(codes)
     return codes, indices
-
-
-def _served(fsq, z: torch.Tensor, widened: bool) -> bool:
-    # the shift of unsymmetric levels is float32 and carries z along, whatever dtypes are allowed
-    return z.dtype == torch.float32 or (z.dtype in checks.FLOATS and (widened or not fsq.preserve_symmetry))
 
 
 def _indices_to_codes(fsq, levels: tuple[int, ...], indices: torch.Tensor) -> torch.Tensor:
