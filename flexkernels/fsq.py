@@ -1,7 +1,8 @@
 """Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): `fsq_quantize`, `fsq_dequantize` and their references.
 
 round(tanh(.)) never falls, so a level is the number of float32 thresholds below z. The kernels count thresholds, which
-are found once per level set; they need no transcendental function and agree bit for bit with the float32 formula.
+are found once per level set; they need no transcendental function and agree bit for bit with the float32 formula. The
+same holds of the variants, which other thresholds and a table of codes serve.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,10 +20,22 @@ MAX_LEVEL = 256
 MAX_DIMS = 16
 
 
+class Form(NamedTuple):
+    """Which formula: levels symmetric about 0 or those of the paper; tanh or a clamp to [-1, 1]."""
+
+    symmetric: bool = False
+    clamp: bool = False
+
+
+PAPER = Form()
+
+
 def fsq_quantize(
     z: torch.Tensor,
     levels: Sequence[int],
     *,
+    symmetric: bool = False,
+    clamp: bool = False,
     codes: bool = True,
     ids: bool = True,
     ids_dtype: torch.dtype = torch.int64,
@@ -30,17 +44,19 @@ def fsq_quantize(
 
     z: [..., D] float32, bfloat16 or float16, with D = len(levels); the arithmetic is that of float32.
     levels: D ints (at most 16), each from 2 to 256.
+    symmetric: levels spread evenly over [-1, 1] (arXiv 2411.19842, section 3.2), codes 2 / (L - 1) * level - 1.
+    clamp: bound by a clamp to [-1, 1] in place of tanh.
     codes, ids: which of the two results to compute; the other is None.
 
     Returns codes [..., D] in z's dtype with values (level - L // 2) / (L // 2), and ids [...] in `ids_dtype` (int64 or
     int32): the mixed-radix number of the levels, first component fastest. A NaN gets level 0; an empty z gives empty
-    results. The gradient with respect to z is that of bound(z) / (L // 2), the value before rounding.
+    results. The gradient with respect to z is that of the code before rounding.
 
     Raises TypeError or ValueError for a wrong dtype, shape or level, and when prod(levels) does not fit `ids_dtype`.
     Source: arXiv 2309.15505, section 3 and appendix A.
     """
     levels = _check_quantize(z, levels, codes, ids, ids_dtype)
-    out_codes, out_ids = _quantize_op(z, levels, codes, ids, ids_dtype)
+    out_codes, out_ids = _quantize_op(z, levels, codes, ids, ids_dtype, symmetric, clamp)
     return out_codes if codes else None, out_ids if ids else None
 
 
@@ -48,43 +64,47 @@ def fsq_quantize_ref(
     z: torch.Tensor,
     levels: Sequence[int],
     *,
+    symmetric: bool = False,
+    clamp: bool = False,
     codes: bool = True,
     ids: bool = True,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The specification of `fsq_quantize` in plain PyTorch, without a gradient."""
     levels = _check_quantize(z, levels, codes, ids, ids_dtype)
-    half_width = _row([level // 2 for level in levels], z)
     # [..., D], 0 .. L - 1
-    level = torch.round(_bound(z.float(), levels)) + half_width
+    level = _level(z.float(), levels, Form(symmetric, clamp))
     level = torch.where(z.isnan(), torch.zeros_like(level), level)
-    out_codes = ((level - half_width) / half_width).to(z.dtype) if codes else None
+    out_codes = _code(level, levels, symmetric).to(z.dtype) if codes else None
     out_ids = None
     if ids:
         out_ids = sum(level[..., d].to(torch.int64) * basis for d, basis in enumerate(_basis(levels))).to(ids_dtype)
     return out_codes, out_ids
 
 
-def fsq_dequantize(ids: torch.Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def fsq_dequantize(
+    ids: torch.Tensor, levels: Sequence[int], *, symmetric: bool = False, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """The codes that `fsq_quantize` gave along with `ids`.
 
     ids: [...] int64 or int32, each from 0 to prod(levels) - 1. On the CPU an id outside raises ValueError; elsewhere
     it is looked for under FLEXKERNELS_CHECK=1 alone (that waits for the device) and otherwise gives some code.
-    levels: as for `fsq_quantize`. dtype: float32, bfloat16 or float16.
+    levels, symmetric: as for `fsq_quantize`. dtype: float32, bfloat16 or float16.
 
     Returns codes [..., D]; empty ids give empty codes. Raises TypeError or ValueError for a wrong dtype or level.
     """
     levels = _check_dequantize(ids, levels, dtype)
-    return _dequantize_op(ids, levels, dtype)
+    return _dequantize_op(ids, levels, dtype, symmetric)
 
 
-def fsq_dequantize_ref(ids: torch.Tensor, levels: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def fsq_dequantize_ref(
+    ids: torch.Tensor, levels: Sequence[int], *, symmetric: bool = False, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """The specification of `fsq_dequantize` in plain PyTorch."""
     levels = _check_dequantize(ids, levels, dtype)
     ids = ids.to(torch.int64)
     digits = [ids // basis % level for basis, level in zip(_basis(levels), levels, strict=True)]
-    codes = [(digit - level // 2).float() / (level // 2) for digit, level in zip(digits, levels, strict=True)]
-    return torch.stack(codes, -1).to(dtype)
+    return _code(torch.stack(digits, -1).float(), levels, symmetric).to(dtype)
 
 
 def _row(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -92,16 +112,35 @@ def _row(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.full((), value, dtype=torch.float32, device=like.device) for value in values])
 
 
-def _bound_terms(levels: tuple[int, ...], like: torch.Tensor):
-    """half, offset, shift [D] float32 of bound(z) = tanh(z + shift) * half - offset."""
+def _bound_terms(levels: tuple[int, ...], like: torch.Tensor, form: Form = PAPER):
+    """half, offset, shift [D] float32 of bound(z) = squash(z + shift) * half - offset."""
     half = (_row(levels, like) - 1) * (1 + 1e-3) / 2
     offset = _row([0.5 * (level % 2 == 0) for level in levels], like)
-    return half, offset, torch.atanh(offset / half)
+    return half, offset, offset / half if form.clamp else torch.atanh(offset / half)
 
 
-def _bound(z: torch.Tensor, levels: tuple[int, ...]) -> torch.Tensor:
-    half, offset, shift = _bound_terms(levels, z)
-    return torch.tanh(z + shift) * half - offset
+def _level(z: torch.Tensor, levels: tuple[int, ...], form: Form) -> torch.Tensor:
+    """float32 z [..., D] -> its levels, 0 .. L - 1, as float32."""
+    if form.symmetric:
+        return torch.floor((_row(levels, z) - 1) * (_squash(z, form) + 1) / 2 + 0.5)
+    return torch.round(_bound(z, levels, form)) + _row([level // 2 for level in levels], z)
+
+
+def _bound(z: torch.Tensor, levels: tuple[int, ...], form: Form = PAPER) -> torch.Tensor:
+    half, offset, shift = _bound_terms(levels, z, form)
+    return _squash(z + shift, form) * half - offset
+
+
+def _squash(z: torch.Tensor, form: Form) -> torch.Tensor:
+    return z.clamp(-1, 1) if form.clamp else torch.tanh(z)
+
+
+def _code(level: torch.Tensor, levels: tuple[int, ...], symmetric: bool) -> torch.Tensor:
+    """The codes of float32 levels [..., D]."""
+    if symmetric:
+        return 2 / (_row(levels, level) - 1) * level - 1
+    half_width = _row([level // 2 for level in levels], level)
+    return (level - half_width) / half_width
 
 
 def _basis(levels: Sequence[int]) -> list[int]:
@@ -109,30 +148,39 @@ def _basis(levels: Sequence[int]) -> list[int]:
     return [math.prod(levels[:d]) for d in range(len(levels))]
 
 
-# thresholds
+# tables
 
 
 @functools.lru_cache(maxsize=64)
-def thresholds(levels: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def thresholds(levels: tuple[int, ...], device: torch.device, form: Form = PAPER) -> torch.Tensor:
     """float32 [D, max(levels) - 1]: row d holds the largest z of levels 0 .. L_d - 2, then +inf.
 
     Found by bisection over all float32 values against the formula as torch evaluates it on the CPU, so every backend
     gives the codes of that formula.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return _bisect(levels).to(device)
+        return _bisect(levels, form).to(device)
 
 
-def _bisect(levels: tuple[int, ...]) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)
+def code_table(levels: tuple[int, ...], device: torch.device, symmetric: bool) -> torch.Tensor | None:
+    """float32 [D, max(levels)], the code of each level; None where the kernels divide by L // 2 instead."""
+    if not symmetric:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        level = torch.arange(max(levels), device="cpu").float().unsqueeze(1)
+        return _code(level, levels, symmetric).t().contiguous().to(device)
+
+
+def _bisect(levels: tuple[int, ...], form: Form) -> torch.Tensor:
     ends = _ordinal(torch.tensor([-math.inf, math.inf], device="cpu"))
     # [max(levels) - 1, D]
     steps = torch.arange(max(levels) - 1, device="cpu").unsqueeze(1).expand(-1, len(levels))
     low, high = torch.full_like(steps, int(ends[0])), torch.full_like(steps, int(ends[1]))
-    half_width = torch.tensor([level // 2 for level in levels], dtype=torch.float32, device="cpu")
     # level(low) <= step < level(high) throughout; the distance of 2**32 halves each time
     for _ in range(32):
         middle = (low + high) // 2
-        below = torch.round(_bound(_from_ordinal(middle), levels)) + half_width <= steps
+        below = _level(_from_ordinal(middle), levels, form) <= steps
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     exists = steps < torch.tensor(levels, device="cpu") - 1
     return torch.where(exists, _from_ordinal(low), math.inf).t().contiguous()
@@ -191,23 +239,24 @@ def _check_fits(levels: tuple[int, ...], dtype: torch.dtype):
 # ops
 
 
-def _quantize_impl(z, levels, codes, ids, ids_dtype):
+def _quantize_impl(z, levels, codes, ids, ids_dtype, symmetric=False, clamp=False):
     out_codes, out_ids = _quantize_fake(z, levels, codes, ids, ids_dtype)
     if z.numel() == 0:
         return out_codes, out_ids
-    dims = len(levels)
+    dims, form = len(levels), Form(symmetric, clamp)
     library.launch(
         "fsq_quantize",
         z.contiguous().view(-1, dims),
-        thresholds(tuple(levels), z.device),
+        thresholds(tuple(levels), z.device, form),
         levels,
         out_codes.view(-1, dims) if codes else None,
         out_ids.view(-1) if ids else None,
+        form,
     )
     return out_codes, out_ids
 
 
-def _quantize_fake(z, levels, codes, ids, ids_dtype):
+def _quantize_fake(z, levels, codes, ids, ids_dtype, symmetric=False, clamp=False):
     # a result that is not asked for is an empty tensor: an op cannot return None
     out_codes = z.new_empty(z.shape if codes else (0,))
     out_ids = z.new_empty(z.shape[:-1] if ids else (0,), dtype=ids_dtype)
@@ -215,31 +264,38 @@ def _quantize_fake(z, levels, codes, ids, ids_dtype):
 
 
 def _quantize_setup(ctx, inputs, output):
-    z, ctx.levels, ctx.codes, _, _ = inputs
+    z, ctx.levels, ctx.codes, _, _, *form = inputs
+    ctx.form = Form(*form)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(z)
 
 
 def _quantize_backward(ctx, grad_codes, _):
     if not ctx.codes:
-        return None, None, None, None, None
+        return (None,) * 7
     (z,) = ctx.saved_tensors
-    half, _, shift = _bound_terms(ctx.levels, z)
-    slope = (1 - torch.tanh(z.float() + shift).square()) * half / _row([level // 2 for level in ctx.levels], z)
-    return (grad_codes.float() * slope).to(z.dtype), None, None, None, None
+    grad, bounded = grad_codes.float(), z.float()
+    if ctx.form.symmetric:
+        steps = _row(ctx.levels, z) - 1
+        grad = grad * (2 / steps) / 2 * steps
+    else:
+        half, _, shift = _bound_terms(ctx.levels, z, ctx.form)
+        grad, bounded = grad / _row([level // 2 for level in ctx.levels], z) * half, bounded + shift
+    grad = torch.where(bounded.abs() <= 1, grad, 0) if ctx.form.clamp else grad * (1 - torch.tanh(bounded).square())
+    return grad.to(z.dtype), *(None,) * 6
 
 
-def _dequantize_impl(ids, levels, dtype):
+def _dequantize_impl(ids, levels, dtype, symmetric=False):
     out = _dequantize_fake(ids, levels, dtype)
     if ids.numel() == 0:
         return out
     if checks.values_are_checked(ids):
         _check_range(ids, math.prod(levels))
-    library.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)))
+    library.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)), symmetric)
     return out
 
 
-def _dequantize_fake(ids, levels, dtype):
+def _dequantize_fake(ids, levels, dtype, symmetric=False):
     return ids.new_empty((*ids.shape, len(levels)), dtype=dtype)
 
 
@@ -251,12 +307,16 @@ def _check_range(ids: torch.Tensor, size: int):
 
 _quantize_op = library.define(
     "fsq_quantize",
-    "(Tensor z, int[] levels, bool codes, bool ids, ScalarType ids_dtype) -> (Tensor, Tensor)",
+    "(Tensor z, int[] levels, bool codes, bool ids, ScalarType ids_dtype, bool symmetric=False, bool clamp=False) "
+    "-> (Tensor, Tensor)",
     _quantize_impl,
     _quantize_fake,
 )
 _dequantize_op = library.define(
-    "fsq_dequantize", "(Tensor ids, int[] levels, ScalarType dtype) -> Tensor", _dequantize_impl, _dequantize_fake
+    "fsq_dequantize",
+    "(Tensor ids, int[] levels, ScalarType dtype, bool symmetric=False) -> Tensor",
+    _dequantize_impl,
+    _dequantize_fake,
 )
 library.define_autograd("fsq_quantize", _quantize_backward, _quantize_setup)
 
@@ -264,38 +324,41 @@ library.define_autograd("fsq_quantize", _quantize_backward, _quantize_setup)
 # backends: each fills codes [n, D] (or None) and ids [n] (or None) from z [n, D]
 
 
-def fsq_quantize_reference(z, thresholds, levels, codes, ids):
-    out_codes, out_ids = fsq_quantize_ref(
-        z, levels, codes=codes is not None, ids=ids is not None, ids_dtype=torch.int64 if ids is None else ids.dtype
-    )
+def fsq_quantize_reference(z, thresholds, levels, codes, ids, form):
+    wanted = {"codes": codes is not None, "ids": ids is not None}
+    dtype = torch.int64 if ids is None else ids.dtype
+    out_codes, out_ids = fsq_quantize_ref(z, levels, **form._asdict(), **wanted, ids_dtype=dtype)
     if codes is not None:
         codes.copy_(out_codes)
     if ids is not None:
         ids.copy_(out_ids)
 
 
-def fsq_quantize_native(z, thresholds, levels, codes, ids):
-    torch.ops.flexkernels_native.fsq_quantize(z, thresholds, levels, codes, ids)
+def fsq_quantize_native(z, thresholds, levels, codes, ids, form):
+    table = code_table(tuple(levels), z.device, form.symmetric)
+    torch.ops.flexkernels_native.fsq_quantize(z, thresholds, levels, codes, ids, table)
 
 
-def fsq_quantize_triton(*args):
+def fsq_quantize_triton(z, thresholds, levels, codes, ids, form):
     from .triton import fsq
 
-    fsq.fsq_quantize_triton(*args)
+    table = code_table(tuple(levels), z.device, form.symmetric)
+    fsq.fsq_quantize_triton(z, thresholds, levels, codes, ids, table)
 
 
-def fsq_dequantize_reference(ids, levels, codes):
-    codes.copy_(fsq_dequantize_ref(ids, levels, dtype=codes.dtype))
+def fsq_dequantize_reference(ids, levels, codes, symmetric):
+    codes.copy_(fsq_dequantize_ref(ids, levels, symmetric=symmetric, dtype=codes.dtype))
 
 
-def fsq_dequantize_native(ids, levels, codes):
-    torch.ops.flexkernels_native.fsq_dequantize(ids, levels, codes)
+def fsq_dequantize_native(ids, levels, codes, symmetric):
+    table = code_table(tuple(levels), ids.device, symmetric)
+    torch.ops.flexkernels_native.fsq_dequantize(ids, levels, codes, table)
 
 
-def fsq_dequantize_triton(*args):
+def fsq_dequantize_triton(ids, levels, codes, symmetric):
     from .triton import fsq
 
-    fsq.fsq_dequantize_triton(*args)
+    fsq.fsq_dequantize_triton(ids, levels, codes, code_table(tuple(levels), ids.device, symmetric))
 
 
 library.register("fsq_quantize", "reference", fsq_quantize_reference)

@@ -37,7 +37,8 @@ def flash_attn_varlen_func(
         q: ``[total_q, heads, head_dim]``; k, v: ``[total_k, kv_heads, head_dim]``, as in :func:`flexkernels.attention`.
         cu_seqlens_q, cu_seqlens_k: int32 ``[batch + 1]``, rising from 0. Their values are read by the host once per
             tensor (on CUDA that waits for the device) and the layout is kept while the tensor lives, so pass the same
-            tensors again: then nothing waits, and the call can be captured by a CUDA graph.
+            tensors again: then nothing waits, and the call can be captured by a CUDA graph. Tensors made in inference
+            mode are read in every call.
         max_seqlen_q, max_seqlen_k: accepted, not needed.
         causal: query i of a sequence sees key j where ``j <= i + key_length - query_length``.
         return_attn_probs: also return lse, float32 ``[heads, total_q]``, and None.
@@ -69,14 +70,21 @@ def _layout(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, mask: str) -
     for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.tensor(name, value, checks.INTEGERS, 1)
     checks.like("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference():
+        # have no version that would tell of a change
+        return _made(cu_seqlens_q, cu_seqlens_k, mask)
     made_from = (cu_seqlens_q._version, id(cu_seqlens_k), cu_seqlens_k._version, mask)
     kept = _layouts.get(cu_seqlens_q)
     if kept is None or kept[0] != made_from:
-        lengths = [_lengths(*named) for named in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))]
-        layout = SequenceLayout.from_lengths(lengths[0], mask, cu_seqlens_q.device, lengths[1])
+        layout = _made(cu_seqlens_q, cu_seqlens_k, mask)
         # holding cu_seqlens_k keeps its id from being given to another tensor
         kept = _layouts[cu_seqlens_q] = (made_from, layout, cu_seqlens_k if cu_seqlens_k is not cu_seqlens_q else None)
     return kept[1]
+
+
+def _made(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, mask: str) -> SequenceLayout:
+    lengths = [_lengths(*named) for named in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))]
+    return SequenceLayout.from_lengths(lengths[0], mask, cu_seqlens_q.device, lengths[1])
 
 
 def _lengths(name: str, cu_seqlens: torch.Tensor) -> list[int]:

@@ -101,6 +101,81 @@ def test_level_sets_and_dtypes(place, dtype, levels):
         assert_codes_equal(place, back, expected_codes)
 
 
+VARIANTS = [fsq.Form(symmetric, clamp) for symmetric in (False, True) for clamp in (False, True)][1:]
+
+
+def written_out_variant(value, level, form):
+    """A variant's formula in Python's double precision: the code, and the value whose floor is taken."""
+    squash = (lambda x: min(max(x, -1.0), 1.0)) if form.clamp else math.tanh
+    if form.symmetric:
+        bound = (level - 1) * (squash(value) + 1) / 2
+        return math.floor(bound + 0.5) * 2 / (level - 1) - 1, bound + 0.5
+    half = (level - 1) * (1 + 1e-3) / 2
+    offset = 0.0 if level % 2 else 0.5
+    bound = squash(value + (offset / half if form.clamp else math.atanh(offset / half))) * half - offset
+    return round(bound) / (level // 2), bound + 0.5
+
+
+@pytest.mark.parametrize("form", VARIANTS, ids=str)
+def test_variants_reference_is_the_formula(form):
+    z = draw(200, PUBLISHED)
+    codes, _ = flexkernels.fsq_quantize_ref(z, PUBLISHED, **form._asdict())
+    for row, code in zip(z.tolist(), codes.tolist(), strict=True):
+        for value, level, got in zip(row, PUBLISHED, code, strict=True):
+            expected, before = written_out_variant(value, level, form)
+            # next to a step, float32 may round to the other side
+            assert got == pytest.approx(expected, abs=1e-6) or abs(before - round(before)) < 1e-4
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "levels, dtype", [(PUBLISHED, torch.float32), ([3, 2], torch.bfloat16), ([2, 255] * 7, torch.float16)], ids=str
+)
+@pytest.mark.parametrize("form", VARIANTS, ids=str)
+def test_variants_agree_on_every_backend(place, form, levels, dtype):
+    z = torch.cat([draw(151, levels, dtype), torch.zeros(1, len(levels), dtype=dtype)])
+    z[3, 0], z[4, 0], z[5, 0] = math.nan, math.inf, -math.inf
+    fits = math.prod(levels) < 2**63
+    codes, ids = quantize(place, z, levels, ids=fits, **form._asdict())
+    expected_codes, expected_ids = flexkernels.fsq_quantize_ref(z, levels, ids=fits, **form._asdict())
+    assert_codes_equal(place, codes, expected_codes)
+    if fits:
+        assert torch.equal(ids, expected_ids)
+        with flexkernels.backend(place[0]):
+            back = flexkernels.fsq_dequantize(ids.to(place[1]), levels, symmetric=form.symmetric, dtype=dtype).cpu()
+        assert_codes_equal(place, back, expected_codes)
+        assert torch.equal(
+            back, flexkernels.fsq_dequantize_ref(ids, levels, symmetric=form.symmetric, dtype=dtype)
+        ) or (interpreted(place) and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", VARIANTS, ids=str)
+def test_variants_next_to_every_boundary(form):
+    levels = [2, 3, 4, 5, 8, 16, 17, 33, 64, 255, 256]
+    ordinal = fsq._ordinal(fsq.thresholds(tuple(levels), torch.device("cpu"), form).t().contiguous())
+    z = torch.cat([fsq._from_ordinal(ordinal + step) for step in range(-40, 41)])
+    z = torch.where(torch.isfinite(z), z, 0)
+    settings = dict(ids=False, **form._asdict())
+    assert torch.equal(
+        flexkernels.fsq_quantize(z, levels, **settings)[0], flexkernels.fsq_quantize_ref(z, levels, **settings)[0]
+    )
+
+
+@pytest.mark.parametrize("form", VARIANTS, ids=str)
+def test_variants_gradient_passes_straight_through(form):
+    levels, z = torch.tensor(PUBLISHED), draw(50, PUBLISHED).requires_grad_()
+    squash = (lambda x: x.clamp(-1, 1)) if form.clamp else torch.tanh
+    if form.symmetric:
+        value = squash(z)
+    else:
+        half, offset = (levels - 1) * (1 + 1e-3) / 2, 0.5 * (levels % 2 == 0)
+        shift = offset / half if form.clamp else torch.atanh(offset / half)
+        value = (squash(z + shift) * half - offset) / (levels // 2)
+    grad = torch.randn(50, 6)
+    codes, _ = flexkernels.fsq_quantize(z, PUBLISHED, **form._asdict())
+    torch.testing.assert_close(torch.autograd.grad(codes, z, grad), torch.autograd.grad(value, z, grad))
+
+
 @on_every_backend
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])

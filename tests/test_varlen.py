@@ -94,3 +94,17 @@ def test_wrong_input(case):
     call = {name: x.to(DEVICE) if name.startswith("cu_") else x for name, x in call.items()}
     with pytest.raises(ValueError, match=message):
         flash_attn_varlen_func(q, k, v, **call)
+
+
+@torch.inference_mode()
+def test_offsets_made_in_inference_mode():
+    q = torch.randn(9, 2, 16)
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out = flash_attn_varlen_func(q, q, q, offsets, offsets)
+    # written in place, which no version tells of
+    offsets[1] = 2
+    changed = flash_attn_varlen_func(q, q, q, offsets, offsets)
+    for got, first in ((out, 4), (changed, 2)):
+        torch.testing.assert_close(
+            got[:first], flash_attn_varlen_func(*[q[:first]] * 3, *[offsets.new_tensor([0, first])] * 2)
+        )

@@ -12,6 +12,7 @@ constexpr int kFsqLinearCount = 32;
 struct FsqQuantize {
   const void* z;            // [n, dims]
   const float* thresholds;  // [dims, width], ascending, padded with +inf
+  const float* table;       // [dims, width + 1] codes of the levels, or null
   void* codes;              // [n, dims] or null
   void* ids;                // [n] or null
   int64_t n;
@@ -24,11 +25,12 @@ struct FsqQuantize {
 };
 
 struct FsqDequantize {
-  const void* ids;  // [n]
-  void* codes;      // [n, dims]
+  const void* ids;     // [n]
+  const float* table;  // [dims, width + 1] codes of the levels, or null
+  void* codes;         // [n, dims]
   int64_t n;
   int64_t codebook;  // product of the levels
-  int dims;
+  int dims, width;
   int levels[kFsqMaxDims];
   Dtype dtype;  // of codes
   bool ids64;

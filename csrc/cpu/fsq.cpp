@@ -63,13 +63,19 @@ inline vi count_levels(const FsqQuantize& p, const QuantizeTables& t, int v, vf 
   return level;
 }
 
+inline vf codes_of(const FsqQuantize& p, const QuantizeTables& t, int v, vi level) {
+  if (!p.table) return quotient(__builtin_convertvector(level, vf) - t.half[v], t.half[v], t.reciprocal[v]);
+  vf code;
+  for (int lane = 0; lane < W; ++lane) code[lane] = p.table[(v * W + lane) % p.dims * (p.width + 1) + level[lane]];
+  return code;
+}
+
 // one tile of W rows; `weighted` receives level * basis of every element, in Word
 template <typename T, typename Word>
 inline void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T* codes, Word* weighted) {
   for (int v = 0; v < p.dims; ++v) {
     const vi level = count_levels(p, t, v, load(z + v * W));
-    if (codes)
-      store(codes + v * W, quotient(__builtin_convertvector(level, vf) - t.half[v], t.half[v], t.reciprocal[v]));
+    if (codes) store(codes + v * W, codes_of(p, t, v, level));
     if constexpr (sizeof(Word) == 4) {
       const vi product = level * t.basis32[v];
       memcpy(weighted + v * W, &product, sizeof product);
@@ -196,7 +202,9 @@ void dequantize_some(const FsqDequantize& p, const Divisor* by, int64_t begin, i
     if (id >= codebook) id %= codebook;
     for (int d = 0; d < p.dims; ++d) {
       const uint64_t rest = quotient(id, by[d], exact);
-      from_float(fsq_code(static_cast<int>(id - rest * by[d].level), p.levels[d] / 2), codes + row * p.dims + d);
+      const int level = static_cast<int>(id - rest * by[d].level);
+      const float code = p.table ? p.table[d * (p.width + 1) + level] : fsq_code(level, p.levels[d] / 2);
+      from_float(code, codes + row * p.dims + d);
       id = rest;
     }
   }
@@ -261,7 +269,7 @@ template <typename T, typename Id>
 void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
   Divisor by[kFsqMaxDims];
   for (int d = 0; d < p.dims; ++d) by[d] = {static_cast<uint64_t>(p.levels[d]), UINT64_MAX / p.levels[d] + 1};
-  if (p.codebook > kFloatIds) return dequantize_some<T, Id>(p, by, begin, end);
+  if (p.codebook > kFloatIds || p.table) return dequantize_some<T, Id>(p, by, begin, end);
   DequantizeTables t;
   fill_tables(p, t);
   int64_t row = begin;

@@ -19,7 +19,8 @@ __device__ void quantize_pack(const FsqQuantize& p, const float* thresholds, con
   for (int j = 0; j < N; ++j) {
     const int dim = (e + j) % p.dims;
     levels[e + j] = fsq_level(thresholds + static_cast<int64_t>(dim) * p.width, p.width, z[j]);
-    code[j] = (static_cast<float>(levels[e + j]) - half[dim]) / half[dim];
+    code[j] = p.table ? p.table[dim * (p.width + 1) + levels[e + j]]
+                      : (static_cast<float>(levels[e + j]) - half[dim]) / half[dim];
   }
   if (p.codes) store_floats<N>(static_cast<T*>(p.codes) + base + e, code);
 }
@@ -82,7 +83,10 @@ __global__ void __launch_bounds__(kRows) fsq_dequantize_kernel(const __grid_cons
   }
   __syncthreads();
   T* codes = static_cast<T*>(p.codes) + row0 * p.dims;
-  for (int e = thread; e < rows * p.dims; e += kRows) from_float(fsq_code(levels[e], half[e % p.dims]), codes + e);
+  for (int e = thread; e < rows * p.dims; e += kRows) {
+    const int dim = e % p.dims;
+    from_float(p.table ? p.table[dim * (p.width + 1) + levels[e]] : fsq_code(levels[e], half[dim]), codes + e);
+  }
 }
 
 unsigned blocks_of(int64_t rows) { return static_cast<unsigned>((rows + kRows - 1) / kRows); }

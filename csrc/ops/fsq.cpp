@@ -7,13 +7,13 @@ namespace flexkernels {
 namespace {
 
 void fsq_quantize_cpu(const Tensor& z, const Tensor& thresholds, Levels levels, OptionalTensor codes,
-                      OptionalTensor ids) {
-  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids);
+                      OptionalTensor ids, OptionalTensor table) {
+  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids, table);
   launch(FLEXKERNELS_SELECT(fsq_quantize_kernel), args, args.n, args.dims);
 }
 
-void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes) {
-  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes);
+void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes, OptionalTensor table) {
+  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes, table);
   launch(FLEXKERNELS_SELECT(fsq_dequantize_kernel), args, args.n, args.dims);
 }
 
@@ -21,8 +21,10 @@ void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes) {
 }  // namespace flexkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
-  m.def("fsq_quantize(Tensor z, Tensor thresholds, int[] levels, Tensor(a!)? codes, Tensor(b!)? ids) -> ()");
-  m.def("fsq_dequantize(Tensor ids, int[] levels, Tensor(a!) codes) -> ()");
+  m.def(
+      "fsq_quantize(Tensor z, Tensor thresholds, int[] levels, Tensor(a!)? codes, Tensor(b!)? ids, Tensor? table=None) "
+      "-> ()");
+  m.def("fsq_dequantize(Tensor ids, int[] levels, Tensor(a!) codes, Tensor? table=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {

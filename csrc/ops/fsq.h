@@ -1,6 +1,7 @@
 // Tensors of the FSQ ops, checked and turned into what the kernels take.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../core/fsq.h"
@@ -32,8 +33,19 @@ inline int64_t checked_codebook(const Levels& levels, bool ids64, int64_t* basis
   return product;
 }
 
+// what stands beside each level: the number of thresholds of a row
+inline int table_width(const Levels& levels) {
+  return static_cast<int>(*std::max_element(levels.begin(), levels.end())) - 1;
+}
+
+inline const float* checked_table(const OptionalTensor& table, int dims, int width, const Tensor& like) {
+  const int64_t numel = static_cast<int64_t>(dims) * (width + 1);
+  return read_optional<float>("table", table, ScalarType::Float, numel, like);
+}
+
 inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, const Levels& levels,
-                                     const OptionalTensor& codes, const OptionalTensor& ids) {
+                                     const OptionalTensor& codes, const OptionalTensor& ids,
+                                     const OptionalTensor& table) {
   FsqQuantize p{};
   p.dims = checked_dims(levels);
   STD_TORCH_CHECK(z.dim() == 2 && z.size(1) == p.dims, "z must have shape [n, ", p.dims, "], got ", z.dim(),
@@ -41,13 +53,14 @@ inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, 
   p.n = z.size(0);
   p.dtype = float_dtype("z", z);
   check_layout("z", z, z);
-  for (const int64_t level : levels) p.width = level - 1 > p.width ? static_cast<int>(level - 1) : p.width;
+  p.width = table_width(levels);
   check_scalar_type("thresholds", thresholds, ScalarType::Float);
   check_numel("thresholds", thresholds, static_cast<int64_t>(p.dims) * p.width);
   check_layout("thresholds", thresholds, z);
   for (int d = 0; d < p.dims; ++d) p.half[d] = static_cast<int>(levels[d] / 2);
   p.z = z.const_data_ptr();
   p.thresholds = read<float>(thresholds);
+  p.table = checked_table(table, p.dims, p.width, z);
   if (codes) {
     check_scalar_type("codes", *codes, z.scalar_type());
     check_numel("codes", *codes, z.numel());
@@ -64,7 +77,8 @@ inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, 
   return p;
 }
 
-inline FsqDequantize fsq_dequantize_args(const Tensor& ids, const Levels& levels, const Tensor& codes) {
+inline FsqDequantize fsq_dequantize_args(const Tensor& ids, const Levels& levels, const Tensor& codes,
+                                         const OptionalTensor& table) {
   FsqDequantize p{};
   p.dims = checked_dims(levels);
   p.n = ids.numel();
@@ -76,6 +90,8 @@ inline FsqDequantize fsq_dequantize_args(const Tensor& ids, const Levels& levels
   p.dtype = float_dtype("codes", codes);
   check_numel("codes", codes, p.n * p.dims);
   check_layout("codes", codes, ids);
+  p.width = table_width(levels);
+  p.table = checked_table(table, p.dims, p.width, ids);
   p.ids = ids.const_data_ptr();
   p.codes = codes.mutable_data_ptr();
   return p;

@@ -6,13 +6,13 @@ namespace flexkernels {
 namespace {
 
 void fsq_quantize_cuda(const Tensor& z, const Tensor& thresholds, Levels levels, OptionalTensor codes,
-                       OptionalTensor ids) {
-  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids);
+                       OptionalTensor ids, OptionalTensor table) {
+  const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids, table);
   if (args.n > 0) launch(cuda::fsq_quantize_launch, args, z);
 }
 
-void fsq_dequantize_cuda(const Tensor& ids, Levels levels, const Tensor& codes) {
-  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes);
+void fsq_dequantize_cuda(const Tensor& ids, Levels levels, const Tensor& codes, OptionalTensor table) {
+  const FsqDequantize args = fsq_dequantize_args(ids, levels, codes, table);
   if (args.n > 0) launch(cuda::fsq_dequantize_launch, args, ids);
 }
 

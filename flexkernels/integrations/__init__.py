@@ -7,6 +7,7 @@ that an absent package costs nothing.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from torch import nn
 
 logger = logging.getLogger("flexkernels")
 
-# modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options)
-INTEGRATIONS: tuple[str, ...] = ()
+# modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options);
+# `torchdiffeq` and `transformers` have functions to call instead
+INTEGRATIONS: tuple[str, ...] = ("vector_quantize_pytorch", "diffusers")
 
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
@@ -47,15 +49,15 @@ def accelerate(model: Any, **options: Any) -> Any:
     if not found:
         name = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"model must hold something of {', '.join(INTEGRATIONS)}; found nothing known in {name}")
+    for _, _, integration in found:
+        _check_options(integration, options)
     undo: list[Callable[[], None]] = []
     try:
         for path, part, integration in found:
             change = integration.accelerate(part, **options)
             undo.append(change.undo)
-            where = f"{path or type(part).__name__}"
-            logger.info(
-                "%s: replaced %s; left %s", where, ", ".join(change.replaced), ", ".join(change.left) or "nothing"
-            )
+            replaced, left = (", ".join(parts) or "nothing" for parts in (change.replaced, change.left))
+            logger.info("%s: replaced %s; left %s", path or type(part).__name__, replaced, left)
     except BaseException:
         _run(undo)
         raise
@@ -86,6 +88,17 @@ def _known(model: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(model, nn.Module):
         for name, child in model.named_children():
             yield from _known(child, f"{path}.{name}" if path else name)
+
+
+def _check_options(integration: Any, options: dict[str, Any]) -> None:
+    parameters = list(inspect.signature(integration.accelerate).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for name in options:
+        if name not in known:
+            codebase = integration.__name__.rpartition(".")[2]
+            raise TypeError(f"options of {codebase} must be among {', '.join(known) or 'none'}, got {name}")
 
 
 def _run(undo: list[Callable[[], None]]) -> None:

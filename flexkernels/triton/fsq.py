@@ -3,6 +3,7 @@
 quantize:   level_d = count(thresholds[d] < z_d),  code_d = (level_d - L_d // 2) / (L_d // 2),
             id = sum level_d * basis_d
 dequantize: level_d = id // basis_d mod L_d,  code_d as above
+With a table of codes [D, width + 1], code_d = table[d][level_d] instead.
 """
 
 import math
@@ -20,6 +21,7 @@ NUM_WARPS = 4
 def fsq_quantize_kernel(
     p_z,
     p_thresholds,
+    p_table,
     p_codes,
     p_ids,
     n,
@@ -29,6 +31,7 @@ def fsq_quantize_kernel(
     DIMS: tl.constexpr,
     CODES: tl.constexpr,
     IDS: tl.constexpr,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # z [n, DIMS], thresholds [DIMS, width]
@@ -39,7 +42,7 @@ def fsq_quantize_kernel(
         b_z = tl.load(p_z + o_n * DIMS + d, mask=m_n, other=0.0).to(tl.float32)
         b_level = count_below(b_z, p_thresholds + d * width, LEVELS[d] - 1)
         if CODES:
-            b_code = tl.div_rn((b_level - LEVELS[d] // 2).to(tl.float32), (LEVELS[d] // 2) * 1.0)
+            b_code = code_of(b_level, p_table + d * (width + 1), LEVELS[d] // 2, TABLE)
             tl.store(p_codes + o_n * DIMS + d, b_code.to(p_codes.dtype.element_ty), mask=m_n)
         if IDS:
             b_id += b_level.to(tl.int64) * BASIS[d]
@@ -60,7 +63,26 @@ def count_below(b_z, p_row, COUNT: tl.constexpr):
 
 
 @triton.jit
-def fsq_dequantize_kernel(p_ids, p_codes, n, LEVELS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+def code_of(b_level, p_row, HALF: tl.constexpr, TABLE: tl.constexpr):
+    """(level - HALF) / HALF, or the level's entry of a table row."""
+    if TABLE:
+        # an id outside the codebook may be negative
+        return tl.load(p_row + tl.maximum(b_level, 0))
+    return tl.div_rn((b_level - HALF).to(tl.float32), HALF * 1.0)
+
+
+@triton.jit
+def fsq_dequantize_kernel(
+    p_ids,
+    p_table,
+    p_codes,
+    n,
+    width,
+    LEVELS: tl.constexpr,
+    DIMS: tl.constexpr,
+    TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # ids [n], codes [n, DIMS]
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
@@ -68,12 +90,15 @@ def fsq_dequantize_kernel(p_ids, p_codes, n, LEVELS: tl.constexpr, DIMS: tl.cons
     for d in tl.static_range(DIMS):
         b_level = b_rest % LEVELS[d]
         b_rest = b_rest // LEVELS[d]
-        b_code = tl.div_rn((b_level - LEVELS[d] // 2).to(tl.float32), (LEVELS[d] // 2) * 1.0)
+        b_code = code_of(b_level, p_table + d * (width + 1), LEVELS[d] // 2, TABLE)
         tl.store(p_codes + o_n * DIMS + d, b_code.to(p_codes.dtype.element_ty), mask=m_n)
 
 
-def fsq_quantize_triton(z, thresholds, levels, codes, ids):
-    """Fills codes [n, D] and ids [n], either of which may be None, from z [n, D] and thresholds [D, width]."""
+def fsq_quantize_triton(z, thresholds, levels, codes, ids, table):
+    """Fills codes [n, D] and ids [n], either of which may be None, from z [n, D] and thresholds [D, width].
+
+    table: the codes of the levels, float32 [D, width + 1], or None.
+    """
     n, dims = z.shape
     # a codebook that no id is asked of may be too large for int64
     basis = tuple(math.prod(levels[:d]) if ids is not None else 0 for d in range(dims))
@@ -81,6 +106,7 @@ def fsq_quantize_triton(z, thresholds, levels, codes, ids):
         fsq_quantize_kernel[(triton.cdiv(n, BLOCK_QUANTIZE),)](
             z,
             thresholds,
+            z if table is None else table,
             codes,
             ids,
             n,
@@ -90,15 +116,25 @@ def fsq_quantize_triton(z, thresholds, levels, codes, ids):
             DIMS=dims,
             CODES=codes is not None,
             IDS=ids is not None,
+            TABLE=table is not None,
             BLOCK=BLOCK_QUANTIZE,
             num_warps=NUM_WARPS,
         )
 
 
-def fsq_dequantize_triton(ids, levels, codes):
-    """Fills codes [n, D] from ids [n]."""
+def fsq_dequantize_triton(ids, levels, codes, table):
+    """Fills codes [n, D] from ids [n]; table as above."""
     n, dims = codes.shape
     with torch.cuda.device_of(ids):
         fsq_dequantize_kernel[(triton.cdiv(n, BLOCK_DEQUANTIZE),)](
-            ids, codes, n, LEVELS=tuple(levels), DIMS=dims, BLOCK=BLOCK_DEQUANTIZE, num_warps=NUM_WARPS
+            ids,
+            codes if table is None else table,
+            codes,
+            n,
+            max(levels) - 1,
+            LEVELS=tuple(levels),
+            DIMS=dims,
+            TABLE=table is not None,
+            BLOCK=BLOCK_DEQUANTIZE,
+            num_warps=NUM_WARPS,
         )
