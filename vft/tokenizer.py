@@ -23,7 +23,7 @@ from .graphs import VelocityGraphs
 from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
 from .packing import Member
-from .solver import evaluations, sample, schedule
+from .solver import Velocity, evaluations, sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, cut_chunks, open_video, preprocess
@@ -188,14 +188,20 @@ class Tokenizer(nn.Module):
         count, frames = len(noise), [0] * len(noise) if prefix is None else [p.shape[1] for p in prefix]
         self._check_register_ops(keep, frames, [guidance is not None] * count, noise)
         plan = evaluations(solver, schedule(steps, shift))
-        velocity = self._guided_velocity(noise, plan, codes, keep, frames, collapse)
+        velocity = self.guided_velocity(noise, plan, codes, keep, frames, collapse=collapse)
         return sample(
             velocity, noise, plan, guidance=guidance, prefix=prefix, prefix_mode=prefix_mode, compat=compat,
             progress=progress,
         )  # fmt: skip
 
-    def _guided_velocity(self, shaped, plan, codes, keep, frames, collapse: bool):
-        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once."""
+    def guided_velocity(
+        self, shaped, plan, codes, keep, frames, *, collapse: bool = True, registers: int | None = None
+    ) -> Velocity:
+        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once.
+
+        shaped: list of tensors in the shape of the latents; plan: from :func:`vft.solver.evaluations`; codes, keep,
+        frames, registers: as the codes, keep, prefix_frames and registers of :class:`vft.layers.Decoder`, unchecked.
+        """
         decoder, count = self.prepare().decoder, len(shaped)
         dtype = self.encoder.registers.dtype
         table = ModulationTable(decoder, [evaluation.t for evaluation in plan])
@@ -204,7 +210,7 @@ class Tokenizer(nn.Module):
         def packed(guided: bool):
             conditional = tuple(Member(i, keep[i], frames[i]) for i in range(count))
             null = tuple(m._replace(null=True) for m in conditional) if guided else ()
-            made = decoder.packing(shaped, conditional + null, collapse)
+            made = decoder.packing(shaped, conditional + null, collapse, registers)
             return made, decoder.embed_registers(codes, made)
 
         def velocity(x, i, guided):

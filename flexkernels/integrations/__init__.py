@@ -18,7 +18,7 @@ from torch import nn
 logger = logging.getLogger("flexkernels")
 
 # modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options)
-INTEGRATIONS: tuple[str, ...] = ()
+INTEGRATIONS: tuple[str, ...] = ("videoflextok", "flextok", "semantok")
 
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
