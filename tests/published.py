@@ -54,7 +54,9 @@ class SmallVAE(nn.Module):
         return data_dict
 
 
-def video_config(case: str = "base", *, width: int | None = None, depth: int | None = None, registers: int = 16) -> dict:
+def video_config(
+    case: str = "base", *, width: int | None = None, depth: int | None = None, registers: int = 16
+) -> dict:
     """The configuration of a golden case, with other sizes where they are given."""
     config = json.loads((DATA / case / "config.json").read_text())["video_flex_tok"]
     for side in ("encoder", "decoder"):

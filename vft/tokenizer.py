@@ -81,7 +81,11 @@ class Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.registers.device
+        return self.decoder.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.head.weight.dtype
 
     @property
     def codec(self):
@@ -203,7 +207,6 @@ class Tokenizer(nn.Module):
         frames, registers: as the codes, keep, prefix_frames and registers of :class:`vft.layers.Decoder`, unchecked.
         """
         decoder, count = self.prepare().decoder, len(shaped)
-        dtype = self.encoder.registers.dtype
         table = ModulationTable(decoder, [evaluation.t for evaluation in plan])
 
         @cache
@@ -216,7 +219,7 @@ class Tokenizer(nn.Module):
         def velocity(x, i, guided):
             made, registers = packed(guided)
             run = partial(self._graphs, decoder) if self.cuda_graphs else decoder.velocity
-            out = run([z.to(dtype) for z in x], registers, table[i], made)
+            out = run([z.to(self.dtype) for z in x], registers, table[i], made)
             out = [v.float() for v in out]
             return out[:count], out[count:] if guided else None
 
@@ -372,7 +375,7 @@ class Tokenizer(nn.Module):
         return first, rest.split(per_chunk) if len(rest) else ()
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self.codec.encode(frames.to(self.device), generator).to(self.encoder.registers.dtype)
+        return self.codec.encode(frames.to(self.device), generator).to(self.dtype)
 
     def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
         # without a working size, encode has cropped the source to whole patches
@@ -418,8 +421,7 @@ class Tokenizer(nn.Module):
             if not 0 <= k <= n:
                 raise ValueError(f"keep must lie in 0..{n}, got {k}")
         keep = [min(k, i.shape[1]) for k, i in zip(keep, ids, strict=True)]
-        dtype = self.encoder.registers.dtype
-        codes = flexkernels.fsq_dequantize(torch.cat(rows).to(self.device), self.config.levels, dtype=dtype)
+        codes = flexkernels.fsq_dequantize(torch.cat(rows).to(self.device), self.config.levels, dtype=self.dtype)
         return codes, keep
 
     def _check_prefix(self, prefix, latents) -> list[torch.Tensor] | None:

@@ -6,7 +6,6 @@ frame, positions are a table of rows and columns alone, and guidance takes its n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ def knows(model: Any) -> bool:
     return is_a(model, "flextok.flextok_wrapper.FlexTok")
 
 
-def accelerate(
-    model: Any, *, level: int = 2, dtype: torch.dtype | None = None, compat: Iterable[str] = (), collapse: bool = True
-) -> Change:
+def accelerate(model: Any, *, level: int = 2, dtype: torch.dtype | None = None, collapse: bool = True) -> Change:
     """Runs ``vft`` over the model's own weights; options as in :func:`videoflextok.accelerate`."""
-    return install(model, IMAGE_READERS, ImagePipeline, level, dtype, compat, collapse)
+    options = {"encoder": True, "dtype": dtype, "compat": (), "collapse": collapse}
+    return install(model, IMAGE_READERS, ImagePipeline, level, **options)
 
 
 def _frame(read: Reader) -> Reader:

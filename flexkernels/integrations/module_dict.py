@@ -22,6 +22,7 @@ import flexkernels
 
 # the schema that vft.config parses
 SCHEMA = "videoflextok."
+WRAPPER = f"{SCHEMA}model.utils.wrappers.SequentialModuleDictWrapper"
 LAYER_NORM_EPS = 1e-5
 
 Reader = Callable[[nn.Module], dict[str, Any]]
@@ -104,15 +105,16 @@ READERS: dict[str, Reader] = {
 }  # fmt: skip
 
 
-def describe(model: nn.Module, readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """The configuration tree of a live tokenizer.
+def describe(model: nn.Module, readers: Mapping[str, Reader], encoder: bool) -> dict[str, Any]:
+    """The configuration tree of a live tokenizer; without its encoder, a stand-in that fits the decoder is described.
 
     Raises ValueError naming a module that computes something else than its class says.
     """
+    decoder = _describe_side("decoder", model.decoder, readers)
     return {
         "_target_": f"{SCHEMA}wrappers.VideoFlexTok",
-        "encoder": _describe_side("encoder", model.encoder, readers),
-        "decoder": _describe_side("decoder", model.decoder, readers),
+        "encoder": _describe_side("encoder", model.encoder, readers) if encoder else _stand_in(model, decoder),
+        "decoder": decoder,
         "regularizer": {
             "_target_": f"{SCHEMA}regularizers.quantize_fsq.FSQ",
             "levels": model.regularizer._levels.tolist(),
@@ -133,16 +135,33 @@ def _describe_side(side: str, wrapper: nn.Module, readers: Mapping[str, Reader])
             entries[name] = {"_target_": SCHEMA + path} | read(module)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"{side}.{name} does not have the structure of {kind.__qualname__}: {error}") from error
-    return {"_target_": f"{SCHEMA}model.utils.wrappers.SequentialModuleDictWrapper", "module_dict": entries}
+    return {"_target_": WRAPPER, "module_dict": entries}
+
+
+def _stand_in(model: nn.Module, decoder: dict[str, Any]) -> dict[str, Any]:
+    """An encoder of the right registers and channels, for a configuration that must have one."""
+    table = _one(model.encoder.module_dict.values(), "Registers1D", "RegistersTemporal2D")
+    patches = next(e for e in decoder["module_dict"].values() if e["_target_"].endswith(".PatchEmbedder"))
+    trunk = next(e for e in decoder["module_dict"].values() if e["_target_"].endswith(".FlexTransformer"))
+    levels = len(model.regularizer._levels)
+    registers = {"dim": trunk["dim"], "t_max": getattr(table, "t_max", 1), "n_max": table.n_max, "n_eval": table.n_eval}
+    packer = f"{SCHEMA}model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker"
+    entries = {
+        "patches": patches,
+        "registers": {"_target_": f"{SCHEMA}model.preprocessors.registers.RegistersTemporal2D", **registers},
+        "packer": {"_target_": packer, "mask_mode": "full"},
+        "transformer": trunk | {"depth": 0},
+        "head": {
+            "_target_": f"{SCHEMA}model.postprocessors.heads.LinearHead", "dim": trunk["dim"], "dim_out": levels,
+        },
+    }  # fmt: skip
+    return {"_target_": WRAPPER, "module_dict": entries}
 
 
 @dataclass(frozen=True)
 class Keys:
     """The dictionary's entries that encoder and decoder read and write; None for one that is never read."""
 
-    latents: str
-    register_sizes: str
-    values: str
     quants: str
     keep: str | None
     prefix: str | None
@@ -150,27 +169,43 @@ class Keys:
     noised: str
     timesteps: str
     velocity: str
+    latents: str | None = None
+    register_sizes: str | None = None
+    values: str | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Keys:
+    def of(cls, model: nn.Module, encoder: bool) -> Keys:
         """Raises ValueError where the modules are wired in another way than published models are."""
-        encoder, decoder = (list(side.module_dict.values()) for side in (model.encoder, model.decoder))
-        registers, embed = _one(encoder, "Registers1D", "RegistersTemporal2D"), _one(decoder, "LinearLayer")
-        for modules, key in ((encoder, registers.registers_write_key), (decoder, embed.write_key)):
-            packed = _one(modules, "BlockWiseSequencePacker", "BlockWiseSequenceInterleavePacker").input_list_read_keys
-            if len(packed) != 2 or packed[1] != key:
-                raise ValueError(f"a packer must read the patches and then {key!r}, got {list(packed)}")
+        decoder = list(model.decoder.module_dict.values())
+        embed = _one(decoder, "LinearLayer")
+        _check_packer(decoder, embed.write_key)
         written = _one(decoder, "ToPatchesLinearHead").write_key
         eval_key = lambda kind, name: getattr(_one(decoder, kind, required=False), name, None)  # noqa: E731
         return cls(
-            latents=_before(encoder), register_sizes=registers.register_sizes_read_write_key,
-            values=_one(encoder, "LinearHead").write_key, quants=embed.read_key,
+            quants=embed.read_key,
             keep=eval_key("MaskedNestedDropout", "eval_keep_k_read_key"),
             prefix=eval_key("MaskedPrefixDropout", "eval_prefix_len_read_key"),
             null=eval_key("LearnedNullCond", "eval_drop_flag_read_key"),
             noised=_before(decoder), timesteps=_one(decoder, "TimestepEmbedder").timesteps_read_key,
             velocity=_transpose(decoder, "read_key", written).write_key,
+            **(_encoder_keys(model.encoder) if encoder else {}),
         )  # fmt: skip
+
+
+def _encoder_keys(encoder: nn.Module) -> dict[str, str]:
+    modules = list(encoder.module_dict.values())
+    registers = _one(modules, "Registers1D", "RegistersTemporal2D")
+    _check_packer(modules, registers.registers_write_key)
+    return {
+        "latents": _before(modules), "register_sizes": registers.register_sizes_read_write_key,
+        "values": _one(modules, "LinearHead").write_key,
+    }  # fmt: skip
+
+
+def _check_packer(modules: list[nn.Module], registers: str) -> None:
+    keys = _one(modules, "BlockWiseSequencePacker", "BlockWiseSequenceInterleavePacker").input_list_read_keys
+    if len(keys) != 2 or keys[1] != registers:
+        raise ValueError(f"a packer must read the patches and then {registers!r}, got {list(keys)}")
 
 
 def _one(modules: Iterable[nn.Module], *kinds: str, required: bool = True) -> nn.Module | None:
@@ -194,8 +229,8 @@ def _transpose(modules: list[nn.Module], side: str, key: str) -> nn.Module:
     raise ValueError(f"{key!r} must come from or go to latents with channels first")
 
 
-def share(model: nn.Module, config):
-    """A ``vft.Tokenizer`` whose parameters are the published model's own Parameter objects.
+def share(model: nn.Module, config, encoder: bool):
+    """A ``vft.Tokenizer`` whose parameters are the published model's own Parameter objects, or only its decoder's.
 
     Raises ValueError naming a parameter that is missing or has another shape.
     """
@@ -204,6 +239,8 @@ def share(model: nn.Module, config):
 
     with torch.device("meta"):
         tokenizer = vft.Tokenizer(config, type(model).__name__)
+    if not encoder:
+        tokenizer.encoder = nn.Identity()
     theirs = dict(model.named_parameters())
     for name, wanted in list(tokenizer.named_parameters()):
         published = published_name(name, config)
@@ -233,23 +270,25 @@ class Engine:
     Args:
         model: the published tokenizer.
         readers: how its configuration is read, see :func:`describe`.
+        encoder: whether its encoder is replaced.
         dtype: None to compute in the weights' dtype, over them; another one computes over a copy cast to it.
         compat, collapse: as in ``vft.Tokenizer.decode_latents``.
     """
 
     def __init__(
-        self, model: nn.Module, readers: Mapping[str, Reader], dtype: torch.dtype | None, compat: tuple, collapse: bool
-    ) -> None:
+        self, model: nn.Module, readers: Mapping[str, Reader], *, encoder: bool, dtype: torch.dtype | None,
+        compat: Iterable[str], collapse: bool,
+    ) -> None:  # fmt: skip
         from vft.config import parse_config
 
-        self.keys = Keys.of(model)
-        self.config = parse_config(describe(model, readers))
-        self.encoder, self.decoder, self.regularizer = model.encoder, model.decoder, model.regularizer
-        self.compat, self.collapse = compat, collapse
+        self.keys = Keys.of(model, encoder)
+        self.config = parse_config(describe(model, readers, encoder))
+        self.decoder, self.regularizer = model.decoder, model.regularizer
+        self.encoder = model.encoder if encoder else None
+        self.compat, self.collapse = tuple(compat), collapse
         self.published_quantize = model.regularizer.forward_z
-        self.tokenizer = share(model, self.config)
-        own = self.tokenizer.encoder.registers.dtype
-        self.shared = dtype is None or dtype == own
+        self.tokenizer = share(model, self.config, encoder)
+        self.shared = dtype is None or dtype == self.tokenizer.dtype
         if not self.shared:
             self.tokenizer = copy.deepcopy(self.tokenizer).to(dtype).requires_grad_(False)
         self._undo: list[Callable[[], None]] = []
@@ -262,7 +301,8 @@ class Engine:
                     self._undo.append(lambda p=parameter: p.requires_grad_(True))
                     parameter.requires_grad_(False)
         self._undo.append(self._separate)
-        self.replace(self.encoder, "forward", self.encode)
+        if self.encoder is not None:
+            self.replace(self.encoder, "forward", self.encode)
         self.replace(self.decoder, "forward", self.velocity)
         self.replace(self.regularizer, "forward_z", self.quantize)
         self.tokenizer.prepare()
@@ -369,7 +409,7 @@ class Engine:
         if min(keep) < 0:
             raise ValueError(f"{self.keys.keep} must be at least 0, got {keep}")
         prefix = [int(k) for k in self._read(data_dict, self.keys.prefix, count, 0)]
-        codes = torch.cat([q.reshape(-1, dims) for q in quants]).to(self.tokenizer.encoder.registers.dtype)
+        codes = torch.cat([q.reshape(-1, dims) for q in quants]).to(self.tokenizer.dtype)
         return codes, [min(k, registers) for k in keep], prefix, registers
 
     def _read(self, data_dict, key: str | None, count: int, default) -> list:

@@ -52,9 +52,11 @@ class Sampler:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> None:
         import vft
 
-        self.model, self.cuda_graph = model, cuda_graph
+        self.cuda_graph = cuda_graph
         with torch.device("meta"):
             self.generator = vft.Generator(_config(model), type(model).__name__).eval()
+        check(self.generator, model)
+        self.model = model
         self.dtype = model.sos.dtype if dtype is None else dtype
         self.shared = self.dtype == model.sos.dtype
         self._undo: list[Callable[[], None]] = []
@@ -126,25 +128,36 @@ class Sampler:
         return [None if i == null else i for i in ids]
 
 
-def adopt(generator, model: nn.Module, dtype: torch.dtype, shared: bool) -> None:
-    """Gives the generator the model's Parameter objects, and both the joined w1 and w3; not shared, copies of them.
+def published_names(name: str) -> list[str]:
+    """The published names of one of the generator's parameters, in the order of its rows."""
+    return [name.replace("w13", w) for w in ("w1", "w3")] if ".w13." in name else [name]
 
-    Raises ValueError naming a parameter that is missing or has another shape.
-    """
+
+def check(generator, model: nn.Module) -> None:
+    """Raises ValueError naming a parameter of the model that is missing or has another shape."""
     theirs = dict(model.named_parameters())
-    for name, wanted in list(generator.named_parameters()):
-        joined = ".w13." in name
-        names = [name.replace("w13", w) for w in ("w1", "w3")] if joined else [name]
-        missing = [published for published in names if published not in theirs]
-        if missing or sum(theirs[published].shape[0] for published in names) != wanted.shape[0]:
-            raise ValueError(f"{names[0]} must be part of {list(wanted.shape)}, got {missing or 'another shape'}")
-        given = [theirs[published] for published in names]
-        if joined:
+    for name, wanted in generator.named_parameters():
+        names = published_names(name)
+        shape = [len(wanted) // len(names), *wanted.shape[1:]]
+        for published in names:
+            got = list(theirs[published].shape) if published in theirs else "none"
+            if got != shape:
+                raise ValueError(f"{published} must have shape {shape}, got {got}")
+
+
+def adopt(generator, model: nn.Module, dtype: torch.dtype, shared: bool) -> None:
+    """Gives the generator the model's Parameter objects, and both the joined w1 and w3; not shared, copies of them."""
+    theirs = dict(model.named_parameters())
+    for name in [name for name, _ in generator.named_parameters()]:
+        given = [theirs[published] for published in published_names(name)]
+        parameter = given[0]
+        if len(given) > 1:
             parameter = nn.Parameter(torch.cat([p.detach().to(dtype) for p in given]), requires_grad=False)
-            for half, p in zip(parameter.data.chunk(2), given, strict=True):
-                p.data = half if shared else p.data
-        else:
-            parameter = given[0] if shared else nn.Parameter(given[0].detach().to(dtype), requires_grad=False)
+        elif not shared:
+            parameter = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        if shared and len(given) > 1:
+            for p, rows in zip(given, parameter.data.chunk(2), strict=True):
+                p.data = rows
         owner, _, leaf = name.rpartition(".")
         setattr(generator.get_submodule(owner), leaf, parameter)
 

@@ -30,6 +30,7 @@ def accelerate(
     model: Any,
     *,
     level: int = 2,
+    encoder: bool = True,
     dtype: torch.dtype | None = None,
     compat: Iterable[str] = (),
     collapse: bool = True,
@@ -38,6 +39,7 @@ def accelerate(
 
     Args:
         level: 1 replaces encoder, FSQ and decoder and leaves the published sampling loop; 2 replaces the loop too.
+        encoder: False leaves the encoder, for one that computes something else (SemanTok's reads other features).
         dtype: None computes in the weights' dtype without a second copy; another dtype computes over a copy cast to
             it. Autocast has no effect inside.
         compat: ``"shared_momentum"`` hands one momentum buffer from sample to sample, as the published loop does.
@@ -45,10 +47,11 @@ def accelerate(
 
     Raises ValueError for a model that computes something else than the published configurations can say.
     """
-    return install(model, READERS, VideoPipeline, level, dtype, compat, collapse)
+    options = {"encoder": encoder, "dtype": dtype, "compat": compat, "collapse": collapse}
+    return install(model, READERS, VideoPipeline, level, **options)
 
 
-def install(model: Any, readers, pipeline: type, level: int, dtype, compat: Iterable[str], collapse: bool) -> Change:
+def install(model: Any, readers, pipeline: type, level: int, *, compat: Iterable[str], **options) -> Change:
     """Puts an engine behind a FlexTok or VideoFlexTok model; ``pipeline`` is the class that samples at level 2."""
     from vft.solver import COMPAT
 
@@ -57,11 +60,16 @@ def install(model: Any, readers, pipeline: type, level: int, dtype, compat: Iter
         raise ValueError(f"level must be 1 or 2, got {level!r}")
     if set(compat) - set(COMPAT):
         raise ValueError(f"compat must be among {', '.join(COMPAT)}, got {sorted(compat)}")
-    engine = Engine(model, readers, dtype, compat, collapse)
+    engine = Engine(model, readers, compat=compat, **options)
     sampler = pipeline.around(model.pipeline, engine) if level == 2 else model.pipeline
-    engine.install()
-    engine.replace(model, "pipeline", sampler)
-    replaced, left = ["encoder", "regularizer", "decoder"], ["vae"]
+    try:
+        engine.install()
+        engine.replace(model, "pipeline", sampler)
+    except BaseException:
+        engine.remove()
+        raise
+    replaced, left = ["regularizer", "decoder"], ["vae"]
+    (replaced if options["encoder"] else left).append("encoder")
     (replaced if level == 2 else left).append("pipeline")
     # the engine lives as long as the model; a strong reference here would keep the model alive for ever
     remove = weakref.WeakMethod(engine.remove)
