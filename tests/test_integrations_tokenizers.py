@@ -216,6 +216,13 @@ def test_a_copy_has_an_engine_of_its_own(tokenizer):
     )  # fmt: skip
 
 
+def test_a_weight_that_would_not_be_used_is_refused():
+    model = standins.tokenizer("base")
+    model.decoder.module_dict["dec_transformer"].blocks[1].attn.wq.bias = torch.nn.Parameter(torch.zeros(192))
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.wq\.bias is not a weight"):
+        flexkernels.accelerate(model)
+
+
 def spoil(model, path, **attributes):
     for name, value in attributes.items():
         setattr(model.get_submodule(path), name, value)

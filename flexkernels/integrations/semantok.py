@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import Change
-from .module_dict import replace_attribute
+from .engine import replace_attribute
 
 PARTS = ("tok_emb", "pos_emb", "sos", "cls_emb", "ctx_in", "ctx_null", "blocks", "norm", "head", "sample")
 HEAD_DIM, NORM_EPS = 64, 1e-6

@@ -17,7 +17,8 @@ import torch
 from flexkernels.flow import APG, CFG
 
 from . import Change, is_a
-from .module_dict import READERS, Engine
+from .engine import Engine
+from .module_dict import READERS
 
 LEVELS = (1, 2)
 
