@@ -50,10 +50,17 @@ class PositionTable(nn.Module):
         nn.init.normal_(self.table, std=POSITION_STD)
 
     def forward(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """``[prod(shape), width]``: row (t, h, w) is pe_t[t] + pe_h[h] + pe_w[w], or their product."""
+        """``[prod(shape), width]``: row (t, h, w) is pe_t[t] + pe_h[h] + pe_w[w], or their product.
+
+        A table of fewer axes covers the last ones, and is the same along the others.
+        """
+        others, shape = shape[: -len(self.config.sizes)], shape[-len(self.config.sizes) :]
         for n, size in zip(shape, self.config.sizes, strict=True):
             if n > size:
                 raise ValueError(f"the positional table covers {list(self.config.sizes)}, got a grid of {list(shape)}")
+        return self._rows(shape).repeat(math.prod(others), 1)
+
+    def _rows(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self.config.kind == "sincos":
             crop = self.table[(0, slice(None), *(slice(n) for n in shape))]
             return crop.flatten(1).T
@@ -82,10 +89,22 @@ class Merged(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        if self._joined is None and not next(self.parameters()).requires_grad:
+        first = next(self.parameters())
+        # weights that somebody else moved or cast have left the tensor
+        if self._joined is not None and first.data_ptr() == self._joined["weight"].data_ptr():
+            return
+        self._joined = None
+        if not first.requires_grad:
             joined = self._join()
             self._adopt(joined)
             self._joined = joined
+
+    def separate(self) -> None:
+        """Undoes :meth:`prepare`: every weight has a memory of its own again."""
+        if self._joined is not None:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            self._joined = None
 
     def joined(self) -> dict[str, torch.Tensor | None]:
         if self._joined is None or next(self.parameters()).requires_grad:
@@ -254,7 +273,8 @@ class Encoder(nn.Module):
         members = tuple(Member(i, config.registers) for i in range(len(grids)))
         packed = packing(grids, members, config.registers, (), config.encoder, False, latents[0].device)
         patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids, config)
-        registers = torch.cat([self.registers[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
+        table = self.registers.view(config.max_frames, config.registers, -1)
+        registers = torch.cat([table[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
         h = run_blocks(self.blocks, x, packed)
         return self.head(h.index_select(0, packed.register_at))
@@ -299,20 +319,23 @@ class Decoder(nn.Module):
         for layer in (self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, latents, t, codes, keep, prefix_frames, null, collapse: bool = True) -> list[torch.Tensor]:
+    def forward(
+        self, latents, t, codes, keep, prefix_frames, null, collapse: bool = True, registers: int | None = None
+    ) -> list[torch.Tensor]:
         """The velocity at time t.
 
         latents: list of noised ``[C, T, H, W]``; t ``[samples or 1]`` in [0, 1]; codes ``[sum T*N, D]``; keep and
-        prefix_frames: ints, one a sample; null: bools, one a sample (true: unconditional).
+        prefix_frames: ints, one a sample; null: bools, one a sample (true: unconditional); registers: N, where a frame
+        has fewer than the config's.
         """
         members = tuple(map(Member, range(len(latents)), keep, prefix_frames, null))
-        packed = self.packing(latents, members, collapse)
+        packed = self.packing(latents, members, collapse, registers)
         return self.velocity(latents, self.embed_registers(codes, packed), self.modulation(t), packed)
 
-    def packing(self, latents, members: tuple[Member, ...], collapse: bool) -> Packing:
+    def packing(self, latents, members: tuple[Member, ...], collapse: bool, registers: int | None = None) -> Packing:
         config = self.config
         grids = grids_of(latents, config)
-        arguments = (config.registers, config.register_ops, config.decoder, collapse, latents[0].device)
+        arguments = (registers or config.registers, config.register_ops, config.decoder, collapse, latents[0].device)
         return packing(grids, members, *arguments)
 
     def velocity(self, latents, registers: torch.Tensor, modulation: Modulation, packed: Packing) -> list[torch.Tensor]:
@@ -338,7 +361,7 @@ class Decoder(nn.Module):
         x = torch.cat([x, torch.stack(tokens).to(x.dtype)]).index_select(0, packed.register_base)
         if self.register_posemb is None:
             return x
-        positions = self.register_posemb((packed.frames, self.config.registers)).to(x.dtype)
+        positions = self.register_posemb((packed.frames, packed.registers)).to(x.dtype)
         return x + torch.cat([positions, absent[None]]).index_select(0, packed.register_position)
 
 

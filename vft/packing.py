@@ -52,6 +52,7 @@ class Packing:
         grids, patches: (frames, rows, columns) and number of patches of each sequence.
         register_base: int64 ``[R]``, row of the samples' codes, or that of a token after all codes (TOKENS).
         register_position: int64 ``[R]``, row of the register positions, or the row after all of them (none).
+        frames, registers: of the grid of register positions.
     """
 
     def __init__(self, grids, members, registers: int, register_ops, trunk: Trunk, collapse: bool, device) -> None:
@@ -82,7 +83,7 @@ class Packing:
         self.patch_at = (self.layout.rank < 0).nonzero()[:, 0]
         self.register_at = (self.layout.rank >= 0).nonzero()[:, 0]
         self.register_base, self.register_position = as_tensor(base), as_tensor(position)
-        self.frames = max(t for t, _, _ in grids)
+        self.frames, self.registers = max(t for t, _, _ in grids), registers
         weight = as_tensor(weight)
         self.key_log_weight = weight if any((p.count > 1).any() for p in parts) else None
         # modulation rows: (patch, register) for each row of times

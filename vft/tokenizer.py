@@ -23,7 +23,7 @@ from .graphs import VelocityGraphs
 from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
 from .packing import Member
-from .solver import evaluations, sample, schedule
+from .solver import Velocity, evaluations, sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, cut_chunks, open_video, preprocess
@@ -81,7 +81,11 @@ class Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.registers.device
+        return self.decoder.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.head.weight.dtype
 
     @property
     def codec(self):
@@ -188,29 +192,34 @@ class Tokenizer(nn.Module):
         count, frames = len(noise), [0] * len(noise) if prefix is None else [p.shape[1] for p in prefix]
         self._check_register_ops(keep, frames, [guidance is not None] * count, noise)
         plan = evaluations(solver, schedule(steps, shift))
-        velocity = self._guided_velocity(noise, plan, codes, keep, frames, collapse)
+        velocity = self.guided_velocity(noise, plan, codes, keep, frames, collapse=collapse)
         return sample(
             velocity, noise, plan, guidance=guidance, prefix=prefix, prefix_mode=prefix_mode, compat=compat,
             progress=progress,
         )  # fmt: skip
 
-    def _guided_velocity(self, shaped, plan, codes, keep, frames, collapse: bool):
-        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once."""
+    def guided_velocity(
+        self, shaped, plan, codes, keep, frames, *, collapse: bool = True, registers: int | None = None
+    ) -> Velocity:
+        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once.
+
+        shaped: list of tensors in the shape of the latents; plan: from :func:`vft.solver.evaluations`; codes, keep,
+        frames, registers: as the codes, keep, prefix_frames and registers of :class:`vft.layers.Decoder`, unchecked.
+        """
         decoder, count = self.prepare().decoder, len(shaped)
-        dtype = self.encoder.registers.dtype
         table = ModulationTable(decoder, [evaluation.t for evaluation in plan])
 
         @cache
         def packed(guided: bool):
             conditional = tuple(Member(i, keep[i], frames[i]) for i in range(count))
             null = tuple(m._replace(null=True) for m in conditional) if guided else ()
-            made = decoder.packing(shaped, conditional + null, collapse)
+            made = decoder.packing(shaped, conditional + null, collapse, registers)
             return made, decoder.embed_registers(codes, made)
 
         def velocity(x, i, guided):
             made, registers = packed(guided)
             run = partial(self._graphs, decoder) if self.cuda_graphs else decoder.velocity
-            out = run([z.to(dtype) for z in x], registers, table[i], made)
+            out = run([z.to(self.dtype) for z in x], registers, table[i], made)
             out = [v.float() for v in out]
             return out[:count], out[count:] if guided else None
 
@@ -366,7 +375,7 @@ class Tokenizer(nn.Module):
         return first, rest.split(per_chunk) if len(rest) else ()
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        return self.codec.encode(frames.to(self.device), generator).to(self.encoder.registers.dtype)
+        return self.codec.encode(frames.to(self.device), generator).to(self.dtype)
 
     def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
         # without a working size, encode has cropped the source to whole patches
@@ -412,8 +421,7 @@ class Tokenizer(nn.Module):
             if not 0 <= k <= n:
                 raise ValueError(f"keep must lie in 0..{n}, got {k}")
         keep = [min(k, i.shape[1]) for k, i in zip(keep, ids, strict=True)]
-        dtype = self.encoder.registers.dtype
-        codes = flexkernels.fsq_dequantize(torch.cat(rows).to(self.device), self.config.levels, dtype=dtype)
+        codes = flexkernels.fsq_dequantize(torch.cat(rows).to(self.device), self.config.levels, dtype=self.dtype)
         return codes, keep
 
     def _check_prefix(self, prefix, latents) -> list[torch.Tensor] | None:

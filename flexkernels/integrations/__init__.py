@@ -20,7 +20,7 @@ logger = logging.getLogger("flexkernels")
 
 # modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options);
 # `torchdiffeq` and `transformers` have functions to call instead
-INTEGRATIONS: tuple[str, ...] = ("vector_quantize_pytorch", "diffusers")
+INTEGRATIONS: tuple[str, ...] = ("videoflextok", "flextok", "semantok", "vector_quantize_pytorch", "diffusers")
 
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
