@@ -15,6 +15,7 @@ def launches():
         ((8, 8, 8, 5, 5, 5), torch.float32, torch.int64),
         ((7,) * 16, torch.bfloat16, torch.int64),
         ((256, 3), torch.float16, torch.int32),
+        ((8, 8, 8, 5, 5, 5), torch.bfloat16, torch.uint16),
     )
     for levels, dtype, ids_dtype in cases:
         thresholds = torch.zeros(len(levels), max(levels) - 1)
