@@ -5,6 +5,7 @@ from .decode import decode_attention, decode_attention_ref, kv_append_, kv_appen
 from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .fsq_linear import fsq_embed, fsq_embed_ref, fsq_project_quantize, fsq_project_quantize_ref
+from .fsq_train import fsq_quantize_train, fsq_quantize_train_ref
 from .integrations import accelerate, restore
 from .layout import SequenceLayout
 from .library import available_backends, backend
@@ -53,6 +54,8 @@ __all__ = [
     "fsq_project_quantize_ref",
     "fsq_quantize",
     "fsq_quantize_ref",
+    "fsq_quantize_train",
+    "fsq_quantize_train_ref",
     "gated_residual",
     "gated_residual_adaln_norm",
     "gated_residual_adaln_norm_ref",

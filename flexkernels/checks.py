@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ def reject(name: str, must: str, got, error: type = ValueError):
     raise error(f"{name} must {must}, got {got}")
 
 
-def tensor(name: str, value, dtypes: Sequence[torch.dtype] | None = None, ndim: int | None = None):
+def tensor(name: str, value, dtypes: Collection[torch.dtype] | None = None, ndim: int | None = None):
     """A torch.Tensor of one of `dtypes` with `ndim` dimensions, or TypeError / ValueError."""
     if not isinstance(value, torch.Tensor):
         reject(name, "be a torch.Tensor", type(value).__name__, TypeError)
@@ -93,5 +93,5 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def one_of(dtypes: Sequence[torch.dtype]) -> str:
+def one_of(dtypes: Collection[torch.dtype]) -> str:
     return " or ".join(short(dtype) for dtype in dtypes)

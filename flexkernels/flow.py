@@ -99,13 +99,14 @@ def flow_update(
     """sum a_i x_i + b * v + sum past_b_j past_j with the guided velocity v, in one pass over memory.
 
     x: 1 to 3 states of one shape and dtype: [B, C, ...] float32, bfloat16 or float16, whose B * C rows are guided each
-        by itself; or flat [total] with row_offsets int64 [rows + 1], row r being elements row_offsets[r] ..
-        row_offsets[r + 1] (ragged batches).
+        by itself (per channel; [B, 1, C * ...] guides per sample); or flat [total] with row_offsets int64 [rows + 1],
+        row r being elements row_offsets[r] .. row_offsets[r + 1] (ragged batches).
     a: a number for each state. b: that of v. past_b: those of the past velocities.
     v_cond, v_uncond: velocities like x, in one of those dtypes; v_uncond only with guidance, which needs it.
     past: at most 3 guided velocities of earlier evaluations, float32 like x.
     guidance: None, CFG or APG with a number as scale (resolve a function of t before).
-    momentum_buffer: float32 like x, the buffer that the update before returned; None means zeros.
+    momentum_buffer: float32 like x, the buffer that the update before returned, zeros for the first; with a momentum
+        it must be given.
     prefix: float32 conditioning values. [B, C, ...], overwriting the first elements of each row, or flat with
         prefix_offsets int64 [rows + 1]. They become (1 - prefix_time) * prefix + prefix_time * prefix_noise, or
         plain prefix where no prefix_noise (float32, like prefix) is given.
@@ -298,7 +299,10 @@ def _check_update(tensors: Tensors, numbers: Numbers, floats, wide) -> int:
     if numbers.guidance != NO_GUIDANCE:
         checks.tensor("v_uncond", v_uncond, (v_cond.dtype,))
         checks.like("v_uncond", v_uncond, "x", x)
-    if tensors.momentum_buffer is not None:
+    if tensors.momentum_buffer is None:
+        if numbers.momentum:
+            checks.reject("momentum_buffer", "be given with a momentum (zeros in the first step)", "None")
+    else:
         if numbers.guidance != GUIDANCE_APG:
             checks.reject("momentum_buffer", "be None unless guidance is APG", "a tensor")
         checks.tensor("momentum_buffer", tensors.momentum_buffer, wide)

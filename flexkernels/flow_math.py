@@ -102,7 +102,7 @@ def flatten(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 def direction(flat: Tensors, numbers: Numbers) -> torch.Tensor:
     """APG's v_cond - v_uncond with momentum, which is also the next momentum buffer."""
     d = flat.v_cond - flat.v_uncond
-    if numbers.momentum and flat.momentum_buffer is not None:
+    if numbers.momentum:
         d = d + numbers.momentum * flat.momentum_buffer
     return d
 

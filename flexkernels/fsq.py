@@ -16,6 +16,8 @@ import torch
 
 from . import checks, library
 
+# dtypes of ids, and how many ids each takes
+IDS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1, torch.uint16: 2**16}
 MAX_LEVEL = 256
 MAX_DIMS = 16
 
@@ -48,9 +50,9 @@ def fsq_quantize(
     clamp: bound by a clamp to [-1, 1] in place of tanh.
     codes, ids: which of the two results to compute; the other is None.
 
-    Returns codes [..., D] in z's dtype with values (level - L // 2) / (L // 2), and ids [...] in `ids_dtype` (int64 or
-    int32): the mixed-radix number of the levels, first component fastest. A NaN gets level 0; an empty z gives empty
-    results. The gradient with respect to z is that of the code before rounding.
+    Returns codes [..., D] in z's dtype with values (level - L // 2) / (L // 2), and ids [...] in `ids_dtype` (int64,
+    int32 or uint16): the mixed-radix number of the levels, first component fastest. A NaN gets level 0; an empty z
+    gives empty results. The gradient with respect to z is that of the code before rounding.
 
     Raises TypeError or ValueError for a wrong dtype, shape or level, and when prod(levels) does not fit `ids_dtype`.
     Source: arXiv 2309.15505, section 3 and appendix A.
@@ -87,8 +89,9 @@ def fsq_dequantize(
 ) -> torch.Tensor:
     """The codes that `fsq_quantize` gave along with `ids`.
 
-    ids: [...] int64 or int32, each from 0 to prod(levels) - 1. On the CPU an id outside raises ValueError; elsewhere
-    it is looked for under FLEXKERNELS_CHECK=1 alone (that waits for the device) and otherwise gives some code.
+    ids: [...] int64, int32 or uint16, each from 0 to prod(levels) - 1. On the CPU an id outside raises ValueError;
+        elsewhere it is looked for under FLEXKERNELS_CHECK=1 alone (that waits for the device) and otherwise gives some
+        code.
     levels, symmetric: as for `fsq_quantize`. dtype: float32, bfloat16 or float16.
 
     Returns codes [..., D]; empty ids give empty codes. Raises TypeError or ValueError for a wrong dtype or level.
@@ -207,20 +210,24 @@ def _check_quantize(z, levels, codes, ids, ids_dtype) -> tuple[int, ...]:
         checks.reject("z", f"have the shape [..., {len(levels)}], a component for each level", list(z.shape))
     if not (codes or ids):
         checks.reject("codes or ids", "be asked for", "neither")
-    if ids_dtype not in checks.INTEGERS:
-        checks.reject("ids_dtype", f"be {checks.one_of(checks.INTEGERS)}", ids_dtype, TypeError)
+    _check_ids_dtype(ids_dtype)
     if ids:
         _check_fits(levels, ids_dtype)
     return levels
 
 
 def _check_dequantize(ids, levels, dtype) -> tuple[int, ...]:
-    checks.tensor("ids", ids, checks.INTEGERS)
+    checks.tensor("ids", ids, IDS)
     levels = _check_levels(levels)
     if dtype not in checks.FLOATS:
         checks.reject("dtype", f"be {checks.one_of(checks.FLOATS)}", dtype, TypeError)
     _check_fits(levels, torch.int64)
     return levels
+
+
+def _check_ids_dtype(ids_dtype):
+    if ids_dtype not in IDS:
+        checks.reject("ids_dtype", f"be {checks.one_of(IDS)}", ids_dtype, TypeError)
 
 
 def _check_levels(levels) -> tuple[int, ...]:
@@ -231,7 +238,7 @@ def _check_levels(levels) -> tuple[int, ...]:
 
 
 def _check_fits(levels: tuple[int, ...], dtype: torch.dtype):
-    size, most = math.prod(levels), torch.iinfo(dtype).max
+    size, most = math.prod(levels), IDS[dtype]
     if size > most:
         checks.reject("levels", f"multiply to at most {most} for {checks.short(dtype)} ids", size)
 
@@ -300,7 +307,7 @@ def _dequantize_fake(ids, levels, dtype, symmetric=False):
 
 
 def _check_range(ids: torch.Tensor, size: int):
-    low, high = (int(end) for end in torch.aminmax(ids))
+    low, high = (int(end) for end in torch.aminmax(ids.long()))
     if low < 0 or high >= size:
         checks.reject("ids", f"lie between 0 and {size - 1}", f"{low} to {high}")
 

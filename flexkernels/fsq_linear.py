@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from . import checks, library
 from .fsq import (
+    IDS,
     _basis,
     _bound_terms,
     _check_fits,
+    _check_ids_dtype,
     _check_levels,
     _check_range,
     _row,
@@ -83,7 +85,7 @@ def fsq_embed(
 ) -> torch.Tensor:
     """linear(codes of ids) + positions[position_index], where token_index is not negative tokens[token_index] instead.
 
-    ids: [n] int64 or int32, each from 0 to prod(levels) - 1. levels: as for `fsq_quantize`, D of them.
+    ids: [n] int64, int32 or uint16, each from 0 to prod(levels) - 1. levels: as for `fsq_quantize`, D of them.
     weight: [width, D], bias: [width] or None, float32, bfloat16 or float16.
     positions: [P, width] like weight; position_index: int32 [n], from 0 to P - 1, or None where row i takes position i.
     tokens: [S, width] like weight, with token_index: int32 [n], below S.
@@ -132,8 +134,7 @@ def _check_project(hidden, weight, bias, levels, eps, ids_dtype) -> tuple[int, .
     _check_linear(weight, (len(levels), hidden.shape[1]), bias, hidden, "hidden", checks.FLOATS)
     if hidden.shape[1] == 0:
         checks.reject("hidden", "have a width of at least 1", list(hidden.shape))
-    if ids_dtype not in checks.INTEGERS:
-        checks.reject("ids_dtype", f"be {checks.one_of(checks.INTEGERS)}", ids_dtype, TypeError)
+    _check_ids_dtype(ids_dtype)
     _check_fits(levels, ids_dtype)
     return levels
 
@@ -151,7 +152,7 @@ def _check_linear(weight, shape, bias, like, like_name, floats):
 def _check_embed(
     ids, levels, weight, bias, positions, position_index, tokens, token_index, floats=checks.FLOATS
 ) -> tuple[int, ...]:
-    checks.tensor("ids", ids, checks.INTEGERS, 1)
+    checks.tensor("ids", ids, IDS, 1)
     levels = _check_levels(levels)
     _check_fits(levels, torch.int64)
     checks.tensor("weight", weight, floats, 2)

@@ -178,7 +178,7 @@ def test_variants_gradient_passes_straight_through(form):
 
 @on_every_backend
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("ids_dtype", fsq.IDS)
 def test_odd_sizes_and_either_result(place, rows, ids_dtype):
     z = draw(rows, PUBLISHED)
     codes, ids = quantize(place, z, PUBLISHED, ids_dtype=ids_dtype)
@@ -228,16 +228,33 @@ def test_largest_codebooks(place):
     assert ids.tolist() == [math.prod(levels) - 1] * 3
     with flexkernels.backend(place[0]):
         assert (flexkernels.fsq_dequantize(ids.to(place[1]), levels).cpu() > 0.7).all()
+    # 65,536 ids fill uint16
+    levels = [16] * 4
+    _, ids = quantize(place, z[:, :4], levels, ids_dtype=torch.uint16)
+    assert ids.tolist() == [65535] * 3
+    with flexkernels.backend(place[0]):
+        assert (flexkernels.fsq_dequantize(ids.to(place[1]), levels).cpu() == 7 / 8).all()
 
 
-def test_every_id_survives_the_round_trip():
-    ids = torch.arange(math.prod(PUBLISHED))
-    codes = flexkernels.fsq_dequantize(ids, PUBLISHED)
-    # a code is the value before rounding, so atanh leads back to a z of the same level
-    half, offset, shift = fsq._bound_terms(tuple(PUBLISHED), codes)
-    bound = codes * torch.tensor([level // 2 for level in PUBLISHED])
-    z = torch.atanh((bound + offset) / half) - shift
-    assert torch.equal(flexkernels.fsq_quantize(z, PUBLISHED)[1], ids)
+def inverse(codes, levels):
+    """A z of the level of each code, which is a value before rounding."""
+    half, offset, shift = fsq._bound_terms(tuple(levels), codes)
+    bound = codes.float() * torch.tensor([level // 2 for level in levels])
+    return torch.atanh((bound + offset) / half) - shift
+
+
+@on_every_backend
+@pytest.mark.parametrize("ids_dtype", fsq.IDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_id_survives_the_round_trip(place, dtype, ids_dtype):
+    ids = torch.arange(math.prod(PUBLISHED)).to(ids_dtype)
+    with flexkernels.backend(place[0]):
+        codes = flexkernels.fsq_dequantize(ids.to(place[1]), PUBLISHED, dtype=dtype).cpu()
+    assert codes.dtype == dtype and len(codes.unique(dim=0)) == len(ids)
+    z = inverse(codes, PUBLISHED).to(dtype)
+    found_codes, found = quantize(place, z, PUBLISHED, ids_dtype=ids_dtype)
+    assert found.dtype == ids_dtype and torch.equal(found, ids)
+    assert torch.equal(found_codes, codes)
 
 
 # gradient
@@ -369,7 +386,12 @@ WRONG_QUANTIZE = [
     ((Z, [8, 8, 8, 5, 5, 257]), {}, ValueError, "levels must lie between 2 and 256, got 257"),
     ((torch.zeros(2, 17), [2] * 17), {}, ValueError, "levels must have at most 16 entries, got 17"),
     ((Z, PUBLISHED), {"codes": False, "ids": False}, ValueError, "codes or ids must be asked for"),
-    ((Z, PUBLISHED), {"ids_dtype": torch.int16}, TypeError, "ids_dtype must be int64 or int32, got torch.int16"),
+    (
+        (Z, PUBLISHED),
+        {"ids_dtype": torch.int16},
+        TypeError,
+        "ids_dtype must be int64 or int32 or uint16, got torch.int16",
+    ),
     (
         (Z, [64] * 6),
         {"ids_dtype": torch.int32},
@@ -377,6 +399,12 @@ WRONG_QUANTIZE = [
         "multiply to at most 2147483647 for int32 ids, got 68719476736",
     ),
     ((torch.zeros(2, 5), [128] * 4 + [8]), {"ids_dtype": torch.int32}, ValueError, "for int32 ids, got 2147483648"),
+    (
+        (torch.zeros(2, 4), [16, 16, 16, 17]),
+        {"ids_dtype": torch.uint16},
+        ValueError,
+        "multiply to at most 65536 for uint16 ids, got 69632",
+    ),
     ((torch.zeros(2, 9), [128] * 9), {}, ValueError, "for int64 ids, got 9223372036854775808"),
     ((torch.zeros(2, 16), [16] * 16), {}, ValueError, "levels must multiply to at most 9223372036854775807 for int64"),
 ]
@@ -408,13 +436,11 @@ def test_values_of_ids_are_looked_at_where_the_device_allows(monkeypatch):
 
 
 def test_wrong_ids_are_refused():
-    for function, levels, dtype in itertools.product(
-        (flexkernels.fsq_dequantize,), ([8, 5],), (torch.int64, torch.int32)
-    ):
-        for bad in (-1, 40):
+    for function, levels, dtype in itertools.product((flexkernels.fsq_dequantize,), ([8, 5],), fsq.IDS):
+        for bad in (40,) if dtype == torch.uint16 else (-1, 40):
             with pytest.raises(ValueError, match="ids must lie between 0 and 39, got"):
                 function(torch.tensor([0, bad], dtype=dtype), levels)
-    with pytest.raises(TypeError, match="ids must be int64 or int32, got float32"):
+    with pytest.raises(TypeError, match="ids must be int64 or int32 or uint16, got float32"):
         flexkernels.fsq_dequantize(torch.zeros(2), [8, 5])
     with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16 or float16, got torch.float64"):
         flexkernels.fsq_dequantize(torch.zeros(2, dtype=torch.int64), [8, 5], dtype=torch.float64)

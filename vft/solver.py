@@ -215,6 +215,8 @@ class _State:
     def update(self, evaluation: Evaluation, conditional: Iterator, unconditional: Iterator, guidance, momentum):
         """Takes this state's velocities from the two iterators and moves the stage on; returns the momentum buffer."""
         step, count = evaluation.step, len(self.shapes)
+        if momentum is None and isinstance(guidance, APG) and guidance.momentum:
+            momentum = torch.zeros_like(self.stage)
         self.stage, momentum, *v = flexkernels.flow_update(
             self.states[: len(step.a)],
             step.a,

@@ -9,6 +9,8 @@ constexpr int kFsqMaxDims = 16;
 // up to this many thresholds a linear count beats a binary search
 constexpr int kFsqLinearCount = 32;
 
+enum class IdType : int { i64, i32, u16 };
+
 struct FsqQuantize {
   const void* z;            // [n, dims]
   const float* thresholds;  // [dims, width], ascending, padded with +inf
@@ -21,7 +23,7 @@ struct FsqQuantize {
   int dims, width;
   int half[kFsqMaxDims];  // L // 2
   Dtype dtype;            // of z and codes
-  bool ids64;
+  IdType id_type;
 };
 
 struct FsqDequantize {
@@ -33,8 +35,21 @@ struct FsqDequantize {
   int dims, width;
   int levels[kFsqMaxDims];
   Dtype dtype;  // of codes
-  bool ids64;
+  IdType id_type;
 };
+
+FLEXKERNELS_HD uint64_t fsq_load_id(const void* ids, IdType type, int64_t row) {
+  if (type == IdType::i64) return static_cast<uint64_t>(static_cast<const int64_t*>(ids)[row]);
+  if (type == IdType::u16) return static_cast<const uint16_t*>(ids)[row];
+  // a negative id lies outside every codebook
+  return static_cast<uint64_t>(static_cast<int64_t>(static_cast<const int32_t*>(ids)[row]));
+}
+
+FLEXKERNELS_HD void fsq_store_id(void* ids, IdType type, int64_t row, int64_t id) {
+  if (type == IdType::i64) static_cast<int64_t*>(ids)[row] = id;
+  if (type == IdType::i32) static_cast<int32_t*>(ids)[row] = static_cast<int32_t>(id);
+  if (type == IdType::u16) static_cast<uint16_t*>(ids)[row] = static_cast<uint16_t>(id);
+}
 
 // count(t < z) over `width` ascending thresholds, without branches on z; NaN gives 0
 FLEXKERNELS_HD int fsq_level(const float* thresholds, int width, float z) {

@@ -19,7 +19,7 @@ struct FsqProject {
   int half[kFsqMaxDims];  // L // 2
   float eps;
   Dtype dtype;  // of hidden and codes
-  bool ids64;
+  IdType id_type;
 };
 
 // weight codes(id) + bias + positions[position_index], or tokens[token_index] where that is not negative
@@ -37,12 +37,12 @@ struct FsqEmbed {
   int dims;
   int levels[kFsqMaxDims];
   Dtype dtype;  // of positions, tokens and out
-  bool ids64;
+  IdType id_type;
 };
 
 // the codes of row `row`; an id outside the codebook gives those of some id inside
 FLEXKERNELS_HD void fsq_codes_of(const FsqEmbed& p, int64_t row, float* codes) {
-  uint64_t id = p.ids64 ? static_cast<const int64_t*>(p.ids)[row] : static_cast<const int32_t*>(p.ids)[row];
+  uint64_t id = fsq_load_id(p.ids, p.id_type, row);
   const uint64_t codebook = static_cast<uint64_t>(p.codebook);
   if (id >= codebook) id %= codebook;
   for (int d = 0; d < p.dims; ++d) {

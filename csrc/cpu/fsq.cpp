@@ -129,6 +129,10 @@ inline __m512i sum_rows_of_six(const int32_t* weighted) {
 
 inline void store_ids(__m512i id, int32_t* ids) { _mm512_storeu_si512(ids, id); }
 
+inline void store_ids(__m512i id, uint16_t* ids) {
+  _mm256_storeu_si256((__m256i*)ids, _mm512_maskz_cvtepi32_epi16(0xffff, id));
+}
+
 inline void store_ids(__m512i id, int64_t* ids) {
   _mm512_storeu_si512(ids, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 0)));
   _mm512_storeu_si512(ids + 8, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 1)));
@@ -165,10 +169,9 @@ void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
       if (codes) memcpy(codes + at, codes_tail, rows * p.dims * sizeof(T));
     }
     if (!p.ids) continue;
-    if (p.ids64)
-      sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
-    else
-      sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
+    if (p.id_type == IdType::i64) sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
+    if (p.id_type == IdType::i32) sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
+    if (p.id_type == IdType::u16) sum_rows_of(p.dims, weighted, rows, static_cast<uint16_t*>(p.ids) + row);
   }
 }
 
@@ -291,10 +294,9 @@ void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void dequantize(const FsqDequantize& p, int64_t begin, int64_t end) {
-  if (p.ids64)
-    dequantize_rows<T, int64_t>(p, begin, end);
-  else
-    dequantize_rows<T, int32_t>(p, begin, end);
+  if (p.id_type == IdType::i64) dequantize_rows<T, int64_t>(p, begin, end);
+  if (p.id_type == IdType::i32) dequantize_rows<T, int32_t>(p, begin, end);
+  if (p.id_type == IdType::u16) dequantize_rows<T, uint16_t>(p, begin, end);
 }
 
 }  // namespace

@@ -85,8 +85,7 @@ void write_row(const FsqProject& p, int64_t row, const float* z) {
     if (p.codes) from_float(fsq_code(level, p.half[d]), static_cast<T*>(p.codes) + row * p.dims + d);
     id += level * p.basis[d];
   }
-  if (p.ids && p.ids64) static_cast<int64_t*>(p.ids)[row] = id;
-  if (p.ids && !p.ids64) static_cast<int32_t*>(p.ids)[row] = static_cast<int32_t>(id);
+  if (p.ids) fsq_store_id(p.ids, p.id_type, row, id);
 }
 
 template <typename T, int R>

@@ -53,6 +53,19 @@ FLEXKERNELS_INLINE float row_sum(int64_t d, Term term) {
   return lane_sum((a + b) + (c + e));
 }
 
+// totals of what body(i, io, sums) adds to its Count sums, over i < d
+template <int Count, typename Body>
+FLEXKERNELS_INLINE void row_sums(int64_t d, float (&totals)[Count], Body body) {
+  vf even[Count] = {}, odd[Count] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= d; i += 2 * W) {
+    body(i, Full{}, even);
+    body(i + W, Full{}, odd);
+  }
+  for_vectors(i, d, [&](int64_t j, auto io) { body(j, io, even); });
+  for (int s = 0; s < Count; ++s) totals[s] = lane_sum(even[s] + odd[s]);
+}
+
 template <typename M>
 inline const M* table_row(const NormTable& table, int64_t s) {
   return table.data ? static_cast<const M*>(table.data) + s * table.stride : nullptr;
@@ -62,15 +75,20 @@ struct Stats {
   float mean, rstd;
 };
 
-// of row v, given the sum of its elements
+inline float rstd_of(float squares, int64_t d, float eps) {
+  return 1.0f / sqrtf(squares / static_cast<float>(d) + eps);
+}
+
+// of row v, given the sum of its elements (layer norm) or of their squares (RMS norm)
 template <typename X>
 FLEXKERNELS_INLINE Stats row_stats(const X* v, int64_t d, int kind, float eps, float sum) {
-  const float mean = kind == kLayerNorm ? sum / static_cast<float>(d) : 0.0f;
+  if (kind == kRmsNorm) return {0.0f, rstd_of(sum, d, eps)};
+  const float mean = sum / static_cast<float>(d);
   const float squares = row_sum(d, [&](int64_t i, auto io) {
     const vf c = kept(io, io.load_from(v + i) - mean);
     return c * c;
   });
-  return {mean, 1.0f / sqrtf(squares / static_cast<float>(d) + eps)};
+  return {mean, rstd_of(squares, d, eps)};
 }
 
 // what the norm multiplies with: 1 + scale, or the weight of an RMS norm
@@ -81,15 +99,23 @@ FLEXKERNELS_INLINE vf factor(const M* scale, int kind, int64_t i, IO io) {
   return kind == kLayerNorm ? 1.0f + value : value;
 }
 
-// writes sum = x + gate * y and returns the sum of its rounded elements
-template <typename X, typename M>
-FLEXKERNELS_INLINE float add_row(const X* x, const X* y, const M* gate, X* out, int64_t d) {
+struct Itself {
+  vf operator()(vf v) const { return v; }
+};
+
+struct Squared {
+  vf operator()(vf v) const { return v * v; }
+};
+
+// writes sum = x + gate * y and returns the sum of `term` of its rounded elements
+template <typename X, typename M, typename Term>
+FLEXKERNELS_INLINE float add_row(const X* x, const X* y, const M* gate, X* out, int64_t d, Term term) {
   return row_sum(d, [&](int64_t i, auto io) {
     vf added = io.load_from(y + i);
     const vf base = io.load_from(x + i);
     added = gate ? fma_vf(io.load_from(gate + i), added, base) : base + added;
     io.store_to(out + i, added);
-    return io.load_from(out + i);
+    return term(io.load_from(out + i));
   });
 }
 
@@ -97,14 +123,14 @@ template <typename X, typename M>
 FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row) {
   const int64_t d = p.d, s = norm_segment(p.segment, row, p.segments);
   const X* v = static_cast<const X*>(p.x) + row * p.x_stride;
-  float sum;
-  if (p.y) {
+  const auto sum_of = [&](auto term) {
+    if (!p.y) return row_sum(d, [&](int64_t i, auto io) { return term(io.load_from(v + i)); });
+    const X *x = v, *y = static_cast<const X*>(p.y) + row * p.y_stride;
     X* added = static_cast<X*>(p.sum) + row * d;
-    sum = add_row(v, static_cast<const X*>(p.y) + row * p.y_stride, table_row<M>(p.gate, s), added, d);
     v = added;
-  } else {
-    sum = p.kind == kLayerNorm ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f;
-  }
+    return add_row(x, y, table_row<M>(p.gate, s), added, d, term);
+  };
+  const float sum = p.kind == kLayerNorm ? sum_of(Itself{}) : sum_of(Squared{});
   if (!p.out) return;
   const Stats stats = row_stats(v, d, p.kind, p.eps, sum);
   const M *scale = table_row<M>(p.scale, s), *shift = table_row<M>(p.shift, s);
@@ -136,16 +162,20 @@ FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
   float mean = 0, rstd = 0, mean_a = 0, along = 0;
   if (grad_out) {
     const bool layer = p.kind == kLayerNorm;
-    const Stats stats = row_stats(v, d, p.kind, p.eps,
-                                  layer ? row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); }) : 0.0f);
-    mean = stats.mean;
-    rstd = stats.rstd;
     const float per = 1.0f / static_cast<float>(d);
-    const auto a = [&](int64_t i, auto io) { return io.load_from(grad_out + i) * factor(scale, p.kind, i, io); };
-    if (layer) mean_a = per * row_sum(d, a);
-    const float mean_ax =
-        per * row_sum(d, [&](int64_t i, auto io) { return a(i, io) * ((io.load_from(v + i) - mean) * rstd); });
-    along = rstd * mean_ax;
+    if (layer) mean = per * row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); });
+    // squares, a, a * (v - mean)
+    float sums[3];
+    row_sums(d, sums, [&](int64_t i, auto io, vf(&partial)[3]) {
+      const vf c = kept(io, io.load_from(v + i) - mean);
+      const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
+      partial[0] = fma_vf(c, c, partial[0]);
+      partial[1] += a;
+      partial[2] = fma_vf(a, c, partial[2]);
+    });
+    rstd = rstd_of(sums[0], d, p.eps);
+    if (layer) mean_a = per * sums[1];
+    along = rstd * (rstd * (per * sums[2]));
   }
   if (p.stats) {
     p.stats[2 * row] = mean;

@@ -45,6 +45,14 @@ inline vf load(const bf16* p) {
 }
 
 inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  // the instruction rounds to nearest even too, but takes subnormal numbers (class 0x20) for zero
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x0040u;

@@ -50,10 +50,7 @@ __global__ void __launch_bounds__(kRows) fsq_quantize_kernel(const __grid_consta
   if (thread >= rows) return;
   int64_t id = 0;
   for (int d = 0; d < p.dims; ++d) id += levels[thread * p.dims + d] * p.basis[d];
-  if (p.ids64)
-    static_cast<int64_t*>(p.ids)[row0 + thread] = id;
-  else
-    static_cast<int32_t*>(p.ids)[row0 + thread] = static_cast<int32_t>(id);
+  fsq_store_id(p.ids, p.id_type, row0 + thread, id);
 }
 
 template <typename Word>
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(kRows) fsq_dequantize_kernel(const __grid_cons
   const int rows = p.n - row0 < kRows ? static_cast<int>(p.n - row0) : kRows;
   if (thread < p.dims) half[thread] = p.levels[thread] / 2;
   if (thread < rows) {
-    uint64_t id = p.ids64 ? static_cast<const int64_t*>(p.ids)[row] : static_cast<const int32_t*>(p.ids)[row];
+    uint64_t id = fsq_load_id(p.ids, p.id_type, row);
     if (id >= static_cast<uint64_t>(p.codebook)) id %= static_cast<uint64_t>(p.codebook);
     if (p.codebook <= UINT32_MAX)
       split_id(static_cast<uint32_t>(id), p, levels + thread * p.dims);

@@ -43,10 +43,7 @@ __global__ void __launch_bounds__(32 * kWarps) fsq_project_kernel(const __grid_c
     id += level * p.basis[d];
   }
   if (!p.ids || lane != 0) return;
-  if (p.ids64)
-    static_cast<int64_t*>(p.ids)[row] = id;
-  else
-    static_cast<int32_t*>(p.ids)[row] = static_cast<int32_t>(id);
+  fsq_store_id(p.ids, p.id_type, row, id);
 }
 
 template <typename T>

@@ -37,13 +37,6 @@ inline Dtype float_dtype(const char* name, const Tensor& t) {
   return type == ScalarType::Float ? Dtype::f32 : type == ScalarType::Half ? Dtype::f16 : Dtype::bf16;
 }
 
-inline bool is_int64(const char* name, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, name, " must have dtype int32 or int64, got ",
-                  torch::headeronly::toString(type));
-  return type == ScalarType::Long;
-}
-
 template <typename T>
 const T* read(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -1,6 +1,10 @@
 // How a CPU op runs: the kernel of the ISA level at hand, its rows split over torch's threads.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../capability.h"
 #include "../cpu/kernels.h"
 #include "args.h"
@@ -19,6 +23,28 @@ namespace flexkernels {
 
 // elements of work that are worth a thread
 constexpr int64_t kGrain = 16384;
+
+// glibc maps a block above this anew for every allocation, so that its pages are faulted in again on every call
+constexpr int64_t kMappedBytes = int64_t{32} << 20;
+
+// asks for 2 MiB pages under a large output: a fault each instead of 512
+inline void prefer_huge_pages(const Tensor& out) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
+  if (bytes < kMappedBytes) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
+  // advice alone: a kernel without such pages refuses it, and nothing changes
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)out;
+#endif
+}
+
+inline void prefer_huge_pages(const OptionalTensor& out) {
+  if (out) prefer_huge_pages(*out);
+}
 
 inline int64_t grain_rows(int64_t elements_per_row) {
   return elements_per_row >= kGrain ? 1 : kGrain / (elements_per_row + 1) + 1;

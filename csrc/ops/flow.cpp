@@ -38,6 +38,9 @@ void flow_update_cpu(const Tensor& x, const Tensor& v_cond, OptionalTensor v_unc
   check_offsets("row_offsets", args.row_offsets, rows, x.numel());
   check_offsets("prefix_offsets", args.prefix_offsets, rows, prefix ? prefix->numel() : 0);
   check_prefix_fits(args);
+  prefer_huge_pages(x_next);
+  prefer_huge_pages(momentum_next);
+  prefer_huge_pages(velocity);
   launch(FLEXKERNELS_SELECT(flow_update_kernel), args, rows, rows ? x.numel() / rows : 0);
 }
 

@@ -9,11 +9,14 @@ namespace {
 void fsq_quantize_cpu(const Tensor& z, const Tensor& thresholds, Levels levels, OptionalTensor codes,
                       OptionalTensor ids, OptionalTensor table) {
   const FsqQuantize args = fsq_quantize_args(z, thresholds, levels, codes, ids, table);
+  prefer_huge_pages(codes);
+  prefer_huge_pages(ids);
   launch(FLEXKERNELS_SELECT(fsq_quantize_kernel), args, args.n, args.dims);
 }
 
 void fsq_dequantize_cpu(const Tensor& ids, Levels levels, const Tensor& codes, OptionalTensor table) {
   const FsqDequantize args = fsq_dequantize_args(ids, levels, codes, table);
+  prefer_huge_pages(codes);
   launch(FLEXKERNELS_SELECT(fsq_dequantize_kernel), args, args.n, args.dims);
 }
 

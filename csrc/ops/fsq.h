@@ -20,14 +20,23 @@ inline int checked_dims(const Levels& levels) {
   return static_cast<int>(levels.size());
 }
 
+inline IdType checked_id_type(const char* name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::UInt16, name,
+                  " must have dtype int64, int32 or uint16, got ", torch::headeronly::toString(type));
+  return type == ScalarType::Long ? IdType::i64 : type == ScalarType::Int ? IdType::i32 : IdType::u16;
+}
+
 // basis[d] = product of the levels before d; returns the product of all
-inline int64_t checked_codebook(const Levels& levels, bool ids64, int64_t* basis) {
-  const int64_t limit = ids64 ? INT64_MAX : INT32_MAX;
+inline int64_t checked_codebook(const Levels& levels, IdType type, int64_t* basis) {
+  const int64_t limit = type == IdType::i64 ? INT64_MAX : type == IdType::i32 ? INT32_MAX : UINT16_MAX + 1;
   int64_t product = 1;
   for (size_t d = 0; d < levels.size(); ++d) {
     basis[d] = product;
     STD_TORCH_CHECK(product <= limit / levels[d], "ids must have a dtype that holds the product of levels, got ",
-                    ids64 ? "int64" : "int32");
+                    type == IdType::i64   ? "int64"
+                    : type == IdType::i32 ? "int32"
+                                          : "uint16");
     product *= levels[d];
   }
   return product;
@@ -68,8 +77,8 @@ inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, 
     p.codes = codes->mutable_data_ptr();
   }
   if (ids) {
-    p.ids64 = is_int64("ids", *ids);
-    p.codebook = checked_codebook(levels, p.ids64, p.basis);
+    p.id_type = checked_id_type("ids", *ids);
+    p.codebook = checked_codebook(levels, p.id_type, p.basis);
     check_numel("ids", *ids, p.n);
     check_layout("ids", *ids, z);
     p.ids = ids->mutable_data_ptr();
@@ -82,10 +91,10 @@ inline FsqDequantize fsq_dequantize_args(const Tensor& ids, const Levels& levels
   FsqDequantize p{};
   p.dims = checked_dims(levels);
   p.n = ids.numel();
-  p.ids64 = is_int64("ids", ids);
+  p.id_type = checked_id_type("ids", ids);
   check_layout("ids", ids, ids);
   int64_t basis[kFsqMaxDims];
-  p.codebook = checked_codebook(levels, p.ids64, basis);
+  p.codebook = checked_codebook(levels, p.id_type, basis);
   for (int d = 0; d < p.dims; ++d) p.levels[d] = static_cast<int>(levels[d]);
   p.dtype = float_dtype("codes", codes);
   check_numel("codes", codes, p.n * p.dims);

@@ -25,6 +25,7 @@ void fsq_embed_cpu(const Tensor& ids, Levels levels, const Tensor& weight, Optio
   const FsqEmbed args = fsq_embed_args(ids, levels, weight, bias, positions, position_index, tokens, token_index, out);
   check_index("position_index", args.position_index, args.n, 0, positions ? positions->size(0) : 0);
   check_index("token_index", args.token_index, args.n, INT32_MIN, tokens ? tokens->size(0) : 0);
+  prefer_huge_pages(out);
   launch(FLEXKERNELS_SELECT(fsq_embed_kernel), args, args.n, args.width);
 }
 

@@ -36,8 +36,8 @@ inline FsqProject fsq_project_args(const Tensor& hidden, const Tensor& weight, c
     p.codes = codes->mutable_data_ptr();
   }
   if (ids) {
-    p.ids64 = is_int64("ids", *ids);
-    checked_codebook(levels, p.ids64, p.basis);
+    p.id_type = checked_id_type("ids", *ids);
+    checked_codebook(levels, p.id_type, p.basis);
     check_numel("ids", *ids, p.n);
     check_layout("ids", *ids, hidden);
     p.ids = ids->mutable_data_ptr();
@@ -62,10 +62,10 @@ inline FsqEmbed fsq_embed_args(const Tensor& ids, const Levels& levels, const Te
   FsqEmbed p{};
   p.dims = checked_dims(levels);
   p.n = ids.numel();
-  p.ids64 = is_int64("ids", ids);
+  p.id_type = checked_id_type("ids", ids);
   check_layout("ids", ids, ids);
   int64_t basis[kFsqMaxDims];
-  p.codebook = checked_codebook(levels, p.ids64, basis);
+  p.codebook = checked_codebook(levels, p.id_type, basis);
   for (int d = 0; d < p.dims; ++d) p.levels[d] = static_cast<int>(levels[d]);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == p.n, "out must have shape [", p.n, ", width], got ", out.dim(),
                   " dimensions and ", out.numel(), " elements");

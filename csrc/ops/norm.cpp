@@ -19,6 +19,8 @@ void norm_forward_cpu(const Tensor& x, OptionalTensor y, OptionalTensor gate, Op
                       OptionalTensor out) {
   const NormForward args = norm_forward_args(x, y, gate, shift, scale, segment, eps, kind, sum, out);
   check_segments(args.segment, args.n, args.segments);
+  prefer_huge_pages(sum);
+  prefer_huge_pages(out);
   launch(FLEXKERNELS_SELECT(norm_forward_kernel), args, args.n, args.d);
 }
 
@@ -28,6 +30,8 @@ void norm_backward_cpu(OptionalTensor grad_out, OptionalTensor grad_sum, Optiona
   const NormBackward args =
       norm_backward_args(grad_out, grad_sum, v, gate, scale, segment, eps, kind, grad_x, grad_y, stats);
   check_segments(args.segment, args.n, args.segments);
+  prefer_huge_pages(grad_x);
+  prefer_huge_pages(grad_y);
   launch(FLEXKERNELS_SELECT(norm_backward_kernel), args, args.n, args.d);
 }
 
@@ -56,11 +60,13 @@ void norm_sums_cpu(OptionalTensor grad_out, OptionalTensor dv, OptionalTensor v,
 
 void swiglu_cpu(const Tensor& x, const Tensor& out) {
   const Swiglu args = swiglu_args(x, {}, out);
+  prefer_huge_pages(out);
   launch(FLEXKERNELS_SELECT(swiglu_kernel), args, args.n, args.h);
 }
 
 void swiglu_backward_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& grad_x) {
   const Swiglu args = swiglu_args(x, grad_out, grad_x);
+  prefer_huge_pages(grad_x);
   launch(FLEXKERNELS_SELECT(swiglu_backward_kernel), args, args.n, args.h);
 }
 

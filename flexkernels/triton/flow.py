@@ -129,7 +129,7 @@ def load_direction(b_c, p_uncond, p_buffer, o_row, m_row, momentum):
 def apg_factors(
     p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """s = min(1, threshold / |d|) and p = s * d.c / max(|c|, 1e-12)^2 of one row."""
+    """s = min(1, threshold / |d|) and p = s * d.c / max(|c|, 1e-12)^2 of one row; float32 sums are added in float64."""
     b_dd = tl.zeros([BLOCK], dtype=tl.float32)
     b_cc = tl.zeros([BLOCK], dtype=tl.float32)
     b_dc = tl.zeros([BLOCK], dtype=tl.float32)
@@ -144,10 +144,11 @@ def apg_factors(
     factor = 1.0
     if THRESHOLD:
         # min(1, threshold / |d|), which is 1 for |d| = 0
-        norm_d = tl.sqrt_rn(tl.sum(b_dd))
+        norm_d = tl.sqrt(tl.sum(b_dd.to(tl.float64))).to(tl.float32)
         factor = tl.where(norm_d > threshold, tl.div_rn(threshold, tl.maximum(norm_d, threshold)), 1.0)
-    norm_c = tl.maximum(tl.sqrt_rn(tl.sum(b_cc)), 1e-12)
-    return factor, factor * tl.div_rn(tl.div_rn(tl.sum(b_dc), norm_c), norm_c)
+    norm_c = tl.maximum(tl.sqrt(tl.sum(b_cc.to(tl.float64))), 1e-12)
+    along = tl.sum(b_dc.to(tl.float64)) / norm_c / norm_c
+    return factor, factor * along.to(tl.float32)
 
 
 @triton.jit
@@ -172,13 +173,13 @@ def rescale_factor(p_cond, p_uncond, start, end, gain, rescale, BLOCK: tl.conste
         b_c2 += b_c * b_c
         b_v1 += b_v
         b_v2 += b_v * b_v
-    count = tl.maximum(end - start, 1).to(tl.float32)
-    c1 = tl.sum(b_c1)
-    v1 = tl.sum(b_v1)
-    square_c = tl.maximum(tl.sum(b_c2) - c1 * tl.div_rn(c1, count), 0.0)
-    square_v = tl.sum(b_v2) - v1 * tl.div_rn(v1, count)
-    ratio = tl.where(square_v > 0, tl.sqrt_rn(tl.div_rn(square_c, tl.where(square_v > 0, square_v, 1.0))), 1.0)
-    return rescale * ratio + (1.0 - rescale)
+    count = tl.maximum(end - start, 1).to(tl.float64)
+    c1 = tl.sum(b_c1.to(tl.float64))
+    v1 = tl.sum(b_v1.to(tl.float64))
+    square_c = tl.maximum(tl.sum(b_c2.to(tl.float64)) - c1 * (c1 / count), 0.0)
+    square_v = tl.sum(b_v2.to(tl.float64)) - v1 * (v1 / count)
+    ratio = tl.where(square_v > 0, tl.sqrt(square_c / tl.where(square_v > 0, square_v, 1.0)), 1.0)
+    return rescale * ratio.to(tl.float32) + (1.0 - rescale)
 
 
 def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):

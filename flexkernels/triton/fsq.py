@@ -87,6 +87,9 @@ def fsq_dequantize_kernel(
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
     b_rest = tl.load(p_ids + o_n, mask=m_n, other=0)
+    if p_ids.dtype.element_ty == tl.uint16:
+        # levels less their half are signed
+        b_rest = b_rest.to(tl.int32)
     for d in tl.static_range(DIMS):
         b_level = b_rest % LEVELS[d]
         b_rest = b_rest // LEVELS[d]

@@ -100,6 +100,9 @@ def fsq_embed_kernel(
     m_j = o_j < width
     m_out = m_n[:, None] & m_j[None, :]
     b_rest = tl.load(p_ids + o_n, mask=m_n, other=0)
+    if p_ids.dtype.element_ty == tl.uint16:
+        # levels less their half are signed
+        b_rest = b_rest.to(tl.int32)
     b_out = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     if p_bias is not None:
         b_out += tl.load(p_bias + o_j, mask=m_j, other=0.0)[None, :]

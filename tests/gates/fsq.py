@@ -15,6 +15,7 @@ def launches():
         ((8, 8, 8, 5, 5, 5), torch.float32, torch.int64, False),
         ((7,) * 16, torch.bfloat16, torch.int64, False),
         ((256, 3), torch.float16, torch.int32, False),
+        ((8, 8, 8, 5, 5, 5), torch.bfloat16, torch.uint16, False),
         ((8, 5, 3), torch.float32, torch.int64, True),
     )
     for levels, dtype, ids_dtype, symmetric in cases:
