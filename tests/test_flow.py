@@ -139,13 +139,34 @@ def test_ragged_rows(place, guidance):
 
 
 @on_every_backend
-def test_momentum_starts_from_nothing_and_runs_on(place):
+def test_momentum_starts_from_zeros_and_runs_on(place):
     guidance = APG(5.0, threshold=0.6, momentum=-0.75)
-    arguments = draw(guidance, (2, 2, 33), momentum_buffer=None)
+    arguments = draw(guidance, (2, 2, 33), momentum_buffer=torch.zeros(2, 2, 33))
     x_next, buffer = check(place, arguments)
     torch.testing.assert_close(buffer, arguments["v_cond"] - arguments["v_uncond"], rtol=0, atol=0)
     _, second = check(place, arguments | {"x": x_next, "momentum_buffer": buffer})
     torch.testing.assert_close(second, 0.25 * buffer)
+
+
+@on_every_backend
+@every_guidance
+def test_rows_of_whole_samples_guide_per_sample(place, guidance):
+    """[B, C, n] as [B, 1, C n]: one norm a sample, and another result than with one a channel."""
+    arguments = draw(guidance, (3, 4, 37))
+    flat = {k: v.view(3, 1, -1) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    per_sample, _ = check(place, flat)
+    per_channel, _ = check(place, arguments)
+    needs_sums = isinstance(guidance, APG) or getattr(guidance, "rescale", 0) > 0
+    assert torch.equal(per_sample.view(3, 4, 37), per_channel) != needs_sums
+
+
+@on_every_backend
+def test_long_rows_keep_their_accuracy(place):
+    """Sums over 21 latent frames of 32 x 32, whose first elements are far larger than the others."""
+    arguments = draw(GUIDANCE["apg"], (1, 2, 21, 1024))
+    for name in ("v_cond", "v_uncond"):
+        arguments[name][:, :, 0, :7] *= 300
+    check(place, arguments)
 
 
 @on_every_backend
@@ -289,7 +310,7 @@ def test_new_sizes_do_not_recompile():
 def test_fake_tensors_tell_shapes():
     with FakeTensorMode():
         x = torch.empty(2, 3, 5, dtype=torch.bfloat16)
-        x_next, buffer = flexkernels.flow_step(x, x, x, dt=1.0, guidance=APG(momentum=-0.5))
+        x_next, buffer = flexkernels.flow_step(x, x, x, dt=1.0, guidance=APG(momentum=-0.5), momentum_buffer=x)
     assert (x_next.shape, x_next.dtype) == (x.shape, torch.bfloat16)
     assert (buffer.shape, buffer.dtype) == (x.shape, torch.float32)
 
@@ -335,6 +356,11 @@ WRONG = [
     ({"dt": math.nan}, ValueError, "dt must be finite, got nan"),
     ({"dt": -math.inf}, ValueError, "dt must be finite, got -inf"),
     ({"momentum_buffer": X}, ValueError, "momentum_buffer must be None unless guidance is APG"),
+    (
+        {"guidance": APG(momentum=-0.5), "v_uncond": X},
+        ValueError,
+        r"momentum_buffer must be given with a momentum \(zeros in the first step\), got None",
+    ),
     ({"guidance": APG(), "v_uncond": X, "momentum_buffer": X.half()}, TypeError, "momentum_buffer must be float32"),
     ({"guidance": APG(), "v_uncond": X, "momentum_buffer": X[0]}, ValueError, "momentum_buffer must have the shape"),
     (
