@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from cases.tokenizer import Middling, close
-from measure import alternate
 from report import machine, write
 
+from vft.measure import alternate
 from vft.modulation import ModulationTable
 from vft.packing import Member
 

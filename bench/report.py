@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from cases import CASES, Case
 from compare import compare
-from measure import alternate, bound_ms, ceilings
 from render import markdown, plot
 
 import flexkernels
 from flexkernels import library
+from vft.measure import alternate, bound_ms, ceilings
 
 
 def machine(device: str) -> dict:
@@ -130,6 +130,9 @@ def measured(options: argparse.Namespace) -> dict:
         report["records"].append(record)
         # compiled graphs of one case must not count towards another's limit of recompilations
         torch._dynamo.reset()
+        if options.json:
+            # after every case, so that a run that is cut off leaves what it has
+            write(options.json, json.dumps(report, indent=1) + "\n")
         if not options.markdown:
             print(json.dumps(record), flush=True)
     return report
@@ -161,8 +164,6 @@ def main(argv: list[str] | None = None) -> int:
     # read first: a wrong path must not cost a run
     old = json.loads(options.compare.read_text()) if options.compare else None
     report = loaded(options) if options.load else measured(options)
-    if options.json:
-        write(options.json, json.dumps(report, indent=1) + "\n")
     if options.markdown:
         print(markdown(report))
     if options.plot:

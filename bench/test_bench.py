@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cases import CASES
-from measure import synchronize
+
+from vft.measure import synchronize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

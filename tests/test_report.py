@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vft import measure
+
 BENCH = Path(__file__).parents[1] / "bench"
 STORED = BENCH / "results" / "cpu_epyc_avx512.json"
 CASE = "sample_logits_plain_fp32"
@@ -24,7 +26,7 @@ def bench():
     """The modules of bench/ by name, imported as its scripts import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        return {name: importlib.import_module(name) for name in ("cases", "compare", "measure", "render", "report")}
+        return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
 
 
 @pytest.fixture
@@ -142,14 +144,14 @@ def test_plot_of_the_stored_results(bench, tmp_path):
         assert picture.width > 800 and len(picture.getcolors(2**24)) > 10
 
 
-def test_turns_end_early_for_slow_cases_alone(bench):
-    enough = bench["measure"]._enough
+def test_turns_end_early_for_slow_cases_alone():
+    enough = measure._enough
     assert not enough(100, 0.9, 1.0) and enough(7, 1.0, 1.0)
     assert not enough(6, 2.9, 1.0) and enough(3, 3.0, 1.0) and not enough(2, 30.0, 1.0)
 
 
-def test_median_and_quartiles(bench):
-    timing = bench["measure"]._timing([0.005, 0.001, 0.003, 0.002, 0.004])
+def test_median_and_quartiles():
+    timing = measure._timing([0.005, 0.001, 0.003, 0.002, 0.004])
     assert timing == pytest.approx((3, 2, 4))
 
 
@@ -170,9 +172,9 @@ def test_every_peer_names_its_source(path):
     assert [n.name for n in peers if "Source: " not in (ast.get_docstring(n) or "")] == []
 
 
-def test_bound_is_by_memory_or_by_arithmetic(bench):
+def test_bound_is_by_memory_or_by_arithmetic():
     numbers = {"copy_gb_s": 20.0, "read_gb_s": 40.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 200.0}
-    bound = bench["measure"].bound_ms
+    bound = measure.bound_ms
     assert bound(20_000_000, 0, torch.float32, numbers) == 1.0
     assert bound(20_000_000, 0, torch.float32, numbers, "read") == 0.5
     assert bound(0, 100_000_000, torch.float32, numbers) == 1.0

@@ -77,7 +77,7 @@ def ceilings(device: str, seconds: float = 1.0) -> dict[str, float]:
 
     A matrix-vector product reads faster than a sum does.
     """
-    count, width = (2**28, 8192) if device == "cuda" else (2**25, 1536)
+    count, width = (2**28, 8192) if device == "cuda" else (2**25, 1024)
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     rows, vector = source.view(-1, 1024), torch.ones(1024, device=device)
