@@ -50,7 +50,8 @@ def plot(report: dict, path: Path) -> None:
     fractions = [record["fraction_of_bound"] for record in records]
     left.barh(places, [min(1.0, f) for f in fractions], color="tab:blue", height=0.7)
     for place, fraction in zip(places, fractions, strict=True):
-        left.text(min(1.0, fraction) + 0.01, place, f"{fraction:.2f}", va="center", fontsize=7)
+        # beside the bar, and never across the line at 1
+        left.text(1.01 if fraction > 0.9 else fraction + 0.01, place, f"{fraction:.2f}", va="center", fontsize=7)
     left.axvline(1, color="black", linewidth=0.8)
     left.set(yticks=places, xlim=(0, 1.15), ylim=(-0.6, len(records) - 0.4), xlabel="fraction of the machine's bound")
     left.set_yticklabels([record["name"] for record in records], fontsize=7)
@@ -60,7 +61,10 @@ def plot(report: dict, path: Path) -> None:
     for place, ratio in zip(places, ratios, strict=True):
         right.text(max(1.0, ratio) * 1.03, place, f"{ratio:.2f}x", va="center", fontsize=7)
     right.axvline(1, color="black", linewidth=0.8)
-    right.set(xscale="log", xlim=(0.5, 1.6 * max(ratios, default=1)), xlabel="speed-up over the best peer")
+    right.set(xscale="log", xlim=(0.5, 2 * max(ratios, default=1)), xlabel="speed-up over the best peer")
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick < 2 * max(ratios, default=1)]
+    right.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    right.minorticks_off()
     figure.suptitle(f"{where['gpu'] or where['processor']}, {where['threads']} CPU threads, torch {where['torch']}")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

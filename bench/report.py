@@ -154,7 +154,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, metavar="OLD", help="flag what is slower than in this earlier report")
     parser.add_argument("--load", type=Path, metavar="FILE", help="take the records from there, measure nothing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long the contenders of a case take turns")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long the contenders of a case take turns")
     parser.add_argument("--threads", type=int, help="CPU threads (default: those of torch)")
     return parser.parse_args(argv)
 

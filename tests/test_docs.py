@@ -13,6 +13,7 @@ from vft.demo import CLIP
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SOURCES = [ROOT / "setup.py", *ROOT.glob("flexkernels/**/*.py"), *ROOT.glob("vft/**/*.py"), *ROOT.glob("csrc/*.cpp")]
 # the info string of a block that needs other packages: ```python no-run
 FENCE = re.compile(r"^```python *(no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VARIABLE = re.compile(
@@ -48,19 +49,18 @@ def test_every_public_op_is_documented():
 
 def test_every_environment_variable_is_documented():
     text = (ROOT / "docs" / "backends.md").read_text()
-    files = [ROOT / "setup.py", *ROOT.glob("flexkernels/**/*.py"), *ROOT.glob("vft/**/*.py"), *ROOT.glob("csrc/*.cpp")]
-    read = {name for file in files for name in VARIABLE.findall(file.read_text()) if name}
+    read = {name for file in SOURCES for name in VARIABLE.findall(file.read_text()) if name}
     assert {"FLEXKERNELS_BACKEND", "FLEXKERNELS_CPU_CAPABILITY", "FLEXKERNELS_CHECK", "MAX_JOBS"} <= read
     assert [name for name in sorted(read) if f"`{name}`" not in text] == []
 
 
 def test_quoted_errors_are_those_of_the_code():
-    source = "".join(p.read_text() for p in [ROOT / "setup.py", *ROOT.glob("*/*.py"), *ROOT.glob("csrc/*.cpp")])
+    source = "".join(p.read_text() for p in SOURCES)
     # f-string fields become "...", neighbouring literals one
     source = re.sub(r'"\s*\n\s*f?"', "", source)
     quoted = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(quoted) > 20
-    parts = {part.strip() for message in quoted for part in re.split(r"\.\.\.| must | needs ", message)}
+    parts = {part.strip() for message in quoted for part in re.split(r"\.\.\.| must | needs | cannot ", message)}
     assert [part for part in sorted(parts) if len(part) > 9 and part not in source] == []
 
 
