@@ -16,9 +16,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 SOURCES = [ROOT / "setup.py", *ROOT.glob("flexkernels/**/*.py"), *ROOT.glob("vft/**/*.py"), *ROOT.glob("csrc/*.cpp")]
 # the info string of a block that needs other packages: ```python no-run
 FENCE = re.compile(r"^```python *(no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-VARIABLE = re.compile(
-    r"\b(?:getenv\(|environ(?:\.get)?[\[(]|environment\.get\(|env\.get\(|ENVIRONMENT = )(?:name|\"(\w+)\")"
-)
+VARIABLE = re.compile(r'(?:getenv\(|environ\[|environ\.get\(|environment\.get\(|ENVIRONMENT = )"(\w+)"')
 
 
 def runnable(page: Path) -> list[str]:
