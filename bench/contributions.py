@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from cases.tokenizer import Middling, close
-from measure import alternate
 from report import machine, write
 
+from vft.measure import alternate
 from vft.modulation import ModulationTable
 from vft.packing import Member
 
@@ -75,8 +75,10 @@ def main():
             wrong = close(run(), want, dtype, 1e-5)
             if wrong:
                 raise SystemExit(f"{name}: {wrong}")
-        ms = alternate(runs, "cpu", options.seconds)
-        report["ms_per_step"][str(dtype).removeprefix("torch.")] = {name: t / STEPS for name, t in ms.items()}
+        times = alternate(runs, "cpu", options.seconds)
+        report["ms_per_step"][str(dtype).removeprefix("torch.")] = {
+            name: timing.ms / STEPS for name, timing in times.items()
+        }
     columns = report["ms_per_step"]
     print("| | " + " | ".join(f"{name}, ms a step" for name in columns) + " |\n|---|" + "---:|" * len(columns))
     for name in next(iter(columns.values())):

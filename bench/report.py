@@ -1,8 +1,10 @@
 """Measures our ops against their peers on this machine.
 
-    python bench/report.py [--only NAME ...] [--json FILE] [--markdown]
+    python bench/report.py [--only NAME ...] [--json FILE] [--markdown] [--plot FILE.png] [--compare OLD.json]
+    python bench/report.py --load FILE [--only NAME ...] [--markdown] [--plot FILE.png] [--compare OLD.json]
 
-A case whose result is wrong gets no times and no ratio, and the exit code is 1.
+A case whose result is wrong gets no times and no ratio, and the exit code is 1; so it is where --compare finds a case
+that has become slower beyond noise (bench/compare.py). --load takes the records of an earlier run, nothing is measured.
 """
 
 import argparse
@@ -14,14 +16,17 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from cases import CASES, Case
-from measure import alternate, bound_ms, ceilings
+from compare import compare
+from render import markdown, plot
 
 import flexkernels
 from flexkernels import library
+from vft.measure import alternate, bound_ms, ceilings
 
 
 def machine(device: str) -> dict:
@@ -75,8 +80,9 @@ def measure(case: Case, device: str, ceiling: dict, seconds: float) -> dict:
         "shape": case.shape,
         "ours_ms": None,
         "peers": {},
+        "quartiles": {},
         "ratio": None,
-        "bound_ms": bound_ms(case.bytes, case.flops, case.dtype, ceiling),
+        "bound_ms": bound_ms(case.bytes, case.flops, case.dtype, ceiling, case.bandwidth),
         "fraction_of_bound": None,
         "correct": True,
         "note": case.note,
@@ -84,35 +90,16 @@ def measure(case: Case, device: str, ceiling: dict, seconds: float) -> dict:
     wrong = case.check()
     if wrong is not None:
         return record | {"correct": False, "note": f"WRONG: {wrong}"}
-    times = alternate({"ours": case.ours, **case.peers}, device, seconds)
+    timings = alternate({"ours": case.ours, **case.peers}, device, seconds)
+    times = {name: timing.ms for name, timing in timings.items()}
     ours = times.pop("ours")
     return record | {
         "ours_ms": ours,
         "peers": times,
+        "quartiles": {name: [timing.low, timing.high] for name, timing in timings.items()},
         "ratio": min(times.values()) / ours if times else None,
         "fraction_of_bound": record["bound_ms"] / ours,
     }
-
-
-def markdown(report: dict) -> str:
-    """The records as a table, under a line on the machine."""
-    where, ceiling = report["machine"], report["ceilings"]
-    lines = [
-        f"{where['gpu'] or where['processor']}, {where['threads']} CPU threads, torch {where['torch']}, "
-        f"commit {where['commit']}; copy {ceiling['copy_gb_s']:.0f} GB/s, read {ceiling['read_gb_s']:.0f} GB/s, "
-        f"GEMM {ceiling['gemm_fp32_gflop_s']:.0f} (fp32) and {ceiling['gemm_bf16_gflop_s']:.0f} (bf16) GFLOP/s",
-        "",
-        "| case | shape | ours ms | peers ms | best peer / ours | of bound | correct |",
-        "| --- | --- | ---: | --- | ---: | ---: | --- |",
-    ]
-    for record in report["records"]:
-        peers = ", ".join(f"{name} {ms:.3g}" for name, ms in record["peers"].items())
-        shape = " x ".join(map(str, record["shape"]))
-        numbers = [record["ours_ms"], record["ratio"], record["fraction_of_bound"]]
-        ours, ratio, fraction = ("-" if value is None else f"{value:.3g}" for value in numbers)
-        verdict = "yes" if record["correct"] else record["note"]
-        lines.append(f"| {record['name']} | {shape} | {ours} | {peers} | {ratio} | {fraction} | {verdict} |")
-    return "\n".join(lines)
 
 
 def write(path: Path, text: str):
@@ -122,38 +109,73 @@ def write(path: Path, text: str):
     os.replace(file.name, path)
 
 
-def chosen(patterns: list[str] | None) -> list[str]:
+def chosen(patterns: list[str] | None, names: Collection[str]) -> list[str]:
+    """The names that match one of the patterns, all without patterns. Exits where a pattern names none."""
     if not patterns:
-        return list(CASES)
+        return list(names)
     for pattern in patterns:
-        if not fnmatch.filter(CASES, pattern):
-            raise SystemExit(f"--only must name a case or a pattern of {', '.join(CASES)}, got {pattern}")
-    return [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        if not fnmatch.filter(names, pattern):
+            raise SystemExit(f"--only must name a case or a pattern of {', '.join(names)}, got {pattern}")
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases to run; patterns such as 'fsq_*' are allowed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--markdown", action="store_true", help="print a table rather than a line a case")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long the contenders of a case take turns")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: those of torch)")
-    options = parser.parse_args()
-    names = chosen(options.only)
+def measured(options: argparse.Namespace) -> dict:
+    """The report of a run over the chosen cases; a line of JSON a case on the way, unless a table is to come."""
+    names = chosen(options.only, CASES)
     if options.threads:
         torch.set_num_threads(options.threads)
     report = {"machine": machine(options.device), "ceilings": ceilings(options.device), "records": []}
     for name in names:
         record = measure(CASES[name](options.device), options.device, report["ceilings"], options.seconds)
         report["records"].append(record)
+        # compiled graphs of one case must not count towards another's limit of recompilations
+        torch._dynamo.reset()
+        if options.json:
+            # after every case, so that a run that is cut off leaves what it has
+            write(options.json, json.dumps(report, indent=1) + "\n")
         if not options.markdown:
             print(json.dumps(record), flush=True)
+    return report
+
+
+def loaded(options: argparse.Namespace) -> dict:
+    """An earlier report, cut to the chosen cases."""
+    report = json.loads(options.load.read_text())
+    names = chosen(options.only, [record["name"] for record in report["records"]])
+    return report | {"records": [record for record in report["records"] if record["name"] in names]}
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases to run; patterns such as 'fsq_*' are allowed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--markdown", action="store_true", help="print a table rather than a line a case")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw fraction of bound and speed-up there (PNG)")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="flag what is slower than in this earlier report")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="take the records from there, measure nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long the contenders of a case take turns")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: those of torch)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parsed(argv)
+    # read first: a wrong path must not cost a run
+    old = json.loads(options.compare.read_text()) if options.compare else None
+    report = loaded(options) if options.load else measured(options)
     if options.markdown:
         print(markdown(report))
-    if options.json:
-        write(options.json, json.dumps(report, indent=1) + "\n")
-    return 0 if all(record["correct"] for record in report["records"]) else 1
+    if options.plot:
+        plot(report, options.plot)
+    regressions = 0
+    if old is not None:
+        try:
+            lines, regressions = compare(old, report)
+        except ValueError as error:
+            raise SystemExit(f"--compare {options.compare}: {error}") from error
+        print("\n".join(lines))
+    return 0 if all(record["correct"] for record in report["records"]) and not regressions else 1
 
 
 if __name__ == "__main__":

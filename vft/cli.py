@@ -1,4 +1,4 @@
-"""The ``vft`` command: encode, decode, reconstruct, generate, demo, info, eval, train.
+"""The ``vft`` command: encode, decode, reconstruct, generate, demo, info, eval, train, bench.
 
 Bad input ends with exit code 2 and one line on stderr; outputs appear complete or not at all. A folder of which some
 videos failed ends with exit code 1.
@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import flexkernels
 from flexkernels.library import BACKENDS
-from vft import batch, checkpoint, demo, evaluate, video
+from vft import batch, bench, checkpoint, demo, evaluate, video
 from vft.files import check_output
 from vft.solver import SOLVERS
 from vft.tokens import MAGIC, VideoTokens
@@ -155,14 +156,11 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """``vft generate``: a class or a caption to videos, or with ``--tokens-only`` to .vft files."""
-    from vft import Generator, generation
+    from vft import generation
 
     if not args.tokens_only:
         _check_video_output(args.output)
-    if args.model is None:
-        raise ValueError("a generator must be named with --model: none is embedded")
-    options = {"device": _device(args), "dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else None}
-    generator = Generator.from_pretrained(args.model, **options)
+    generator = _load_generator(args, getattr(torch, args.dtype))
     condition = _condition(generator, args)
     count = args.n or len(condition.get("text_emb", [None]))
     outputs = generation.output_paths(args.output, count, args.tokens_only)
@@ -273,6 +271,29 @@ def _generator_facts(target: str) -> dict:
     }  # fmt: skip
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    """``vft bench``: times encoding, decoding or generating, and profiles it."""
+    if args.trace is not None:
+        if not args.profile or args.trace.suffix != ".json":
+            raise ValueError("--trace takes a .json file and needs --profile")
+        check_output(args.trace)
+    dtype = getattr(torch, args.dtype)
+    common = {"batch": args.batch, "frames": args.frames}
+    if args.what == "generate":
+        generator = _load_generator(args, dtype)
+        options = {"temperature": args.temperature, "guidance": args.token_guidance, "seed": args.seed}
+        job = bench.generate_job(generator, keep=args.keep, **common, **options)
+    else:
+        tokenizer = load_tokenizer(args, dtype=dtype)
+        _check_keep(args.keep, tokenizer.registers)
+        common["size"] = args.size
+        if args.what == "encode":
+            job = bench.encode_job(tokenizer, seed=args.seed, **common)
+        else:
+            job = bench.decode_job(tokenizer, keep=args.keep, **common, **_sampler(args))
+    bench.run(job, args.dtype, args.seconds, args.profile, args.trace, args.top)
+
+
 def _names_file(target: str) -> bool:
     return target.endswith((_TOKENS_SUFFIX, *video.OUTPUT_FORMATS))
 
@@ -284,11 +305,20 @@ def _is_tokens(path: str) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def load_tokenizer(args: argparse.Namespace, reference: str | None = None):
+def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype: torch.dtype = torch.float32):
     """The tokenizer that ``reference``, else ``--model``, and ``--device`` ask for."""
     from vft import Tokenizer
 
-    return Tokenizer.from_pretrained(reference or args.model or DEFAULT_MODEL, device=_device(args))
+    return Tokenizer.from_pretrained(reference or args.model or DEFAULT_MODEL, device=_device(args), dtype=dtype)
+
+
+def _load_generator(args: argparse.Namespace, dtype: torch.dtype):
+    from vft import Generator
+
+    if args.model is None:
+        raise ValueError("a generator must be named with --model: none is embedded")
+    weights = "int8" if args.int8 else None
+    return Generator.from_pretrained(args.model, device=_device(args), dtype=dtype, weights=weights)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -398,6 +428,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", default=".", help="folder for demo.mp4 and demo.png (default: here)")
     command = add("eval", run_eval, "Measure what a model's tokens are worth; optionally a generator too.", model)
     evaluate.add_arguments(command)
+    command = add("bench", run_bench, "Time encoding, decoding or generating; profile it.", model, sampler)
+    _add_bench_options(command)
     command = add("info", info, "Print facts about a .vft file, a video, a model, or the installation.")
     command.add_argument("target", nargs="?", help="file, folder or model name; none: the installation")
     command.set_defaults(device="cpu")
@@ -423,6 +455,22 @@ def _add_generator_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     command.add_argument("--int8", action="store_true", help="keep the generator's matrices as int8")
     command.add_argument("--tokens-only", action="store_true", help="write .vft files (NAME-0.vft, ... for several)")
+
+
+def _add_bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=("encode", "decode", "generate"), help="random frames or ids serve as input")
+    command.add_argument("--batch", type=_at_least(1), default=1, help="samples in one call (default: 1)")
+    command.add_argument("--frames", type=_at_least(1), default=5, help="latent frames (default: 5, 17 frames)")
+    command.add_argument("-k", "--keep", type=_at_least(1), help="registers, or tokens, of every latent frame")
+    command.add_argument("--size", type=_at_least(16), help="side of the frames, where the model takes any size")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    command.add_argument("--int8", action="store_true", help="generate: keep the matrices as int8")
+    command.add_argument("--temperature", type=float, default=1.0, help="generate: of the tokens (default: 1)")
+    command.add_argument("--token-guidance", type=float, help="generate: guidance scale (default: off)")
+    command.add_argument("--seconds", type=float, default=2.0, help="how long it is timed (default: 2)")
+    command.add_argument("--profile", action="store_true", help="print the time of each op and its share of the bound")
+    command.add_argument("--trace", type=Path, help="with --profile: Chrome trace to write, .json")
+    command.add_argument("--top", type=_at_least(1), default=15, help="with --profile: ops shown (default: 15)")
 
 
 def _add_train(add, argv: list[str]) -> None:

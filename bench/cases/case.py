@@ -12,7 +12,8 @@ class Case:
     """One op at one size.
 
     ours and peers take nothing and compute the same thing. check says why our result is wrong, or None; nothing is
-    timed against a wrong result. bytes and flops are the least that any implementation must move and compute.
+    timed against a wrong result. bytes and flops are the least that any implementation must move and compute; bandwidth
+    is "copy", or "read" where next to nothing is written.
     """
 
     dtype: torch.dtype
@@ -23,6 +24,7 @@ class Case:
     bytes: int
     flops: int = 0
     note: str = ""
+    bandwidth: str = "copy"
     name: str = field(default="", init=False)
 
 

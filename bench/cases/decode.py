@@ -26,7 +26,7 @@ def decode_attention(device: str, dtype: torch.dtype, batch: int, kv_heads: int,
     peers = {"SDPA on cache views": lambda: decode_peers.cached_sdpa(q, k, v, length)}
     moved = size(k[:, :, :length], v[:, :, :length], q, q)
     flops = 4 * batch * heads * length * head_dim
-    return Case(dtype, [batch, heads, kv_heads, length, head_dim], ours, peers, check, moved, flops)
+    return Case(dtype, [batch, heads, kv_heads, length, head_dim], ours, peers, check, moved, flops, bandwidth="read")
 
 
 ATTENTION = {

@@ -1,4 +1,4 @@
-"""FSQ at the size of 64 clips."""
+"""FSQ at the size of 64 clips, and of a data set that fills memory."""
 
 import torch
 from peers import fsq as fsq_peers
@@ -10,8 +10,8 @@ from .case import Case, case, compiled, size
 LEVELS = [8, 8, 8, 5, 5, 5]
 
 
-def fsq_quantize(device: str, dtype: torch.dtype) -> Case:
-    z = (2 * torch.randn(163840, len(LEVELS))).to(dtype).to(device)
+def fsq_quantize(device: str, dtype: torch.dtype, rows=163_840) -> Case:
+    z = (2 * torch.randn(rows, len(LEVELS))).to(dtype).to(device)
     formula = fsq_peers.Formula(LEVELS, device)
     codes, ids = flexkernels.fsq_quantize(z, LEVELS)
 
@@ -37,6 +37,11 @@ def fsq_quantize_fp32(device: str) -> Case:
 @case("fsq_quantize_bf16")
 def fsq_quantize_bf16(device: str) -> Case:
     return fsq_quantize(device, torch.bfloat16)
+
+
+@case("fsq_quantize_large_fp32")
+def fsq_quantize_large(device: str) -> Case:
+    return fsq_quantize(device, torch.float32, 2**24)
 
 
 @case("fsq_dequantize_fp32")

@@ -86,6 +86,7 @@ def generator_step(device: str, dtype: torch.dtype, samples: int) -> Case:
     return Case(
         dtype, [rows, LENGTH + 1], ours, {"plain loop": peer}, check, read,
         note=f"depth {DEPTH}, vocabulary {VOCAB}; one token of {samples} guided samples; bytes are weights and cache",
+        bandwidth="read",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The head over 64,000 tokens for two sequences, and a small layer, where the overhead shows."""
+"""The head over 64,000 tokens for one to four sequences, and a small layer, where the overhead shows."""
 
 import torch
 from peers import linear as linear_peers
@@ -8,8 +8,8 @@ import flexkernels
 from .case import Case, accurate, case, size
 
 
-def linear_case(device: str, dtype, n: int, k: int, int8=False, activation=None) -> Case:
-    x, weight, scale = torch.randn(2, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), None
+def linear_case(device: str, dtype, n: int, k: int, rows=2, int8=False, activation=None) -> Case:
+    x, weight, scale = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype), None
     if int8:
         weight, scale = flexkernels.quantize_rows(weight)
     x, weight = x.to(device), weight.to(device)
@@ -30,18 +30,19 @@ def linear_case(device: str, dtype, n: int, k: int, int8=False, activation=None)
         return accurate(ours(), peer(), flexkernels.skinny_linear_ref(x.double(), wide, **exact))
 
     note = "int8 weight" if int8 else activation or ""
-    flops = 2 * x.shape[0] * weight.numel()
-    return Case(dtype, [2, n, k], ours, {"torch linear": peer}, check, size(x, weight, ours()), flops, note)
+    flops = 2 * rows * weight.numel()
+    moved = size(x, weight, ours())
+    return Case(dtype, [rows, n, k], ours, {"torch linear": peer}, check, moved, flops, note, bandwidth="read")
 
 
-@case("skinny_linear_head_fp32")
-def head_fp32(device: str) -> Case:
-    return linear_case(device, torch.float32, 64_000, 1024)
+def add_head(rows: int, dtype: torch.dtype, suffix: str):
+    name = "head" if rows == 2 else f"head_rows{rows}"
+    case(f"skinny_linear_{name}_{suffix}")(lambda device: linear_case(device, dtype, 64_000, 1024, rows))
 
 
-@case("skinny_linear_head_bf16")
-def head_bf16(device: str) -> Case:
-    return linear_case(device, torch.bfloat16, 64_000, 1024)
+for count in (1, 2, 3, 4):
+    add_head(count, torch.float32, "fp32")
+    add_head(count, torch.bfloat16, "bf16")
 
 
 @case("skinny_linear_head_int8")

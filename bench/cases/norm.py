@@ -26,7 +26,9 @@ def arguments_of(name: str, dtype, device: str) -> list:
         return [rows(), torch.randn(WIDTH, device=device).to(dtype), rows()]
     tables = (0.5 * torch.randn(SAMPLES, 6 * WIDTH, device=device)).to(dtype).chunk(6, -1)[:3]
     segment = torch.arange(SAMPLES, device=device, dtype=torch.int32).repeat_interleave(TOKENS // SAMPLES)
-    return [rows(), *tables[1:], segment] if name == "adaln_norm" else [rows(), rows(), *tables, segment]
+    if name == "adaln_norm":
+        return [rows(), *tables[1:], segment]
+    return [rows(), rows(), *(tables[:1] if name == "gated_residual" else tables), segment]
 
 
 def ours_of(name: str):
@@ -87,7 +89,7 @@ def add(name: str, dtype, suffix: str):
     case(f"{name}_backward_{suffix}")(lambda device: backward_case(name, dtype, device))
 
 
-for op in ("gated_residual_adaln_norm", "adaln_norm", "rms_norm", "swiglu"):
+for op in ("gated_residual_adaln_norm", "gated_residual", "adaln_norm", "rms_norm", "swiglu"):
     add(op, torch.bfloat16, "bf16")
 for op in ("gated_residual_adaln_norm", "swiglu"):
     add(op, torch.float32, "fp32")

@@ -1,1 +1,4 @@
-"""What our ops are measured against: the formulas as PyTorch code would write them. One op family a file."""
+"""What our ops are measured against: the formulas as PyTorch code would write them. One op family a file.
+
+Every peer names its source; none is copied code.
+"""

@@ -6,17 +6,24 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 def as_batch(*tensors):
+    """Source: the layout that SDPA documents, [batch, heads, tokens, head_dim]."""
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
 def dense_mask(q, k, v, mask):
-    """mask [total, total], bool or added to the scores."""
+    """mask [total, total], bool or added to the scores.
+
+    Source: torch.nn.functional.scaled_dot_product_attention with attn_mask, PyTorch documentation.
+    """
     return F.scaled_dot_product_attention(*as_batch(q, k, v), attn_mask=mask)[0].transpose(0, 1)
 
 
 class Blocks:
     """SDPA over the rows of one frame part at a time and the keys up to where they see: no mask but for registers that
-    are causal among themselves."""
+    are causal among themselves.
+
+    Source: SDPA as above; the cut into parts follows from the mask.
+    """
 
     def __init__(self, sequences, causal_registers, mask):
         self.parts, at = [], 0
@@ -41,7 +48,10 @@ class Blocks:
 
 
 class Flex:
-    """Compiled FlexAttention with a block mask, made beforehand and not counted."""
+    """Compiled FlexAttention with a block mask, made beforehand and not counted.
+
+    Source: torch.nn.attention.flex_attention, PyTorch documentation; arXiv 2604.12887 uses it.
+    """
 
     def __init__(self, layout, weight, device):
         sequence, frame, rank = layout.sequence, layout.frame, layout.rank

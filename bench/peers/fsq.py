@@ -1,9 +1,14 @@
-"""FSQ by the formula of arXiv 2309.15505, with its constants made once, as an FSQ module holds them."""
+"""FSQ as PyTorch modules write it."""
 
 import torch
 
 
 class Formula:
+    """The formula with its constants made once, as a module holds them.
+
+    Source: arXiv 2309.15505, section 3.1 and the code of its appendix A.1.
+    """
+
     def __init__(self, levels, device):
         count = torch.tensor(levels, dtype=torch.float32, device=device)
         self.levels = torch.tensor(levels, device=device)

@@ -4,7 +4,11 @@ import torch.nn.functional as F
 
 
 class Loop:
-    """weights under the published names; rows [cond; uncond], one token a call."""
+    """weights under the published names; rows [cond; uncond], one token a call.
+
+    Source: the decoder-only transformer of arXiv 2302.13971 with learned positions and the cache of arXiv 1911.02150,
+    section 2.3, by torch.nn.functional.
+    """
 
     def __init__(self, weights: dict, depth: int, rows: int, max_len: int):
         self.w, self.depth = weights, depth

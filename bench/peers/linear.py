@@ -4,14 +4,19 @@ import torch.nn.functional as F
 
 
 def linear(x, weight):
+    """Source: torch.nn.functional.linear, PyTorch documentation."""
     return F.linear(x, weight)
 
 
 def dequantized_linear(x, weight, scale):
-    """int8 weight [n, k], scale [n]: widened to x's dtype, then multiplied."""
+    """int8 weight [n, k], scale [n]: widened to x's dtype, then multiplied.
+
+    Source: the weight-only int8 linear layer of pytorch-labs/gpt-fast (quantize.py), as a formula.
+    """
     return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 
 def swiglu(x, weight):
+    """Source: arXiv 2002.05202, equation 6, both matrices in one product."""
     gate, up = F.linear(x, weight).chunk(2, -1)
     return F.silu(gate) * up

@@ -6,7 +6,10 @@ import torch
 
 
 def sort_and_draw(logits, temperature, top_k, top_p):
-    """logits [n, vocab] -> ids [n]."""
+    """logits [n, vocab] -> ids [n].
+
+    Source: top-p of arXiv 1904.09751, section 3.1, after top-k of arXiv 1805.04833, section 5.4.
+    """
     ordered, order = (logits.float() / temperature).sort(-1, descending=True)
     ordered[:, top_k:] = -math.inf
     p = ordered.softmax(-1)
@@ -15,7 +18,10 @@ def sort_and_draw(logits, temperature, top_k, top_p):
 
 
 def topk_and_draw(logits, temperature, top_k, top_p):
-    """The same by torch.topk, which is possible where top_k is given."""
+    """The same by torch.topk, which is possible where top_k is given.
+
+    Source: as above; torch.topk in place of the sort.
+    """
     ordered, order = (logits.float() / temperature).topk(top_k)
     p = ordered.softmax(-1)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
@@ -23,4 +29,5 @@ def topk_and_draw(logits, temperature, top_k, top_p):
 
 
 def draw(logits, temperature):
+    """Source: torch.multinomial, PyTorch documentation."""
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]

@@ -5,11 +5,15 @@ import torch.nn.functional as F
 
 
 def layer_norm(x):
+    """Source: torch.nn.functional.layer_norm in float32 without parameters, as arXiv 2604.12887 normalises."""
     return F.layer_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
 class Decoder:
-    """The velocity of one sample, frame by frame patches then registers, with the weights of a vft decoder."""
+    """The velocity of one sample, frame by frame patches then registers, with the weights of a vft decoder.
+
+    Source: the decoder of arXiv 2604.12887, its masks given to SDPA.
+    """
 
     def __init__(self, decoder, grid, device):
         config = decoder.config
@@ -57,7 +61,10 @@ class Decoder:
 
 
 def sample(decoder, noise, codes, keep, steps, guidance, update):
-    """Euler steps of a conditional and an unconditional pass each; update(x, v_cond, v_uncond, dt) guides and steps."""
+    """Euler steps of a conditional and an unconditional pass each; update(x, v_cond, v_uncond, dt) guides and steps.
+
+    Source: the Euler sampler of arXiv 2604.12887.
+    """
     x = noise
     for i in range(steps):
         t = torch.full((1,), 1 - i / steps, device=x.device)
