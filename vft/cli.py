@@ -159,10 +159,8 @@ def generate(args: argparse.Namespace) -> None:
 
     if not args.tokens_only:
         _check_video_output(args.output)
-    if args.model is None:
-        raise ValueError("a generator must be named with --model: none is embedded")
     options = {"device": _device(args), "dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else None}
-    generator = Generator.from_pretrained(args.model, **options)
+    generator = Generator.from_pretrained(args.model or DEFAULT_MODEL, **options)
     condition = _condition(generator, args)
     count = args.n or len(condition.get("text_emb", [None]))
     outputs = generation.output_paths(args.output, count, args.tokens_only)

@@ -19,7 +19,7 @@ from torch import nn
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu
 
-from . import checkpoint, decoding
+from . import checkpoint, decoding, factors
 from .config import GeneratorConfig, parse_generator_config
 
 # rows that skinny_linear serves
@@ -185,7 +185,7 @@ class Generator(nn.Module):
         dtype: torch.dtype = torch.float32,
         weights: str | None = None,
     ) -> Generator:
-        """Loads a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
+        """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
         small error (see the tests); embeddings and norms stay in ``dtype``.
@@ -195,7 +195,8 @@ class Generator(nn.Module):
         """
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be None or 'int8', got {weights!r}")
-        raw, tensors, name = checkpoint.read(reference)
+        raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
+        raw, tensors = factors.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
         checkpoint.fill(model.published(), tensors)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
