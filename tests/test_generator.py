@@ -129,7 +129,8 @@ def test_the_step_in_one_call_equals_the_ops_one_by_one(case, options, monkeypat
         with flexkernels.backend("cpu"):
             want = gen.blocks_step(x.clone(), view)
         step(x, stack, k, v, *rest, **cross)
-        assert torch.equal(x, want) and torch.equal(k, view.k) and torch.equal(v, view.v)
+        # the caches hold NaN where no token is yet
+        torch.testing.assert_close((x, k, v), (want, view.k, view.v), rtol=0, atol=0, equal_nan=True)
         steps.append("compared")
 
     view = decoding.State.view
