@@ -10,15 +10,23 @@ arithmetic may take less time than calling its eight ops one by one from Python.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
 from . import checks, library
-from .decode import _check_caches, _check_range, decode_attention_ref, kv_append_ref_
-from .linear import MAX_ROWS, skinny_linear_ref
-from .norm import rms_norm_ref
+from .decode import (
+    _check_caches,
+    _check_range,
+    decode_attention,
+    decode_attention_ref,
+    kv_append_,
+    kv_append_ref_,
+)
+from .linear import MAX_ROWS, skinny_linear, skinny_linear_ref
+from .norm import rms_norm, rms_norm_ref
 
 Matrix = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -121,8 +129,8 @@ def transformer_step_(
     i % contexts; cross_len: int32 [contexts], the valid keys of each. Both exactly where the weights have cross_q.
     eps: of the norms.
 
-    On the CPU it equals the parts (`rms_norm`, `skinny_linear`, `kv_append_`, `decode_attention`) bit by bit. There
-    is no kernel for GPUs, where the parts belong into a CUDA graph and this op runs its reference. No rows: no change.
+    It equals its parts (`rms_norm`, `skinny_linear`, `kv_append_`, `decode_attention`) bit by bit. On the CPU it is one
+    native call; on GPUs it launches the parts, for a CUDA graph to hold. No rows: no change.
     Raises TypeError or ValueError for a wrong dtype, device, shape or stride; a cache_len outside 1 .. max_len or a
     cross_len outside 0 .. c raises ValueError on the CPU and is not looked for elsewhere. RuntimeError where autograd
     would need a gradient.
@@ -136,30 +144,44 @@ def transformer_step_(
 def transformer_step_ref_(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None, eps=1e-6) -> None:
     """The specification of `transformer_step_`, made of the references of its parts; float64 stays float64."""
     pairs = [] if cross is None else [tensor for pair in cross for tensor in pair]
-    _reference(x, k_cache, v_cache, cache_len, weights.norms, weights.weights, weights.scales, pairs, cross_len, eps)
+    arguments = (weights.norms, weights.weights, weights.scales, pairs, cross_len, eps)
+    REFERENCES.step(x, k_cache, v_cache, cache_len, *arguments)
 
 
-def _reference(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
-    norms, cross = iter(norms), iter(cross)
-    matrices = iter(zip(weights, scales or [None] * len(weights), strict=True))
-    heads = k_cache.shape[2]
+class Parts(NamedTuple):
+    """The ops that a step is made of, or their references."""
 
-    def normed():
-        return rms_norm_ref(x, next(norms)[0], eps=eps)
+    rms_norm: Callable
+    skinny_linear: Callable
+    kv_append_: Callable
+    decode_attention: Callable
 
-    def linear(y, **options):
-        weight, scale = next(matrices)
-        return skinny_linear_ref(y, weight, weight_scale=scale, **options)
+    def step(self, x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
+        norms, cross, heads = iter(norms), iter(cross), k_cache.shape[2]
+        matrices = iter(zip(weights, scales or [None] * len(weights), strict=True))
 
-    for k, v in zip(k_cache, v_cache, strict=True):
-        q = kv_append_ref_(linear(normed())[:, None], k, v, cache_len, heads=heads)
-        x.copy_(linear(decode_attention_ref(q, k, v, cache_len).flatten(1), residual=x))
-        if cross_len is not None:
-            contexts = len(cross_len)
-            q = linear(normed()).view(len(x) // contexts, contexts, heads, -1).transpose(0, 1)
-            out = decode_attention_ref(q, next(cross), next(cross), cross_len, causal=False)
-            x.copy_(linear(out.transpose(0, 1).reshape(x.shape), residual=x))
-        x.copy_(linear(linear(normed(), activation="swiglu"), residual=x))
+        def normed(y):
+            return self.rms_norm(y, next(norms)[0], eps=eps)
+
+        def linear(y, **options):
+            weight, scale = next(matrices)
+            return self.skinny_linear(y, weight, weight_scale=scale, **options)
+
+        y = x
+        for k, v in zip(k_cache, v_cache, strict=True):
+            q = self.kv_append_(linear(normed(y))[:, None], k, v, cache_len, heads=heads)
+            y = linear(self.decode_attention(q, k, v, cache_len).flatten(1), residual=y)
+            if cross_len is not None:
+                contexts = len(cross_len)
+                q = linear(normed(y)).view(len(x) // contexts, contexts, heads, -1).transpose(0, 1)
+                out = self.decode_attention(q, next(cross), next(cross), cross_len, causal=False)
+                y = linear(out.transpose(0, 1).reshape(x.shape), residual=y)
+            y = linear(linear(normed(y), activation="swiglu"), residual=y)
+        x.copy_(y)
+
+
+REFERENCES = Parts(rms_norm_ref, skinny_linear_ref, kv_append_ref_, decode_attention_ref)
+OPS = Parts(rms_norm, skinny_linear, kv_append_, decode_attention)
 
 
 # validation
@@ -234,13 +256,12 @@ _step_op = library.define(
 # backends: each works in place
 
 
-def transformer_step_reference(*args):
-    _reference(*args)
-
-
 def transformer_step_native(*args):
     torch.ops.flexkernels_native.transformer_step_(*args)
 
 
-library.register("transformer_step", "reference", transformer_step_reference)
+library.register("transformer_step", "reference", REFERENCES.step)
 library.register("transformer_step", "cpu", transformer_step_native)
+# launches one by one, which a CUDA graph makes cheap
+library.register("transformer_step", "triton", OPS.step)
+library.register("transformer_step", "cuda", OPS.step)
