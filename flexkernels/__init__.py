@@ -23,13 +23,16 @@ from .norm import (
     swiglu_ref,
 )
 from .sampling import sample_logits, sample_logits_ref
+from .transformer import BlockWeights, StackWeights, transformer_step_, transformer_step_ref_
 from .varlen import flash_attn_varlen_func
 from .version import __version__
 
 __all__ = [
     "APG",
     "CFG",
+    "BlockWeights",
     "SequenceLayout",
+    "StackWeights",
     "__version__",
     "accelerate",
     "adaln_norm",
@@ -74,4 +77,6 @@ __all__ = [
     "skinny_linear_ref",
     "swiglu",
     "swiglu_ref",
+    "transformer_step_",
+    "transformer_step_ref_",
 ]

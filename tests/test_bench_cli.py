@@ -106,7 +106,6 @@ def test_pairs_are_those_of_the_visited_tiles():
         (["decode", "--size", "128"], "size must be 64, where tiny works, got 128"),
         (["decode", "-k", "33"], "keep must be between 1 and 32, got 33"),
         (["encode", "--frames", "1000"], "frames must be at most"),
-        (["generate"], "a generator must be named with --model"),
         (["sleep"], "invalid choice: 'sleep'"),
     ],
 )

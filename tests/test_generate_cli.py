@@ -1,6 +1,7 @@
 """``vft generate``: videos and token files from classes and captions, and one line for every wrong request."""
 
 import re
+import shutil
 import sys
 import types
 
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vft
-from vft import VideoTokens, cli, generation, text, video
+from vft import VideoTokens, checkpoint, cli, generation, text, video
 from vft.config import make_config, parse_config, parse_generator_config
 
 FAST = ["--steps", "1", "--guidance", "none"]
@@ -166,7 +167,6 @@ def test_a_caption_through_an_encoder(tmp_path, folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--class-name", "yoga"], "a generator must be named with --model"),
         (["--model", "@class"], "class_id must be given"),
         (["--model", "@class", "--class-name", "doing yogi"], "is not known: did you mean 'doing yoga'?"),
         (["--model", "@class", "--class-name", "3"], "class_id must lie in 0..2, got 3"),
@@ -205,6 +205,19 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, folder, capsys, m
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"vft: error: [^\n]+\n", err) and message in err, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_generator_is_the_default(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+    argv = ["--class-name", "yoga", "--tokens-only", "-o", tmp_path / "a.vft"]
+    assert run(folder, *argv) == 2
+    assert "must be an embedded model (none)" in capsys.readouterr().err
+    shutil.copy(folder / "class.safetensors", tmp_path / "tiny_generator.safetensors")
+    assert run(folder, *argv) == 2
+    assert "did you mean 'doing yoga'?" in capsys.readouterr().err
+    argv[1] = "doing yoga"
+    assert run(folder, *argv) == 0
+    assert VideoTokens.load(tmp_path / "a.vft").ids.shape == (5, 8)
 
 
 def test_info(folder, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import flexkernels
 import vft
 from vft import checkpoint, decoding
 from vft.config import parse_generator_config
@@ -114,6 +115,37 @@ def test_rows_stop_at_their_own_length(case, temperature):
     for row, k in enumerate((2, 6, 3)):
         assert torch.equal(cut[row, :, :k], whole[row, :, :k])
         assert (cut[row, :, k:] == -1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_step_in_one_call_equals_the_ops_one_by_one(case, options, monkeypatch):
+    gen, steps = load(case, **options), []
+    step = vft.generator.transformer_step_
+
+    def beside(x, stack, k, v, *rest, **cross):
+        # the op by op loop on copies of what the step is given
+        view = steps[-1]._replace(k=k.clone(), v=v.clone())
+        with flexkernels.backend("cpu"):
+            want = gen.blocks_step(x.clone(), view)
+        step(x, stack, k, v, *rest, **cross)
+        # the caches hold NaN where no token is yet
+        torch.testing.assert_close((x, k, v), (want, view.k, view.v), rtol=0, atol=0, equal_nan=True)
+        steps.append("compared")
+
+    view = decoding.State.view
+    monkeypatch.setattr(decoding.State, "view", lambda self, *key: (steps.append(view(self, *key)), steps[-1])[1])
+    monkeypatch.setattr(vft.generator, "transformer_step_", beside)
+    gen.generate(**conditions(case), frames=2, tokens_per_frame=[2, 3, 3], guidance=2.0, temperature=0)
+    assert steps.count("compared") == 5
+
+
+def test_more_rows_than_the_step_in_one_call_takes(monkeypatch):
+    gen = load("ar_class")
+    options = dict(frames=2, tokens_per_frame=3, guidance=2.0, temperature=0)
+    want = gen.generate(class_id=[3], **options)
+    monkeypatch.setattr(vft.generator, "transformer_step_", None)
+    assert torch.equal(gen.generate(class_id=[3] * 9, **options), want.expand(9, 2, 3))
 
 
 def test_finished_rows_drop_out(monkeypatch):
@@ -341,7 +373,7 @@ def test_bad_configs(folder, change, message):
 
 def test_a_tokenizer_is_no_generator():
     with pytest.raises(vft.ConfigError, match="the generator's config must have the field 'depth'"):
-        vft.Generator.from_pretrained("tiny")
+        vft.Generator.from_pretrained(checkpoint.ASSETS / "tiny.safetensors")
 
 
 def test_real_sizes():

@@ -20,6 +20,8 @@ from .config import TokenizerConfig
 from .files import replacing
 
 ASSETS = Path(__file__).parent / "assets"
+# what the file names of embedded generators end in
+GENERATOR = "_generator"
 HUB_PREFIX = "video_tokenizer."
 CODEC_PREFIX = "vae."
 _MAX_CONFIG = 1 << 20
@@ -29,12 +31,13 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or does not fit its config; the message names the file or the key."""
 
 
-def read(reference: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+def read(reference: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
     """Config, tensors and a short name.
 
     ``reference`` is the name of an embedded model (``"tiny"``), a directory with ``config.json`` and one
     ``*.safetensors``, a single safetensors file whose metadata carries the config, or a hub id
-    ``"org/repo[@revision][/subdirectory]"``.
+    ``"org/repo[@revision][/subdirectory]"``. ``suffix`` ends the file names of embedded models of another kind than
+    the tokenizer: ``GENERATOR``.
 
     Raises:
         CheckpointError: missing, empty, damaged or incomplete files.
@@ -45,20 +48,22 @@ def read(reference: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.
         return *_read_directory(path), path.resolve().name
     if path.is_file():
         return *_read_file(path), path.stem
-    embedded = ASSETS / f"{text}.safetensors"
+    embedded = ASSETS / f"{text}{suffix}.safetensors"
     if text.isidentifier() and embedded.is_file():
         return *_read_file(embedded), text
     if text.count("/") >= 1 and not text.startswith((".", "/", "~")) and not text.endswith(".safetensors"):
         return *_read_directory(_download(text)), text
     raise CheckpointError(
-        f"model {text!r} must be an embedded model ({', '.join(embedded_models())}), a directory, a .safetensors file, "
-        "or a hub id org/repo[@revision][/subdirectory]"
+        f"model {text!r} must be an embedded model ({', '.join(embedded_models(suffix)) or 'none'}), a directory, "
+        "a .safetensors file, or a hub id org/repo[@revision][/subdirectory]"
     )
 
 
-def embedded_models() -> list[str]:
-    """Names of the models shipped in the package."""
-    return sorted(p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "codec")
+def embedded_models(suffix: str = "") -> list[str]:
+    """Names of the models of one kind shipped in the package."""
+    stems = {p.stem for p in ASSETS.glob("*.safetensors")} - {"codec"}
+    generators = {stem for stem in stems if stem.endswith(GENERATOR)}
+    return sorted(stem.removesuffix(suffix) for stem in (generators if suffix else stems - generators))
 
 
 def _read_directory(path: Path) -> tuple[dict, dict]:
@@ -171,7 +176,12 @@ def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConf
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, dtype=None) -> None:
-    """Saves one safetensors file with the config as metadata, atomically; dtype None keeps each tensor's own."""
-    stored = {name: t.detach().cpu().to(dtype).contiguous() for name, t in tensors.items()}
+    """Saves one safetensors file with the config as metadata, atomically.
+
+    ``dtype`` becomes that of the floating-point tensors; None keeps each tensor's own.
+    """
+    stored = {
+        name: t.detach().cpu().to(dtype if t.is_floating_point() else None).contiguous() for name, t in tensors.items()
+    }
     with replacing(path) as temporary:
         temporary.write_bytes(serialize(stored, {key: json.dumps(value) for key, value in config.items()}))

@@ -315,10 +315,8 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
 def _load_generator(args: argparse.Namespace, dtype: torch.dtype):
     from vft import Generator
 
-    if args.model is None:
-        raise ValueError("a generator must be named with --model: none is embedded")
     weights = "int8" if args.int8 else None
-    return Generator.from_pretrained(args.model, device=_device(args), dtype=dtype, weights=weights)
+    return Generator.from_pretrained(args.model or DEFAULT_MODEL, device=_device(args), dtype=dtype, weights=weights)
 
 
 def _device(args: argparse.Namespace) -> torch.device:

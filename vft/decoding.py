@@ -128,7 +128,8 @@ class View(NamedTuple):
     offset: torch.Tensor
     seed: torch.Tensor
     out: torch.Tensor
-    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    k: torch.Tensor
+    v: torch.Tensor
     cross: list
 
 
@@ -138,7 +139,7 @@ class State:
     ``k``, ``v``: ``[layers, rows, heads, max_len, head_dim]``; ``ids``, ``position`` int64 ``[rows]``: the next input
     and where it stands; ``length`` int32 ``[rows]``: keys in the cache; ``seed``, ``offset`` int64 ``[samples]``: of
     the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``cross``: (k, v, context_len) for
-    each layer.
+    each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them.
     """
 
     def __init__(self, model, request: Request, samples: int, sampler: dict, seed: int) -> None:
@@ -160,6 +161,7 @@ class State:
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.out = out.to(device)
         self.cross, self.contexts = self._contexts(model, request, samples)
+        self.stack = model.stack()
         self._views: dict[tuple[int, int], View] = {}
 
     def _contexts(self, model, request: Request, samples: int) -> tuple[list, int]:
@@ -177,13 +179,13 @@ class State:
         key = (samples, limit)
         if key not in self._views:
             rows = samples * self.branches
-            caches = [(k[:rows, :, :limit], v[:rows, :, :limit]) for k, v in zip(self.k, self.v, strict=True)]
             contexts = min(self.contexts, rows)
             cross = [c and tuple(t[:contexts] for t in c) for c in self.cross]
             position = self.position[:rows]
             self._views[key] = View(
                 self.ids[:rows], position, self.length[:rows], position[:: self.branches], self.offset[:samples],
-                self.seed[:samples], self.out[:samples], caches, cross,
+                self.seed[:samples], self.out[:samples], self.k[:, :rows, :, :limit], self.v[:, :rows, :, :limit],
+                cross,
             )  # fmt: skip
         return self._views[key]
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import flexkernels
-from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu
+from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
 
-from . import checkpoint, decoding
+from . import checkpoint, decoding, factors
 from .config import GeneratorConfig, parse_generator_config
 
 # rows that skinny_linear serves
@@ -56,6 +56,10 @@ class Linear(nn.Module):
         out = F.linear(x, weight, self.bias)
         out = swiglu(out) if activation == "swiglu" else out
         return out if residual is None else residual + out
+
+    def matrix(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """W, or the pair of int8 and scale."""
+        return self.weight if self.scale is None else (self.weight, self.scale)
 
     def quantize(self) -> None:
         """W = round(W / scale) as int8 with scale = max |W| / 127 for each output."""
@@ -137,6 +141,15 @@ class Block(nn.Module):
         self.nx, self.xattn = (RMSNorm(config.width), CrossAttention(config)) if text else (None, None)
         self.n2, self.ffn = RMSNorm(config.width), FeedForward(config)
 
+    def weights(self) -> flexkernels.BlockWeights:
+        cross = {}
+        if self.xattn is not None:
+            cross = dict(norm_cross=self.nx.weight, cross_q=self.xattn.q.matrix(), cross_proj=self.xattn.proj.matrix())
+        return flexkernels.BlockWeights(
+            norm_attn=self.n1.weight, qkv=self.attn.qkv.matrix(), proj=self.attn.proj.matrix(),
+            norm_mlp=self.n2.weight, w13=self.ffn.w13.matrix(), w2=self.ffn.w2.matrix(), **cross,
+        )  # fmt: skip
+
     def packed(self, x, layout, lengths, cross) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Packed x ``[total, width]`` -> x, and this block's k and v; cross: (k, v, context_len), one a sequence."""
         x, k, v = self.attn.packed(self.n1(x), x, layout)
@@ -185,7 +198,7 @@ class Generator(nn.Module):
         dtype: torch.dtype = torch.float32,
         weights: str | None = None,
     ) -> Generator:
-        """Loads a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
+        """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
         small error (see the tests); embeddings and norms stay in ``dtype``.
@@ -195,7 +208,8 @@ class Generator(nn.Module):
         """
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be None or 'int8', got {weights!r}")
-        raw, tensors, name = checkpoint.read(reference)
+        raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
+        raw, tensors = factors.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
         checkpoint.fill(model.published(), tensors)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -320,6 +334,10 @@ class Generator(nn.Module):
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return [(*block.xattn.keys_values(context), context_len) for block in self.blocks]
 
+    def stack(self) -> flexkernels.StackWeights:
+        """The blocks' weights as :func:`flexkernels.transformer_step_` takes them; they are not copied."""
+        return flexkernels.StackWeights([block.weights() for block in self.blocks])
+
     def step(self, state: decoding.State, samples: int, limit: int) -> None:
         """Draws the next token of the first ``samples`` samples, in place; ``limit`` bounds the cache that is read.
 
@@ -328,9 +346,20 @@ class Generator(nn.Module):
         view = state.view(samples, limit)
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        for block, cache, cross in zip(self.blocks, view.caches, view.cross, strict=True):
-            x = block.step(x, cache, view.length, cross)
+        if x.device.type == "cpu" and len(x) <= SKINNY_ROWS:
+            cross = (
+                None if self.ctx_in is None else {"cross": [c[:2] for c in view.cross], "cross_len": view.cross[0][2]}
+            )
+            transformer_step_(x, state.stack, view.k, view.v, view.length, **cross or {})
+        else:
+            x = self.blocks_step(x, view)
         self.draw(self.norm(x), view, state.sampler)
+
+    def blocks_step(self, x: torch.Tensor, view: decoding.View) -> torch.Tensor:
+        """x ``[rows, width]`` through all blocks, op by op: for a CUDA graph, and above ``SKINNY_ROWS`` rows."""
+        for block, *cache, cross in zip(self.blocks, view.k, view.v, view.cross, strict=True):
+            x = block.step(x, cache, view.length, cross)
+        return x
 
     def draw(self, x: torch.Tensor, view: decoding.View, sampler: dict) -> None:
         """Draws a token from the normed outputs x ``[rows, width]`` and makes it the next input."""

@@ -18,6 +18,9 @@ constexpr int kStrip = 4, kMostRows = 6;
 constexpr int kStrip = 2, kMostRows = 4;
 #endif
 
+// bytes between the weights in use and those asked for meanwhile, at least
+constexpr int64_t kAhead = 8192;
+
 ALWAYS_INLINE vf multiply_add(vf a, vf b, vf sum) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -198,6 +201,9 @@ template <typename T, typename X>
 void linear_rows(const SkinnyLinear& p, int64_t begin, int64_t end, const Activations<T>& a) {
   const T* weight = static_cast<const T*>(p.weight);
   const int step = p.swiglu ? kStrip / 2 : kStrip;
+  // whole strips: the rows of a strip of short rows are too near
+  const int64_t strip_bytes = step * p.k * static_cast<int64_t>(sizeof(T));
+  const int64_t strips = strip_bytes > 0 ? (kAhead + strip_bytes - 1) / strip_bytes : 1;
   float dots[kSkinnyMaxRows * kStrip];
   for (int64_t column = begin; column < end; column += step) {
     int64_t rows[kStrip];
@@ -208,7 +214,7 @@ void linear_rows(const SkinnyLinear& p, int64_t begin, int64_t end, const Activa
       rows[r] = (at < end ? at : end - 1) + (r < step ? 0 : p.outputs);
       pointers[r] = weight + rows[r] * p.k;
     }
-    const int64_t ahead = column + step < end ? step * p.k : 0;
+    const int64_t ahead = column + strips * step < end ? strips * step * p.k : 0;
     all_dots<T>(pointers, ahead, p.k, p.m, a, dots);
     for (int r = 0; r < step && column + r < end; ++r) {
       for (int i = 0; i < p.m; ++i) {

@@ -2,12 +2,15 @@
 #include "decode.h"
 
 #include "cpu.h"
+#include "launches.h"
 
 namespace flexkernels {
 namespace {
 
 // query rows of a CPU unit of work, as cpu/decode.cpp has them
 constexpr int kTile = 8;
+
+}  // namespace
 
 void decode_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache_len,
                           OptionalTensor key_log_weight, double scale, bool causal, const Tensor& out,
@@ -38,6 +41,8 @@ void kv_append_cpu(const Tensor& qkv, const Tensor& k, const Tensor& v, const Te
   const KvAppend args = kv_append_args(qkv, k, v, cache_len, norm, eps, q_weight, k_weight, cos, sin, q);
   launch(FLEXKERNELS_SELECT(kv_append_kernel), args, args.batch * args.n, qkv.size(2));
 }
+
+namespace {
 
 void qk_norm_cpu(const Tensor& qk, int64_t norm, double eps, OptionalTensor q_weight, OptionalTensor k_weight,
                  OptionalTensor cos, OptionalTensor sin, OptionalTensor positions, const Tensor& q, const Tensor& k) {

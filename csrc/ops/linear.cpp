@@ -2,9 +2,9 @@
 #include "linear.h"
 
 #include "cpu.h"
+#include "launches.h"
 
 namespace flexkernels {
-namespace {
 
 void skinny_linear_cpu(const Tensor& x, const Tensor& weight, OptionalTensor scale, OptionalTensor bias,
                        OptionalTensor residual, bool swiglu, const Tensor& out) {
@@ -12,7 +12,6 @@ void skinny_linear_cpu(const Tensor& x, const Tensor& weight, OptionalTensor sca
   if (args.m > 0) launch(FLEXKERNELS_SELECT(skinny_linear_kernel), args, args.outputs, args.k);
 }
 
-}  // namespace
 }  // namespace flexkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {

@@ -2,6 +2,7 @@
 #include "norm.h"
 
 #include "cpu.h"
+#include "launches.h"
 
 namespace flexkernels {
 namespace {
@@ -14,6 +15,8 @@ void check_segments(const int32_t* segment, int64_t n, int64_t segments) {
   }
 }
 
+}  // namespace
+
 void norm_forward_cpu(const Tensor& x, OptionalTensor y, OptionalTensor gate, OptionalTensor shift,
                       OptionalTensor scale, OptionalTensor segment, double eps, int64_t kind, OptionalTensor sum,
                       OptionalTensor out) {
@@ -23,6 +26,8 @@ void norm_forward_cpu(const Tensor& x, OptionalTensor y, OptionalTensor gate, Op
   prefer_huge_pages(out);
   launch(FLEXKERNELS_SELECT(norm_forward_kernel), args, args.n, args.d);
 }
+
+namespace {
 
 void norm_backward_cpu(OptionalTensor grad_out, OptionalTensor grad_sum, OptionalTensor v, OptionalTensor gate,
                        OptionalTensor scale, OptionalTensor segment, double eps, int64_t kind, OptionalTensor grad_x,

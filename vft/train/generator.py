@@ -1,7 +1,8 @@
 """``vft train generator``: trains a class-conditional generator on the tokens of procedural video.
 
 Cross-entropy of the time-first ids of each clip given its motion family, which is dropped for the null class now and
-then so that guidance works. Tokens of rendered clips are kept.
+then so that guidance works. Tokens of rendered clips are kept. With ``factor_rank`` the two token tables are trained
+and stored as thin factors (vft/factors.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..config import parse_generator_config
+from ..checkpoint import write_tensors
+from ..config import GeneratorConfig, parse_generator_config
+from ..factors import FactoredEmbedding, FactoredHead, compress, fsq_features
 from ..generator import Generator, time_first
 from ..tokenizer import Tokenizer
 from . import loop, procedural
@@ -22,13 +25,17 @@ from .loop import Settings
 
 @dataclass(frozen=True)
 class GeneratorSettings(Settings):
-    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d."""
+    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d.
+
+    ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None keeps them whole.
+    """
 
     learning_rate: float = 1e-3
     tokenizer: str = "tiny"
     depth: int = 4
     tokens_per_frame: int = 16
     class_dropout: float = 0.1
+    factor_rank: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-dropout", type=float, default=defaults.class_dropout,
         help="how often the class is dropped (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--factor-rank", type=int, default=defaults.factor_rank,
+        help="rank of the token tables, for a small file (default: whole tables)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
     settings = GeneratorSettings(
         **loop.common(args), tokenizer=args.tokenizer, depth=args.depth, tokens_per_frame=args.tokens_per_frame,
-        class_dropout=args.class_dropout,
+        class_dropout=args.class_dropout, factor_rank=args.factor_rank,
     )  # fmt: skip
     train(args.output, settings, minutes=args.minutes)
     return 0
@@ -64,6 +75,8 @@ def train(folder: Path, settings: GeneratorSettings, *, minutes: float | None = 
         raise ValueError(f"depth must be at least 1, got {settings.depth}")
     if not 0 <= settings.class_dropout <= 1:
         raise ValueError(f"class_dropout must lie between 0 and 1, got {settings.class_dropout}")
+    if settings.factor_rank is not None and settings.factor_rank < 1:
+        raise ValueError(f"factor_rank must be at least 1, got {settings.factor_rank}")
     tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
     if not 1 <= settings.tokens_per_frame <= tokenizer.registers:
         raise ValueError(f"tokens_per_frame must lie in 1..{tokenizer.registers}, got {settings.tokens_per_frame}")
@@ -85,8 +98,16 @@ class GeneratorTask:
             "n_classes": len(procedural.FAMILIES), "classes": list(procedural.FAMILIES), "cond": "class",
             "tokenizer": settings.tokenizer,
         }  # fmt: skip
-        self.model = Generator(parse_generator_config(raw), "tiny").train()
+        self.model = self._build(parse_generator_config(raw)).train()
         self.data = loop.Clips(self._tokens, settings.seed, tokenizer.size, config.chunk_size)
+
+    def _build(self, config: GeneratorConfig) -> Generator:
+        model, rank = Generator(config, "tiny"), self.settings.factor_rank
+        if rank is not None:
+            features = fsq_features(self.tokenizer.config.levels, rank)
+            model.tok_emb = FactoredEmbedding(features, config.width)
+            model.head = FactoredHead(features, config.width)
+        return model
 
     def _tokens(self, clips: torch.Tensor) -> list[torch.Tensor]:
         # [B, 3, frames, H, W] -> one flat int64 [T * k] a clip
@@ -104,6 +125,10 @@ class GeneratorTask:
         return F.cross_entropy(self.model.teacher_forced(ids, conditions).flatten(0, 1), ids.flatten())
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        averaged = Generator(self.model.config, self.model.name)
+        averaged = self._build(self.model.config)
         averaged.load_state_dict(weights)
-        averaged.save(path, torch.float16)
+        if self.settings.factor_rank is None:
+            averaged.save(path, torch.float16)
+            return
+        raw = averaged.config.raw | {"factor_rank": self.settings.factor_rank}
+        write_tensors(path, compress(averaged.published()), raw, torch.float16)
