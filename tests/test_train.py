@@ -92,7 +92,7 @@ def model_and_batch():
 
 def test_loss_is_zero_for_the_true_velocity():
     model, latents, choices = model_and_batch()
-    model.decoder.forward = lambda *_: list(choices.noise - latents)
+    model.decoder.forward = lambda *_: [n - x for n, x in zip(choices.noise, latents, strict=True)]
     torch.nn.init.zeros_(model.encoder.head.weight)
     torch.nn.init.constant_(model.encoder.head.bias, 1.0)
     assert flow_loss(model, latents, choices) == 0
@@ -105,10 +105,10 @@ def test_conditioning_frames_do_not_count():
     model, latents, choices = model_and_batch()
 
     def wrong_in_the_prefix(*_):
-        velocity = choices.noise - latents
+        velocity = [n - x for n, x in zip(choices.noise, latents, strict=True)]
         for v, frames in zip(velocity, choices.prefix_frames, strict=True):
             v[:, :frames] += 5
-        return list(velocity)
+        return velocity
 
     model.decoder.forward = wrong_in_the_prefix
     torch.nn.init.zeros_(model.encoder.head.weight)
@@ -140,7 +140,7 @@ def test_gradients_of_the_whole_loss_against_float64(backend, monkeypatch):
         monkeypatch.setattr(flexkernels, op, getattr(flexkernels, op + "_ref"))
     monkeypatch.setattr(flexkernels, "fsq_quantize", straight_through)
     wide = wide.double()
-    wide_choices = replace(choices, t=choices.t.double(), noise=choices.noise.double())
+    wide_choices = replace(choices, t=choices.t.double(), noise=[n.double() for n in choices.noise])
     flow_loss(wide, wide_latents.double(), wide_choices).backward()
     for name, p in wide.named_parameters():
         error = (got[name].double() - p.grad).norm() / p.grad.norm()
