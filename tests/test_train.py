@@ -1,5 +1,6 @@
 """Training: the loss and its gradients, exact resume, and that a saved run is a model."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -153,3 +154,28 @@ def straight_through(z, levels, *, ids):
     half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
     bound = (z + torch.atanh(offset / half)).tanh() * half - offset
     return (bound + (bound.round() - bound).detach()) / (levels // 2), None
+
+
+def final_losses(folder, settings):
+    train(folder, settings, config=SMALL)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["loss"] for line in lines])
+
+
+def test_one_clip_is_learned_by_heart(tmp_path):
+    losses = final_losses(tmp_path, replace(SETTINGS, steps=150, batch=4, clips=1, learning_rate=1e-2, warmup=10))
+    assert losses[-30:].mean() < 0.5 * losses[:10].mean()
+
+
+@pytest.mark.slow
+def test_backends_learn_the_same(tmp_path):
+    """200 steps from one seed; an id that rounds otherwise sends runs apart, so the curves are compared smoothed."""
+    settings = replace(SETTINGS, steps=200, batch=4, clips=50, warmup=20)
+    curves = []
+    for backend in ("reference", "cpu"):
+        with flexkernels.backend(backend):
+            curves.append(final_losses(tmp_path / backend, settings))
+    # the first steps step by step, the rest by means of 20
+    torch.testing.assert_close(curves[0][:20], curves[1][:20], rtol=1e-4, atol=0)
+    means = [curve.view(10, 20).mean(1) for curve in curves]
+    torch.testing.assert_close(means[0], means[1], rtol=2e-2, atol=0)

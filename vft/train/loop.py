@@ -218,6 +218,7 @@ class _Run:
         self.facts = {
             "settings": asdict(settings), "model": self.task.model.config.raw, "data": self.task.data.facts(),
         }  # fmt: skip
+        self.reported = 0
         self.step = state.load(folder / state.STATE, trainer, self.facts)
         if self.group.rank == 0:
             state.rewind_log(folder, self.step)
@@ -250,10 +251,16 @@ class _Run:
                     break
 
     def _save(self) -> None:
-        state.save(self.folder / state.STATE, self.trainer, self.facts | {"step": self.step})
         averaged = self.trainer.averaged()
-        if self.group.rank == 0:
-            self.task.save(self.folder / state.MODEL, averaged)
+        try:
+            if self.group.rank == 0:
+                self.task.save(self.folder / state.MODEL, averaged)
+            # last, so that a complete state has its model
+            state.save(self.folder / state.STATE, self.trainer, self.facts | {"step": self.step})
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"step {self.step} cannot be saved in {self.folder} ({reason}); the last saved state is unharmed"
+            raise OSError(message) from error
         self._report_skipped()
 
     def _log(self, **line) -> None:
@@ -274,8 +281,9 @@ class _Run:
         )
 
     def _report_skipped(self) -> None:
-        skipped, path = self.task.data.skipped, self.folder / f"skipped.{self.group.rank}.json"
-        if skipped:
+        skipped, path = dict(self.task.data.skipped), self.folder / f"skipped.{self.group.rank}.json"
+        if len(skipped) > self.reported:
+            self.reported = len(skipped)
             state.write_json(path, dict(sorted(skipped.items())))
             tqdm.write(f"vft: {len(skipped)} files of {self.settings.data} skipped, see {path}", sys.stderr)
 
