@@ -162,6 +162,7 @@ def final_losses(folder, settings):
     return torch.tensor([json.loads(line)["loss"] for line in lines])
 
 
+@pytest.mark.slow
 def test_one_clip_is_learned_by_heart(tmp_path):
     losses = final_losses(tmp_path, replace(SETTINGS, steps=150, batch=4, clips=1, learning_rate=1e-2, warmup=10))
     assert losses[-30:].mean() < 0.5 * losses[:10].mean()
