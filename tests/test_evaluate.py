@@ -75,7 +75,7 @@ def test_the_command(tmp_path, capsys):
         "--clips",
         "3",
     ]
-    assert cli.main([*arguments, "--steps", "1", "--log", str(tmp_path / "log.jsonl")]) == 0
+    assert cli.main([*arguments, "--steps", "1", "--run", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["rate_distortion"]["held-out clips"]) == ["codec", "1", "2", "3"]
     assert result["training_loss"] == [[20, 2.0], [40, 1.5]] and len(result["control"]) == 3

@@ -1,5 +1,6 @@
 """Training: the loss and its gradients, exact resume, and that a saved run is a model."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -92,7 +93,7 @@ def model_and_batch():
 
 def test_loss_is_zero_for_the_true_velocity():
     model, latents, choices = model_and_batch()
-    model.decoder.forward = lambda *_: list(choices.noise - latents)
+    model.decoder.forward = lambda *_: [n - x for n, x in zip(choices.noise, latents, strict=True)]
     torch.nn.init.zeros_(model.encoder.head.weight)
     torch.nn.init.constant_(model.encoder.head.bias, 1.0)
     assert flow_loss(model, latents, choices) == 0
@@ -105,10 +106,10 @@ def test_conditioning_frames_do_not_count():
     model, latents, choices = model_and_batch()
 
     def wrong_in_the_prefix(*_):
-        velocity = choices.noise - latents
+        velocity = [n - x for n, x in zip(choices.noise, latents, strict=True)]
         for v, frames in zip(velocity, choices.prefix_frames, strict=True):
             v[:, :frames] += 5
-        return list(velocity)
+        return velocity
 
     model.decoder.forward = wrong_in_the_prefix
     torch.nn.init.zeros_(model.encoder.head.weight)
@@ -141,7 +142,7 @@ def test_gradients_of_the_whole_loss_against_float64(backend, monkeypatch):
         monkeypatch.setattr(flexkernels, op, getattr(flexkernels, op + "_ref"))
     monkeypatch.setattr(flexkernels, "fsq_quantize", straight_through)
     wide = wide.double()
-    wide_choices = replace(choices, t=choices.t.double(), noise=choices.noise.double())
+    wide_choices = replace(choices, t=choices.t.double(), noise=[n.double() for n in choices.noise])
     flow_loss(wide, wide_latents.double(), wide_choices).backward()
     for name, p in wide.named_parameters():
         error = (got[name].double() - p.grad).norm() / p.grad.norm()
@@ -154,3 +155,29 @@ def straight_through(z, levels, *, ids):
     half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
     bound = (z + torch.atanh(offset / half)).tanh() * half - offset
     return (bound + (bound.round() - bound).detach()) / (levels // 2), None
+
+
+def final_losses(folder, settings):
+    train(folder, settings, config=SMALL)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["loss"] for line in lines])
+
+
+@pytest.mark.slow
+def test_one_clip_is_learned_by_heart(tmp_path):
+    losses = final_losses(tmp_path, replace(SETTINGS, steps=150, batch=4, clips=1, learning_rate=1e-2, warmup=10))
+    assert losses[-30:].mean() < 0.5 * losses[:10].mean()
+
+
+@pytest.mark.slow
+def test_backends_learn_the_same(tmp_path):
+    """200 steps from one seed; an id that rounds otherwise sends runs apart, so the curves are compared smoothed."""
+    settings = replace(SETTINGS, steps=200, batch=4, clips=50, warmup=20)
+    curves = []
+    for backend in ("reference", "cpu"):
+        with flexkernels.backend(backend):
+            curves.append(final_losses(tmp_path / backend, settings))
+    # the first steps step by step, the rest by means of 20
+    torch.testing.assert_close(curves[0][:20], curves[1][:20], rtol=1e-4, atol=0)
+    means = [curve.view(10, 20).mean(1) for curve in curves]
+    torch.testing.assert_close(means[0], means[1], rtol=2e-2, atol=0)

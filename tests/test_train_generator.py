@@ -104,7 +104,7 @@ def test_settings_are_checked(tmp_path, settings, change, message):
 
 
 def test_the_command(tmp_path, tokenizer):
-    options = ["--steps", "2", "--batch", "2", "--clips", "3", "--no-bf16", "--seed", "3"]
+    options = ["--steps", "2", "--batch", "2", "--clips", "3", "--seed", "3"]
     argv = ["train", "generator", "-o", f"{tmp_path}/run", *options, "--tokenizer", tokenizer]
     assert cli.main([*argv, "--depth", "1", "-k", "3", "--class-dropout", "0.2", "--factor-rank", "6"]) == 0
     gen = vft.Generator.from_pretrained(tmp_path / "run" / "model.safetensors")

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from . import plots
 from .demo import CLIP
 from .files import check_output, replacing
 from .generator import Generator
 from .tokenizer import Tokenizer
-from .train import classifier, procedural
+from .train import classifier, procedural, state
 from .video import preprocess, read_video
 
 # training, and fitting the embedded codec, use other seeds
@@ -180,13 +181,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
     parser.add_argument("--video", type=Path, nargs="*", default=[CLIP], help="video files (default: the shipped clip)")
     parser.add_argument("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
-    parser.add_argument("--log", type=Path, help="log.jsonl of a training run, to plot its loss")
+    parser.add_argument("--run", dest="training_run", type=Path, help="folder of a training run, whose loss to show")
 
 
 def run(args: argparse.Namespace, model: Tokenizer) -> None:
     """Measures as the parsed arguments say; prints a table, writes JSON and a picture.
 
-    Raises ValueError for an argument out of range, a model without a working size, or --plot without matplotlib.
+    Raises ValueError for an argument out of range or a model without a working size, ImportError for a plot without
+    matplotlib.
     """
     if args.clips < 2:
         raise ValueError(f"clips must be at least 2, got {args.clips}")
@@ -195,7 +197,9 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
     for path in [args.output, *([args.plot] if args.plot else [])]:
         check_output(path)
     if args.plot:
-        from . import plots  # noqa: F401  (missing matplotlib is an error before the work, not after it)
+        # a missing matplotlib is an error before the work
+        plots.figure(1, 1)
+    log = state.read_log(args.training_run) if args.training_run else []
     steps = args.steps or model.steps
     keeps = budgets(model.registers)
     result = {
@@ -210,16 +214,13 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
         generator = Generator.from_pretrained(args.generator)
         judge = classifier.train(model.size, model.config.chunk_size)
         result["class_accuracy"] = class_accuracy(generator, model, judge, args.clips)
-    if args.log:
-        lines = [json.loads(line) for line in args.log.read_text().splitlines()]
-        result["training_loss"] = [(line["step"], line["loss"]) for line in lines]
+    if log:
+        result["training_loss"] = [(line["step"], line["loss"]) for line in log]
     print(table(result))
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
-        from .plots import evaluation
-
-        evaluation(result, args.plot)
+        plots.evaluation(result, args.plot)
 
 
 def table(result: dict) -> str:

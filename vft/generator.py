@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
@@ -169,8 +170,11 @@ class Generator(nn.Module):
     """Generates token ids int64 ``[n, T, k]`` for a tokenizer to decode. Make one with :meth:`from_pretrained`.
 
     ``config`` holds the sizes; ``classes`` the class names (empty where the checkpoint has none); ``tokenizer`` the
-    reference of the tokenizer whose ids it was trained on.
+    reference of the tokenizer whose ids it was trained on; ``recompute`` whether a block keeps its inputs alone for the
+    backward pass of training.
     """
+
+    recompute = False
 
     def __init__(self, config: GeneratorConfig, name: str = "generator") -> None:
         super().__init__()
@@ -312,7 +316,10 @@ class Generator(nn.Module):
         x = self.tok_emb(torch.cat([F.pad(i, (1, 0)) for i in ids])).index_copy(0, first, starts)
         x = x + torch.cat([self.pos_emb[:n] for n in lengths])
         for layer, (block, context) in enumerate(zip(self.blocks, cross, strict=True)):
-            x, k, v = block.packed(x, layout, lengths, context)
+            if self.recompute:
+                x, k, v = recomputed(block.packed, x, layout, lengths, context, use_reentrant=False)
+            else:
+                x, k, v = block.packed(x, layout, lengths, context)
             if keep is not None:
                 keep(layer, k, v)
         return self.norm(x)

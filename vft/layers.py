@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import flexkernels
 
@@ -212,10 +213,13 @@ class Modulation(NamedTuple):
     head: torch.Tensor
 
 
-def run_blocks(blocks, x: torch.Tensor, packing: Packing, modulation: Modulation | None = None) -> torch.Tensor:
+def run_blocks(
+    blocks, x: torch.Tensor, packing: Packing, modulation: Modulation | None = None, recompute: bool = False
+) -> torch.Tensor:
     """The normalised (and modulated) input of the head, ``[total, width]``.
 
     Gate, residual and the next branch's norm are one kernel, so each norm is computed where the branch before it ends.
+    With ``recompute`` a block keeps its inputs alone for the backward pass.
     """
     if modulation is None:
         gates, norms, segment = [None] * (2 * len(blocks)), [(None, None)] * (2 * len(blocks) + 1), None
@@ -227,10 +231,15 @@ def run_blocks(blocks, x: torch.Tensor, packing: Packing, modulation: Modulation
             norms += [(shift_attn, scale_attn), (shift_mlp, scale_mlp)]
         norms.append(modulation.head.chunk(2, -1))
         segment = packing.segment(len(modulation.head) // 2)
-    h = flexkernels.adaln_norm(x, *norms[0], segment, eps=EPS)
-    for i, block in enumerate(blocks):
-        for j, branch in ((2 * i, lambda h, b=block: b.attn(h, packing)), (2 * i + 1, block.mlp)):
+
+    def run(i, x, h):
+        for j, branch in ((2 * i, lambda h: blocks[i].attn(h, packing)), (2 * i + 1, blocks[i].mlp)):
             x, h = flexkernels.gated_residual_adaln_norm(x, branch(h), gates[j], *norms[j + 1], segment, eps=EPS)
+        return x, h
+
+    h = flexkernels.adaln_norm(x, *norms[0], segment, eps=EPS)
+    for i in range(len(blocks)):
+        x, h = checkpoint(run, i, x, h, use_reentrant=False) if recompute else run(i, x, h)
     return h
 
 
@@ -250,7 +259,12 @@ def _init_linears(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """Latents to register values: patches and learned registers through a causal transformer, LN, linear."""
+    """Latents to register values: patches and learned registers through a causal transformer, LN, linear.
+
+    ``recompute``: see :func:`run_blocks`, for training.
+    """
+
+    recompute = False
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -276,7 +290,7 @@ class Encoder(nn.Module):
         table = self.registers.view(config.max_frames, config.registers, -1)
         registers = torch.cat([table[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
-        h = run_blocks(self.blocks, x, packed)
+        h = run_blocks(self.blocks, x, packed, recompute=self.recompute)
         return self.head(h.index_select(0, packed.register_at))
 
 
@@ -295,7 +309,12 @@ class TimeEmbedding(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """Velocity of the flow: noised patches and register codes through an adaLN transformer."""
+    """Velocity of the flow: noised patches and register codes through an adaLN transformer.
+
+    ``recompute``: see :func:`run_blocks`, for training.
+    """
+
+    recompute = False
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -343,7 +362,7 @@ class Decoder(nn.Module):
         config = self.config
         patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids_of(latents, config), config)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
-        h = run_blocks(self.blocks, x, packed, modulation)
+        h = run_blocks(self.blocks, x, packed, modulation, self.recompute)
         pieces = self.head(h.index_select(0, packed.patch_at)).split(packed.patches)
         return [unpatchify(p, g, config.patch) for p, g in zip(pieces, packed.grids, strict=True)]
 

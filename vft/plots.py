@@ -1,44 +1,70 @@
-"""Pictures of results; the only file that imports matplotlib (the ``plot`` extra)."""
+"""Pictures of results, with matplotlib (the ``plot`` extra), which is imported only where a picture is asked for."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .files import replacing
-
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ValueError('plots need matplotlib: pip install "flexkernels[plot]"') from error
+from .train import state
 
 METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "gmsd": "GMSD (lower is better)"}
 
 
-def evaluation(result: dict, path: Path) -> None:
-    """The result of ``vft eval`` as one picture: metrics over registers, what registers control, loss, classes."""
-    more = [name for name in ("training_loss", "class_accuracy") if name in result]
-    count = len(METRICS) + 1 + len(more)
-    figure = Figure((4 * ((count + 1) // 2), 7), layout="constrained")
-    axes = iter(figure.subplots(2, (count + 1) // 2).flat)
+def figure(width: float, height: float):
+    """An empty matplotlib figure, inches. Raises ImportError saying what to install."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install 'flexkernels[plot]'") from error
+    return Figure((width, height), layout="constrained")
+
+
+def training_loss(folder: Path, output: Path) -> None:
+    """Draws the loss of each step of the run in ``folder``, and its running mean over 2% of the steps.
+
+    Raises ImportError without matplotlib, ValueError where ``folder`` is no run or has no step yet.
+    """
+    log = state.read_log(folder)
+    if not log:
+        raise ValueError(f"the run in {folder} has no step yet")
+    page = figure(8, 4.5)
+    axes = page.subplots()
+    _loss(axes, [(line["step"], line["loss"]) for line in log])
+    axes.set(title=f"{folder.name}: {log[-1]['clips_per_second']:.3g} clips/s")
+    _save(page, output)
+
+
+def evaluation(result: dict, output: Path) -> None:
+    """Draws the result of ``vft eval``: metrics over registers, what registers control, loss, class accuracy."""
+    count = len(METRICS) + 1 + ("training_loss" in result) + ("class_accuracy" in result)
+    page = figure(4 * ((count + 1) // 2), 7)
+    axes = iter(page.subplots(2, (count + 1) // 2).flat)
     for metric, title in METRICS.items():
         _rate_distortion(next(axes), result["rate_distortion"], metric, title)
     shares = result["control"]
     axis = next(axes)
     axis.bar(range(len(shares)), shares)
     axis.set(title="Share that a register controls", xlabel="register")
-    if "training_loss" in more:
-        axis = next(axes)
-        axis.plot(*zip(*result["training_loss"], strict=True))
-        axis.set(title="Training loss", xlabel="step", yscale="log")
-    if "class_accuracy" in more:
+    if "training_loss" in result:
+        _loss(next(axes), result["training_loss"])
+    if "class_accuracy" in result:
         axis = next(axes)
         bars = axis.bar(result["class_accuracy"].keys(), result["class_accuracy"].values())
         axis.bar_label(bars, fmt="{:.0%}")
         axis.set(title="Class accuracy of clips", ylim=(0, 1.05))
     for axis in axes:
         axis.set_axis_off()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    _save(page, output)
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """The mean of the last ``width`` values at each of them."""
+    total, means = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        means.append(total / min(i + 1, width))
+    return means
 
 
 def _rate_distortion(axis, curves: dict, metric: str, title: str) -> None:
@@ -51,3 +77,16 @@ def _rate_distortion(axis, curves: dict, metric: str, title: str) -> None:
     axis.set(title=title, xlabel="registers kept of each latent frame")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+
+
+def _loss(axis, curve: list[tuple[int, float]]) -> None:
+    steps, losses = zip(*curve, strict=True)
+    axis.plot(steps, losses, alpha=0.3, label="each step")
+    axis.plot(steps, running_mean(losses, max(1, len(losses) // 50)), label="running mean")
+    axis.set(title="Training loss", xlabel="step")
+    axis.legend(fontsize=8)
+
+
+def _save(page, output: Path) -> None:
+    with replacing(output) as temporary:
+        page.savefig(temporary, format=os.path.splitext(output)[1].lstrip(".") or "png", dpi=110)

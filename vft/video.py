@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
@@ -56,7 +56,7 @@ class VideoStream:
 
 
 @contextmanager
-def open_video(path: str | os.PathLike, size: int | None = None) -> Iterator[VideoStream]:
+def open_video(path: str | os.PathLike, size: int | None = None, start: float = 0.0) -> Iterator[VideoStream]:
     """Open the first video stream of a file; its frames are decoded as they are asked for, inside the ``with`` block.
 
     The frames are turned upright as the file's rotation says. Gray becomes RGB, alpha is dropped, more than 8 bits are
@@ -66,20 +66,42 @@ def open_video(path: str | os.PathLike, size: int | None = None) -> Iterator[Vid
 
     Args:
         size: see :func:`fit`; frames are resized one by one as they are read. None keeps the source size.
+        start: seconds; begin at the frame that is shown then, or at the last one of a video that is shorter.
 
     Raises:
         VideoError: the file is missing, is not a video, is damaged, or has no frame.
-        ValueError: ``size`` is out of range.
+        ValueError: ``size`` or ``start`` is out of range.
     """
     if size is not None:
         _check_size(size)
+    if not 0 <= start < math.inf:
+        raise ValueError(f"start must be at least 0 seconds, got {start}")
     with _opened(path) as (container, stream):
-        pictures = map(_upright, container.decode(stream))
+        pictures = map(_upright, _frames_from(container, stream, start))
         first = next(pictures, None)
         if first is None:
             raise VideoError(f"{path}: the video has no frames")
         height, width = first.shape[:2]
         yield VideoStream(_sized(path, chain([first], pictures), size), _rate(stream), height, width)
+
+
+def _frames_from(container, stream, start: float) -> Iterator[av.VideoFrame]:
+    """Frames in display order from the one shown at ``start`` on."""
+    if start == 0:
+        yield from container.decode(stream)
+        return
+    origin = float((stream.start_time or 0) * stream.time_base)
+    # a format that cannot be searched is read from its beginning
+    with suppress(av.error.FFmpegError):
+        container.seek(round((origin + start) * av.time_base))
+    held, shown = None, False
+    for frame in container.decode(stream):
+        shown = shown or frame.time is None or frame.time - origin > start
+        if shown and held is not None:
+            yield held
+        held = frame
+    if held is not None:
+        yield held
 
 
 def _sized(path, pictures: Iterator[np.ndarray], size: int | None) -> Iterator[torch.Tensor]:

@@ -1,8 +1,8 @@
-"""``vft train generator``: trains a class-conditional generator on the tokens of procedural video.
+"""``vft train generator``: trains a generator on the tokens of procedural video, of videos, or of ``.vft`` files.
 
-Cross-entropy of the time-first ids of each clip given its motion family, which is dropped for the null class now and
-then so that guidance works. Tokens of rendered clips are kept. With ``factor_rank`` the two token tables are trained
-and stored as thin factors (vft/factors.py).
+Cross-entropy of the time-first ids of each clip given its class or caption, which is dropped now and then for the null
+condition, so that guidance works. Tokens of encoded clips are kept. With ``factor_rank`` the two token tables are
+trained and stored as thin factors (vft/factors.py).
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from ..config import GeneratorConfig, parse_generator_config
 from ..factors import FactoredEmbedding, FactoredHead, compress, fsq_features
 from ..generator import Generator, time_first
 from ..tokenizer import Tokenizer
-from . import loop, procedural
-from .loop import Settings
+from . import data, loop
+from .loop import Engine, Settings
+
+CONDITIONS = ("class", "text")
 
 
 @dataclass(frozen=True)
 class GeneratorSettings(Settings):
     """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d.
 
-    ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None keeps them whole.
+    ``condition``: ``class``, or ``text`` for token files with captions. ``latent_frames``: the first ones of each token
+    file are modelled (0: all). ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None: whole ones.
     """
 
     learning_rate: float = 1e-3
@@ -36,6 +39,8 @@ class GeneratorSettings(Settings):
     tokens_per_frame: int = 16
     class_dropout: float = 0.1
     factor_rank: int | None = None
+    condition: str = "class"
+    latent_frames: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--class-dropout", type=float, default=defaults.class_dropout,
-        help="how often the class is dropped (default %(default)s)",
+        help="how often the class or caption is dropped (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--condition", choices=CONDITIONS, default=defaults.condition,
+        help="class: motion family or subfolder; text: captions beside .vft files (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--latent-frames", type=int, default=defaults.latent_frames,
+        help="of each .vft file, the first ones (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--factor-rank", type=int, default=defaults.factor_rank,
@@ -62,13 +75,15 @@ def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
     settings = GeneratorSettings(
         **loop.common(args), tokenizer=args.tokenizer, depth=args.depth, tokens_per_frame=args.tokens_per_frame,
-        class_dropout=args.class_dropout, factor_rank=args.factor_rank,
+        class_dropout=args.class_dropout, factor_rank=args.factor_rank, condition=args.condition,
+        latent_frames=args.latent_frames,
     )  # fmt: skip
-    train(args.output, settings, minutes=args.minutes)
-    return 0
+    return loop.run(args, settings, train)
 
 
-def train(folder: Path, settings: GeneratorSettings, *, minutes: float | None = None) -> None:
+def train(
+    folder: Path, settings: GeneratorSettings, *, minutes: float | None = None, engine: Engine | None = None
+) -> None:
     """Trains or resumes the run in ``folder``; errors are those of :func:`vft.train.loop.train`."""
     loop.check(settings)
     if settings.depth < 1:
@@ -77,29 +92,47 @@ def train(folder: Path, settings: GeneratorSettings, *, minutes: float | None = 
         raise ValueError(f"class_dropout must lie between 0 and 1, got {settings.class_dropout}")
     if settings.factor_rank is not None and settings.factor_rank < 1:
         raise ValueError(f"factor_rank must be at least 1, got {settings.factor_rank}")
+    if settings.condition not in CONDITIONS:
+        raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {settings.condition!r}")
+    if settings.latent_frames < 0:
+        raise ValueError(f"latent_frames must be at least 0, got {settings.latent_frames}")
     tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
     if not 1 <= settings.tokens_per_frame <= tokenizer.registers:
         raise ValueError(f"tokens_per_frame must lie in 1..{tokenizer.registers}, got {settings.tokens_per_frame}")
-    if tokenizer.size is None:
-        raise ValueError(f"tokenizer {settings.tokenizer!r} must have a working size")
     torch.manual_seed(settings.seed)
-    loop.train(folder, settings, GeneratorTask(settings, tokenizer), minutes)
+    loop.train(folder, settings, GeneratorTask(settings, tokenizer), minutes, engine)
 
 
 class GeneratorTask:
-    """Next-token cross-entropy over the flat ids of procedural clips, with class dropout."""
+    """Next-token cross-entropy over the flat ids of clips, with class or caption dropout."""
 
     def __init__(self, settings: GeneratorSettings, tokenizer: Tokenizer) -> None:
         self.settings, self.tokenizer = settings, tokenizer
-        config = tokenizer.config
-        frames = tokenizer.codec.latent_shape(config.chunk_size, tokenizer.size, tokenizer.size)[1]
+        self.data, frames = self._open_data()
         raw = {
-            "depth": settings.depth, "vocab": config.codebook_size, "seq_len": frames * settings.tokens_per_frame,
-            "n_classes": len(procedural.FAMILIES), "classes": list(procedural.FAMILIES), "cond": "class",
-            "tokenizer": settings.tokenizer,
+            "depth": settings.depth, "vocab": tokenizer.config.codebook_size,
+            "seq_len": frames * settings.tokens_per_frame, "tokenizer": settings.tokenizer, "cond": settings.condition,
         }  # fmt: skip
+        if settings.condition == "text":
+            raw |= {"ctx_dim": self.data.captions([0])[0].shape[1], "n_ctx_null": 1}
+        else:
+            raw |= {"n_classes": len(self.data.classes), "classes": list(self.data.classes)}
         self.model = self._build(parse_generator_config(raw)).train()
-        self.data = loop.Clips(self._tokens, settings.seed, tokenizer.size, config.chunk_size)
+
+    def _open_data(self):
+        """The data, and the most latent frames that a clip of it has."""
+        settings, tokenizer = self.settings, self.tokenizer
+        text = settings.condition == "text"
+        if settings.data != data.PROCEDURAL and data.holds_tokens(settings.data):
+            files = data.TokenFiles(settings.data, tokenizer.name, settings.tokens_per_frame, text)
+            return files, min(files.longest, settings.latent_frames or files.longest)
+        if text or settings.latent_frames:
+            raise ValueError("condition text and latent_frames need data to be a folder of .vft files")
+        config = tokenizer.config
+        if tokenizer.size is None:
+            raise ValueError(f"tokenizer {settings.tokenizer!r} must have a working size")
+        clips = data.clips(self._tokens, settings, config.chunk_size, tokenizer.size)
+        return clips, tokenizer.codec.latent_shape(max(settings.frames or (config.chunk_size,)), 16, 16)[1]
 
     def _build(self, config: GeneratorConfig) -> Generator:
         model, rank = Generator(config, "tiny"), self.settings.factor_rank
@@ -110,19 +143,44 @@ class GeneratorTask:
         return model
 
     def _tokens(self, clips: torch.Tensor) -> list[torch.Tensor]:
-        # [B, 3, frames, H, W] -> one flat int64 [T * k] a clip
-        ids = self.tokenizer.encode_latents(self.tokenizer.codec.encode(clips))
-        return [time_first(i[:, : self.settings.tokens_per_frame]) for i in ids]
+        # [B, 3, frames, H, W] -> ids [T, N] of each clip
+        tokenizer = self.tokenizer.to(self.model.device)
+        ids = tokenizer.encode_latents(tokenizer.codec.to(tokenizer.device).encode(clips.to(tokenizer.device)))
+        return [i.cpu() for i in ids]
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
-        settings = self.settings
-        indices = torch.randint(settings.clips, (settings.batch,), generator=generator).tolist()
-        dropped = (torch.rand(settings.batch, generator=generator) < settings.class_dropout).tolist()
-        with torch.autocast("cpu", enabled=False):
-            ids = self.data.batch(indices)
-        classes = [procedural.label(settings.seed, i) for i in indices]
-        conditions = [None if drop else c for drop, c in zip(dropped, classes, strict=True)]
-        return F.cross_entropy(self.model.teacher_forced(ids, conditions).flatten(0, 1), ids.flatten())
+    def recompute(self, on: bool) -> None:
+        self.model.recompute = on
+
+    def indices(self, generator: torch.Generator) -> list[int]:
+        return torch.randint(self.settings.clips, (self.settings.batch,), generator=generator).tolist()
+
+    def loss(self, generator: torch.Generator, part: slice = slice(None)) -> torch.Tensor:
+        """The mean over clips of each one's mean cross-entropy, all clips in one packed pass."""
+        settings, device = self.settings, self.model.device
+        indices = self.indices(generator)[part]
+        dropped = (torch.rand(settings.batch, generator=generator) < settings.class_dropout)[part].tolist()
+        seeds = torch.randint(2**62, (settings.batch,), generator=generator)[part].tolist()
+        with torch.autocast(device.type, enabled=False):
+            clips = [ids[: settings.latent_frames or None] for ids in self.data.batch(indices)]
+        flat = [time_first(ids[:, : settings.tokens_per_frame]) for ids in clips]
+        inputs = [self._corrupted(ids[:-1], seed).to(device) for ids, seed in zip(flat, seeds, strict=True)]
+        conditions = [None if drop else c for drop, c in zip(dropped, self._conditions(indices), strict=True)]
+        x = self.model.packed(inputs, self.model.starts(conditions), self.model.cross(conditions))
+        each = F.cross_entropy(self.model.head(x).float(), torch.cat(flat).to(device), reduction="none")
+        return torch.stack([loss.mean() for loss in each.split([len(ids) for ids in flat])]).mean()
+
+    def _conditions(self, indices: list[int]) -> list:
+        if self.settings.condition == "text":
+            return [emb.to(self.model.device) for emb in self.data.captions(indices)]
+        return [self.data.label(i) for i in indices]
+
+    def _corrupted(self, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        """Random ids in place of a share of those that the model reads."""
+        if self.settings.corruption == 0:
+            return ids
+        generator = torch.Generator().manual_seed(seed)
+        hit = torch.rand(ids.shape, generator=generator) < self.settings.corruption
+        return torch.where(hit, torch.randint(self.model.config.vocab, ids.shape, generator=generator), ids)
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = self._build(self.model.config)

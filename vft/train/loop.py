@@ -1,8 +1,7 @@
 """The training loop of ``vft train``. Stop and start it at will: it resumes where it was.
 
-A run is a folder: ``state.safetensors`` (weights, EMA, optimiser moments; step and settings as metadata),
-``log.jsonl`` (the running loss), ``model.safetensors`` (the EMA weights in float16, for ``from_pretrained``). What a
-step draws depends on (seed, step) alone, so a resumed run repeats the same losses.
+A run is a folder, see :mod:`vft.train.state`. What a step draws depends on (seed, step) alone: the step is the position
+in the data and the state of all random numbers, so a resumed run repeats the same losses.
 """
 
 from __future__ import annotations
@@ -12,33 +11,47 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as serialize
 from torch import nn
 from tqdm import tqdm
 
-from ..files import replacing
-from . import procedural
+from . import parallel, state
+from .data import PROCEDURAL
 
 
 class Task(Protocol):
-    """What is trained: a model, its loss on a batch drawn with ``generator``, and how its weights become a file."""
+    """What is trained: a model, its loss on a batch drawn with ``generator``, and how its weights become a file.
+
+    ``loss`` is the mean over the samples ``part`` of the batch; what is drawn for a sample does not depend on the part.
+    ``indices`` are those of the whole batch in ``data``, the first thing that is drawn. ``recompute`` is whether
+    activations are computed again in the backward pass instead of kept.
+    """
 
     model: nn.Module
+    data: object
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor: ...
+    def indices(self, generator: torch.Generator) -> list[int]: ...
+
+    def loss(self, generator: torch.Generator, part: slice = slice(None)) -> torch.Tensor: ...
+
+    def recompute(self, on: bool) -> None: ...
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults made the embedded tokenizer. A run is resumed with the same (``steps`` aside)."""
+    """Settings of a run; the defaults made the embedded tokenizer. A run is resumed with the same (``steps`` aside).
+
+    ``batch`` counts the clips of a step over all processes and accumulations; ``clips`` how many different ones there
+    are. ``frames`` and ``sizes``: lengths and square sides in pixels, one of each drawn for each clip, empty for those
+    that the model works at. ``corruption``: share of tokens replaced by random ones where the model reads them.
+    """
 
     steps: int = 4400
     batch: int = 8
@@ -49,68 +62,75 @@ class Settings:
     clip: float = 1.0
     ema: float = 0.998
     seed: int = 0
-    bf16: bool = True
+    bf16: bool = False
+    data: str = PROCEDURAL
+    frames: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    corruption: float = 0.0
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run is computed. This may change whenever it is resumed: the losses stay the same up to float rounding.
+
+    ``accumulate`` micro-batches a step; ``checkpoint``: recompute activations in the backward pass instead of keeping
+    them; ``parallel``: see :mod:`vft.train.parallel`; a state is saved every ``save_seconds``.
+    """
+
+    device: str = "cpu"
+    parallel: str | None = None
+    accumulate: int = 1
+    checkpoint: bool = False
+    save_seconds: float = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     """The arguments that every kind of run has."""
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed"
-    )
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=defaults.batch, help="clips a step (default %(default)s)")
-    parser.add_argument(
-        "--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up")
-    parser.add_argument("--no-bf16", action="store_true", help="float32 instead of bfloat16 autocast")
-    parser.add_argument("--minutes", type=float, default=None, help="stop (resumably) after this much time")
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed")
+    add("--plot", type=Path, metavar="RUN", help="plot the loss of this run into the picture -o, and train nothing")
+    add("--data", default=defaults.data, help="'procedural' or a folder (default %(default)s)")
+    add("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
+    add("--batch", type=int, default=defaults.batch, help="clips a step over all processes (default %(default)s)")
+    add("--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)")
+    add("--frames", type=int, nargs="+", default=defaults.frames, help="lengths of clips, 1 + 4k (default the model's)")
+    add("--sizes", type=int, nargs="+", default=defaults.sizes, help="sides of clips in pixels (default the model's)")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="at its peak (default %(default)s)")
+    add("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up (default %(default)s)")
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="default %(default)s")
+    add("--clip", type=float, default=defaults.clip, help="largest norm of the gradient (default %(default)s)")
+    add("--ema", type=float, default=defaults.ema, help="decay of the averaged weights (default %(default)s)")
+    add("--corruption", type=float, default=defaults.corruption, help="share of random tokens (default %(default)s)")
+    add("--bf16", action="store_true", help="bfloat16 autocast, where the device multiplies it fast")
+    add("--minutes", type=float, default=None, help="stop (resumably) after this much time")
+    engine = Engine()
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (default %(default)s)")
+    add("--parallel", choices=parallel.MODES, help="under torchrun: replicate or shard the model (default ddp)")
+    add("--accumulate", type=int, default=engine.accumulate, help="micro-batches a step (default %(default)s)")
+    add("--checkpoint", action="store_true", help="recompute activations instead of keeping them")
+    add("--save-seconds", type=float, default=engine.save_seconds, help="between saved states (default %(default)s)")
+
+
+def run(args: argparse.Namespace, settings: Settings, train: Callable) -> int:
+    """Plots or trains as the parsed arguments say; returns the exit code."""
+    if args.plot is not None:
+        from .. import plots
+
+        plots.training_loss(args.plot, args.output)
+    else:
+        engine = Engine(args.device, args.parallel, args.accumulate, args.checkpoint, args.save_seconds)
+        train(args.output, settings, minutes=args.minutes, engine=engine)
+    return 0
 
 
 def common(args: argparse.Namespace) -> dict:
     """The settings that :func:`add_arguments` reads."""
     return {
         "steps": args.steps, "batch": args.batch, "clips": args.clips, "learning_rate": args.learning_rate,
-        "warmup": args.warmup, "seed": args.seed, "bf16": not args.no_bf16,
+        "warmup": args.warmup, "weight_decay": args.weight_decay, "clip": args.clip, "ema": args.ema,
+        "seed": args.seed, "bf16": args.bf16, "data": args.data, "frames": tuple(args.frames),
+        "sizes": tuple(args.sizes), "corruption": args.corruption,
     }  # fmt: skip
-
-
-def train(folder: Path, settings: Settings, task: Task, minutes: float | None = None) -> None:
-    """Trains or resumes the run in ``folder``.
-
-    Raises ValueError when the folder holds a run with other settings, and RuntimeError when the loss is not finite
-    (the last saved state stays).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = task.model
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = _optimizer(model, settings)
-    step = _resume(folder, settings, model, ema, optimizer)
-    started, saved, running = time.time(), time.time(), None
-    with (
-        (folder / "log.jsonl").open("a") as log,
-        tqdm(total=settings.steps, initial=step, desc="train", disable=not sys.stderr.isatty()) as bar,
-    ):
-        while step < settings.steps:
-            loss = _step(task, optimizer, settings, step)
-            if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at step {step}; the last saved state in {folder} is unharmed")
-            step += 1
-            _update_ema(ema, model, min(settings.ema, (1 + step) / (10 + step)))
-            running = loss if running is None else 0.98 * running + 0.02 * loss
-            bar.update()
-            bar.set_postfix(loss=f"{running:.4f}")
-            if step % 20 == 0:
-                seconds = round(time.time() - started, 1)
-                log.write(json.dumps({"step": step, "loss": round(running, 5), "seconds": seconds}) + "\n")
-                log.flush()
-            timed_out = minutes is not None and time.time() - started > 60 * minutes
-            if time.time() - saved > 120 or timed_out or step == settings.steps:
-                _save(folder, settings, task, ema, optimizer, step)
-                saved = time.time()
-            if timed_out:
-                break
 
 
 def check(settings: Settings) -> None:
@@ -120,13 +140,159 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     if not 0 < settings.learning_rate < 1:
         raise ValueError(f"learning_rate must lie between 0 and 1, got {settings.learning_rate}")
+    for name in ("weight_decay", "ema", "corruption"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(settings, name)}")
+    if not settings.clip > 0:
+        raise ValueError(f"clip must be above 0, got {settings.clip}")
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+def train(
+    folder: Path, settings: Settings, task: Task, minutes: float | None = None, engine: Engine | None = None
+) -> None:
+    """Trains or resumes the run in ``folder``.
+
+    Raises ValueError when the folder holds a run with other settings, model or data, OSError when it cannot be written,
+    and RuntimeError when the loss or its gradient is not finite (the last saved state stays).
+    """
+    engine = engine or Engine()
+    with parallel.joined(engine.parallel, engine.device) as group:
+        if group.rank == 0:
+            state.open_folder(folder)
+        _Run(folder, settings, Trainer(settings, task, engine, group)).go(engine, minutes)
+
+
+class Trainer:
+    """The model, its average, the optimiser, and one step of them on this process's share of the batch."""
+
+    def __init__(self, settings: Settings, task: Task, engine: Engine, group: parallel.Group) -> None:
+        self.settings, self.task, self.group = settings, task, group
+        self.parts = group.parts(settings.batch, engine.accumulate)
+        task.model.to(group.device)
+        task.recompute(engine.checkpoint)
+        self.loss = parallel.spread(task, group)
+        self.parameters = dict(task.model.named_parameters())
+        self.ema = {name: parallel.local(p).detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = _optimizer(self.parameters.values(), settings)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """The loss of the whole batch and the norm of its gradient; where one is not finite, nothing is changed."""
+        self._fetch(step + 1)
+        total = torch.zeros((), device=self.group.device)
+        for part in self.parts:
+            with parallel.synchronised(self.loss, part is self.parts[-1]):
+                with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.settings.bf16):
+                    loss = self.loss(draws(self.settings, step), part) / len(self.parts)
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        loss, norm = self.group.mean(total).item(), parallel.whole(norm, norm).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, step)
+            self.optimizer.step()
+            self._average(min(self.settings.ema, (2 + step) / (11 + step)))
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _fetch(self, step: int) -> None:
+        """Begins to read what a later step needs."""
+        if step < self.settings.steps:
+            indices = self.task.indices(draws(self.settings, step))
+            self.task.data.fetch([i for part in self.parts for i in indices[part]])
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        weights = [parallel.local(p) for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The EMA weights, whole, on the CPU. All processes must call it."""
+        return {name: parallel.whole(self.ema[name], p).cpu() for name, p in self.parameters.items()}
+
+
+class _Run:
+    """A trainer and its folder."""
+
+    def __init__(self, folder: Path, settings: Settings, trainer: Trainer) -> None:
+        self.folder, self.settings, self.trainer = folder, settings, trainer
+        self.task, self.group = trainer.task, trainer.group
+        self.facts = {
+            "settings": asdict(settings), "model": self.task.model.config.raw, "data": self.task.data.facts(),
+        }  # fmt: skip
+        self.reported = 0
+        self.step = state.load(folder / state.STATE, trainer, self.facts)
+        if self.group.rank == 0:
+            state.rewind_log(folder, self.step)
+        self._report_skipped()
+
+    def go(self, engine: Engine, minutes: float | None) -> None:
+        started = saved = time.time()
+        first, settings = self.step, self.settings
+        hidden = self.group.rank > 0 or not sys.stderr.isatty()
+        with tqdm(total=settings.steps, initial=self.step, desc="train", disable=hidden) as bar:
+            while self.step < settings.steps:
+                rate = learning_rate(settings, self.step)
+                loss, norm = self.trainer.step(self.step)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    self._fail(loss, norm)
+                self.step += 1
+                seconds = time.time() - started
+                speed = (self.step - first) * settings.batch / seconds
+                self._log(step=self.step, loss=loss, grad_norm=norm, lr=rate, seconds=seconds, clips_per_second=speed)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", clips_per_second=f"{speed:.1f}")
+                timed_out = minutes is not None and seconds > 60 * minutes
+                due = time.time() - saved > engine.save_seconds or timed_out
+                # clocks differ: one process decides
+                stop, due = self.group.agree(timed_out), self.group.agree(due)
+                if due or self.step == settings.steps:
+                    self._save()
+                    saved = time.time()
+                if stop:
+                    break
+
+    def _save(self) -> None:
+        averaged = self.trainer.averaged()
+        try:
+            if self.group.rank == 0:
+                self.task.save(self.folder / state.MODEL, averaged)
+            # last, so that a complete state has its model
+            state.save(self.folder / state.STATE, self.trainer, self.facts | {"step": self.step})
+        except OSError as error:
+            reason = error.strerror or str(error)
+            message = f"step {self.step} cannot be saved in {self.folder} ({reason}); the last saved state is unharmed"
+            raise OSError(message) from error
+        self._report_skipped()
+
+    def _log(self, **line) -> None:
+        if self.group.rank == 0:
+            rounded = {k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in line.items()}
+            with (self.folder / state.LOG).open("a") as log:
+                log.write(json.dumps(rounded) + "\n")
+
+    def _fail(self, loss: float, norm: float) -> None:
+        indices = self.task.indices(draws(self.settings, self.step))
+        state.save(self.folder / "failed.safetensors", self.trainer, self.facts | {"step": self.step})
+        if self.group.rank == 0:
+            facts = {"step": self.step, "loss": str(loss), "grad_norm": str(norm), "indices": indices}
+            state.write_json(self.folder / "failed.json", facts)
+        raise RuntimeError(
+            f"the loss is {loss} at step {self.step} (gradient norm {norm}), batch {indices}; the state before "
+            f"it is {self.folder / 'failed.safetensors'}, the last saved state is unharmed"
+        )
+
+    def _report_skipped(self) -> None:
+        skipped, path = dict(self.task.data.skipped), self.folder / f"skipped.{self.group.rank}.json"
+        if len(skipped) > self.reported:
+            self.reported = len(skipped)
+            state.write_json(path, dict(sorted(skipped.items())))
+            tqdm.write(f"vft: {len(skipped)} files of {self.settings.data} skipped, see {path}", sys.stderr)
+
+
+def draws(settings: Settings, step: int) -> torch.Generator:
+    """The random numbers of a step."""
+    return torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -137,67 +303,8 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-class Clips:
-    """Procedural clips, rendered on first use and kept as what ``encode`` makes of them ``[B, 3, T, H, W]``."""
-
-    def __init__(self, encode, seed: int, size: int, frames: int) -> None:
-        self.encode, self.seed, self.size, self.frames = encode, seed, size, frames
-        self.encoded: dict[int, torch.Tensor] = {}
-
-    def batch(self, indices: list[int]) -> torch.Tensor:
-        missing = sorted(set(indices) - self.encoded.keys())
-        if missing:
-            clips = procedural.batch(self.seed, missing, self.size, self.frames, torch.get_num_threads())
-            self.encoded.update(zip(missing, self.encode(clips), strict=True))
-        return torch.stack([self.encoded[i] for i in indices])
-
-
-def _step(task: Task, optimizer, settings: Settings, step: int) -> float:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-        loss = task.loss(generator)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(task.model.parameters(), settings.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(settings, step)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-@torch.no_grad()
-def _update_ema(ema: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
-
-
-def _save(folder: Path, settings: Settings, task: Task, ema, optimizer, step: int) -> None:
-    model = task.model
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {f"ema.{n}": p for n, p in ema.items()}
-    for name, p in model.named_parameters():
-        for key, value in optimizer.state[p].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    with replacing(folder / "state.safetensors") as temporary:
-        temporary.write_bytes(serialize(tensors, {"step": str(step), "settings": json.dumps(asdict(settings))}))
-    task.save(folder / "model.safetensors", ema)
-
-
-def _resume(folder: Path, settings: Settings, model: nn.Module, ema, optimizer) -> int:
-    path = folder / "state.safetensors"
-    if not path.is_file():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        before = json.loads(metadata["settings"])
-        changed = {k: v for k, v in before.items() if k != "steps" and v != getattr(settings, k)}
-        if changed:
-            raise ValueError(f"the run in {folder} was made with {changed}; resume it with the same settings")
-        stored = set(file.keys())
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(file.get_tensor(f"model.{name}"))
-                ema[name].copy_(file.get_tensor(f"ema.{name}"))
-                # a token that no sample needed yet has had no gradient, so no moments
-                if f"optimizer.step.{name}" in stored:
-                    keys = ("step", "exp_avg", "exp_avg_sq")
-                    optimizer.state[p] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
-    return int(metadata["step"])
+def _optimizer(parameters, settings: Settings) -> torch.optim.AdamW:
+    trained = [p for p in parameters if p.requires_grad]
+    decayed, others = ([p for p in trained if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)

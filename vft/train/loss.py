@@ -5,6 +5,7 @@ x_t = (1 - t) clean + t noise,  loss = |v(x_t, t, codes of the first k registers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +22,22 @@ VALUE_RANGE, RANGE_WEIGHT = 1.5, 0.1
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one batch: ``t [B]``, ``noise`` like the latents, and one int or bool a sample."""
+    """The random choices of a batch: ``t [B]``, noise like each sample's latents, and one int or bool a sample.
+
+    replaced: (bool ``[sum T*N]``: which registers' codes the decoder sees replaced, int64 ids in their place), or None.
+    """
 
     t: torch.Tensor
-    noise: torch.Tensor
+    noise: list[torch.Tensor]
     keep: list[int]
     prefix_frames: list[int]
     null: list[bool]
     prefix_t: torch.Tensor
+    replaced: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def draw(
-    latents: torch.Tensor,
+    latents: Sequence[torch.Tensor],
     registers: int,
     generator: torch.Generator,
     *,
@@ -41,59 +46,84 @@ def draw(
     noise_probability: float = 0.25,
     null_probability: float = 0.1,
     prefix_probability: float = 0.25,
+    corruption: float = 0.0,
+    codebook: int = 1,
+    batch: int | None = None,
+    first: int = 0,
 ) -> Draw:
     """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; with
     ``noise_probability`` t = 1, where sampling begins; k uniform over 1..N for half of the samples and over the powers
-    of two for the others; the null condition and one conditioning frame with the given probabilities."""
-    batch = len(latents)
+    of two for the others; the null condition and one conditioning frame with the given probabilities; registers
+    replaced by random ids of the codebook with probability ``corruption``.
+
+    latents ``[C, T, H, W]`` are samples ``first, first + 1, ...`` of a batch of ``batch`` (by default all of it): what
+    is drawn for a sample depends on its place in the batch, not on which others are here.
+    """
+    batch, part = batch or len(latents), slice(first, first + len(latents))
     uniform = torch.randint(1, registers + 1, (batch,), generator=generator)
     powers = 2 ** torch.randint(0, registers.bit_length(), (batch,), generator=generator)
     pick = torch.rand(batch, generator=generator) < 0.5
-    chance = torch.rand(3, batch, generator=generator)
+    chance = torch.rand(3, batch, generator=generator)[:, part]
     t = torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator))
+    prefix_t = PREFIX_NOISE * torch.rand(batch, generator=generator)
+    seeds = torch.randint(2**62, (batch,), generator=generator)[part].tolist()
+    own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    device = latents[0].device
+    noise = [torch.randn(x.shape, generator=g).to(device) for x, g in zip(latents, own, strict=True)]
+    counts = [x.shape[1] * registers for x in latents]
     return Draw(
-        t=torch.where(chance[2] < noise_probability, 1.0, t),
-        noise=torch.randn(latents.shape, generator=generator),
-        keep=torch.where(pick, uniform, powers.clamp(max=registers)).tolist(),
-        prefix_frames=(chance[0] < prefix_probability).int().tolist() if latents.shape[2] > 1 else [0] * batch,
+        t=torch.where(chance[2] < noise_probability, 1.0, t[part]).to(device),
+        noise=noise,
+        keep=torch.where(pick, uniform, powers.clamp(max=registers))[part].tolist(),
+        prefix_frames=[int(c < prefix_probability and x.shape[1] > 1) for c, x in zip(chance[0], latents, strict=True)],
         null=(chance[1] < null_probability).tolist(),
-        prefix_t=PREFIX_NOISE * torch.rand(batch, generator=generator),
+        prefix_t=prefix_t[part].to(device),
+        replaced=_replaced(counts, corruption, codebook, own, device) if corruption > 0 else None,
     )
 
 
+def _replaced(counts: list[int], corruption: float, codebook: int, generators, device):
+    hit = torch.cat([torch.rand(n, generator=g) < corruption for n, g in zip(counts, generators, strict=True)])
+    ids = torch.cat([torch.randint(codebook, (n,), generator=g) for n, g in zip(counts, generators, strict=True)])
+    return hit.to(device), ids.to(device)
+
+
 def flow_loss(
-    model: Tokenizer, latents: torch.Tensor, choices: Draw, weight: torch.Tensor | None = None
+    model: Tokenizer,
+    latents: Sequence[torch.Tensor],
+    choices: Draw,
+    weigh: Callable[[int], torch.Tensor | None] = lambda frames: None,
 ) -> torch.Tensor:
-    """Mean squared velocity error of latents ``[B, C, T, H, W]``, conditioning frames left out, and range penalty.
+    """The mean over samples of each one's mean squared velocity error, conditioning frames left out, and range penalty.
 
-    ``weight``, which broadcasts against the latents, weighs the squared errors.
+    latents: one ``[C, T, H, W]`` a sample, of any shapes, in one packed batch. The loss of a batch is the mean of those
+    of equal parts of it. ``weigh(T)`` gives what squared errors of T latent frames count, ``[C, T, 1, 1]``, or None.
     """
+    levels = model.config.levels
     values = model.encoder(list(latents))
-    codes, _ = flexkernels.fsq_quantize(values, model.config.levels, ids=False)
-    t = _frame_times(choices, latents)
-    x = (1 - t) * latents + t * choices.noise
-    velocity = model.decoder(list(x), choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
-    error = (torch.stack(velocity) - (choices.noise - latents)).square()
-    error = error if weight is None else error * weight
-    counted = _counted(choices, latents)
-    beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().mean()
-    return (error * counted).sum() / (counted.sum() * latents[0, :, 0].numel()) + RANGE_WEIGHT * beyond
+    codes, _ = flexkernels.fsq_quantize(values, levels, ids=False)
+    if choices.replaced is not None:
+        hit, ids = choices.replaced
+        codes = torch.where(hit[:, None], flexkernels.fsq_dequantize(ids, levels, dtype=codes.dtype), codes)
+    times = zip(latents, choices.t, choices.prefix_frames, choices.prefix_t, strict=True)
+    noised = [_mix(x, n, _frame_times(*each)) for each, x, n in zip(times, latents, choices.noise, strict=True)]
+    velocity = model.decoder(noised, choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
+    targets = zip(velocity, choices.noise, latents, choices.prefix_frames, strict=True)
+    error = torch.stack([_error(v - (n - x), weigh(x.shape[1]), frames) for v, n, x, frames in targets])
+    beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().split([x.shape[1] * model.registers for x in latents])
+    return error.mean() + RANGE_WEIGHT * torch.stack([b.mean() for b in beyond]).mean()
 
 
-def _frame_index(latents: torch.Tensor) -> torch.Tensor:
-    return torch.arange(latents.shape[2]).view(1, 1, -1, 1, 1)
+def _error(difference: torch.Tensor, weight: torch.Tensor | None, prefix_frames: int) -> torch.Tensor:
+    square = difference.square() if weight is None else difference.square() * weight
+    return square[:, prefix_frames:].mean()
 
 
-def _counted(choices: Draw, latents: torch.Tensor) -> torch.Tensor:
-    # [B, 1, T, 1, 1], 1 where the frame is generated
-    return (_frame_index(latents) >= _column(choices.prefix_frames)).float()
+def _frame_times(x: torch.Tensor, t: torch.Tensor, prefix_frames: int, prefix_t: torch.Tensor) -> torch.Tensor:
+    # [1, T, 1, 1]: t, and nearly 0 on conditioning frames
+    generated = torch.arange(x.shape[1], device=x.device) >= prefix_frames
+    return torch.where(generated, t, prefix_t)[None, :, None, None]
 
 
-def _frame_times(choices: Draw, latents: torch.Tensor) -> torch.Tensor:
-    # [B, 1, T, 1, 1]: t, and nearly 0 on conditioning frames
-    generated = _counted(choices, latents).bool()
-    return torch.where(generated, _column(choices.t), _column(choices.prefix_t))
-
-
-def _column(values) -> torch.Tensor:
-    return torch.as_tensor(values).view(-1, 1, 1, 1, 1)
+def _mix(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (1 - t) * clean + t * noise

@@ -1,8 +1,9 @@
-"""``vft train tokenizer``: trains a tokenizer on procedural video. Latents of rendered clips are kept (20 kB each)."""
+"""``vft train tokenizer``: trains a tokenizer on procedural video or a folder of videos, whose latents are kept."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from ..config import make_config, parse_config
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
-from . import initial, loop
-from .loop import Settings
+from . import data, initial, loop
+from .loop import Engine, Settings
 from .loss import draw, flow_loss
 
 # the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
@@ -30,15 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
-    train(args.output, Settings(**loop.common(args)), minutes=args.minutes, config=make_config(**TINY))
-    return 0
+    return loop.run(args, Settings(**loop.common(args)), partial(train, config=make_config(**TINY)))
 
 
-def train(folder: Path, settings: Settings, *, config: dict, minutes: float | None = None) -> None:
+def train(
+    folder: Path, settings: Settings, *, config: dict, minutes: float | None = None, engine: Engine | None = None
+) -> None:
     """Trains or resumes the run in ``folder``; errors are those of :func:`vft.train.loop.train`."""
     loop.check(settings)
     torch.manual_seed(settings.seed)
-    loop.train(folder, settings, TokenizerTask(settings, config), minutes)
+    loop.train(folder, settings, TokenizerTask(settings, config), minutes, engine)
 
 
 class TokenizerTask:
@@ -46,19 +48,39 @@ class TokenizerTask:
 
     def __init__(self, settings: Settings, config: dict) -> None:
         self.settings, self.model = settings, Tokenizer(parse_config(config), "tiny").train()
-        codec, model = load_codec(self.model.config.codec), self.model
-        self.data = loop.Clips(codec.encode, settings.seed, model.size, model.config.chunk_size)
-        shape = codec.latent_shape(model.config.chunk_size, model.size, model.size)
-        self.weight = codec.pixel_weight(shape[1])
-        rows, columns = (n // p for n, p in zip(shape[2:], model.config.patch[1:], strict=True))
-        if initial.fits(model, rows, columns):
-            initial.start(model, rows, columns, self.data.batch(list(range(min(64, settings.clips)))))
+        config, codec = self.model.config, load_codec(self.model.config.codec)
+        self.data = data.clips(codec.encode, settings, config.chunk_size, self.model.size)
+        self.codec = codec.requires_grad_(False)
+        self._begin()
 
-    def loss(self, generator: torch.Generator) -> torch.Tensor:
-        indices = torch.randint(self.settings.clips, (self.settings.batch,), generator=generator).tolist()
-        with torch.autocast("cpu", enabled=False):
-            latents = self.data.batch(indices)
-        return flow_loss(self.model, latents, draw(latents, self.model.registers, generator), self.weight)
+    def _begin(self) -> None:
+        model, config, settings = self.model, self.model.config, self.settings
+        size = model.size or min(settings.sizes)
+        shape = self.codec.latent_shape(config.chunk_size, size, size)
+        rows, columns = (n // p for n, p in zip(shape[2:], config.patch[1:], strict=True))
+        if initial.fits(model, rows, columns):
+            initial.start(model, rows, columns, self.data.batch(range(min(64, settings.clips))))
+
+    def recompute(self, on: bool) -> None:
+        self.model.encoder.recompute = self.model.decoder.recompute = on
+
+    def indices(self, generator: torch.Generator) -> list[int]:
+        return torch.randint(self.settings.clips, (self.settings.batch,), generator=generator).tolist()
+
+    def loss(self, generator: torch.Generator, part: slice = slice(None)) -> torch.Tensor:
+        indices, settings, model = self.indices(generator)[part], self.settings, self.model
+        device = self.model.device
+        with torch.autocast(device.type, enabled=False):
+            latents = [x.to(device) for x in self.data.batch(indices)]
+        choices = draw(
+            latents, model.registers, generator, corruption=settings.corruption, codebook=model.config.codebook_size,
+            batch=settings.batch, first=part.start or 0,
+        )  # fmt: skip
+        return flow_loss(model, latents, choices, self._weigh)
+
+    def _weigh(self, frames: int) -> torch.Tensor | None:
+        weight = self.codec.pixel_weight(frames)
+        return None if weight is None else weight.to(self.model.device)
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = Tokenizer(self.model.config, self.model.name)
