@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,25 +16,15 @@ pytest.importorskip("triton")
 TARGETS = {"cuda-80": 163 * 1024, "cuda-90": 227 * 1024, "cuda-100": 227 * 1024, "hip-gfx942": 64 * 1024}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What the gate tells of every target: a process each, without the interpreter and with an empty cache."""
+@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.slow] * (t != "cuda-90")) for t in TARGETS])
+def test_kernels_compile(target, tmp_path):
+    # a process of its own, without the interpreter and with an empty cache
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(Path(flexkernels.__file__).parents[1])
-    script = str(Path(__file__).with_name("triton_gate.py"))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    report = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [[sys.executable, script, target] for target in TARGETS]
-        for result in pool.map(lambda command: subprocess.run(command, **pipes), commands):
-            assert result.returncode == 0, result.stderr[-4000:]
-            report |= json.loads(result.stdout.splitlines()[-1])
-    return report
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile(compiled, target):
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(flexkernels.__file__).parents[1])}
+    command = [sys.executable, str(Path(__file__).with_name("triton_gate.py")), target]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    compiled = json.loads(result.stdout.splitlines()[-1])
     kernels = compiled[target]
     assert {kernel["name"] for kernel in kernels} == set(compiled["kernels"])
     for kernel in kernels:
