@@ -6,7 +6,7 @@
 namespace flexkernels::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;
 
 // elements a thread takes at once: 16 bytes of the wider type
 template <typename X, typename V>
