@@ -1,5 +1,4 @@
-// Guided flow update: one block a row. A thread adds its few terms in float32, the block those sums in float64
-// in a tree of a fixed shape, so an update repeats bit for bit.
+// Guided flow update: one block a row. Sums are float32 trees of a fixed shape, so an update repeats bit for bit.
 #include "kernels.h"
 #include "pack.h"
 
@@ -41,20 +40,20 @@ __device__ __forceinline__ void difference(const FlowUpdate& p, int64_t i, const
 }
 
 // the block's total in every thread
-__device__ double block_sum(double value) {
-  __shared__ double of_warp[kMaxThreads / 32];
+__device__ float block_sum(float value) {
+  __shared__ float of_warp[kMaxThreads / 32];
   for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
   // the last call's totals have been read
   __syncthreads();
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
-  double total = 0;
+  float total = 0;
   for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += of_warp[warp];
   return total;
 }
 
 template <typename X, typename V>
-__device__ FlowCoefficients<double> apg(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
+__device__ FlowCoefficients<float> apg(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
   float dd = 0, dc = 0, cc = 0;
   for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
     constexpr int N = decltype(width)::value;
@@ -68,12 +67,12 @@ __device__ FlowCoefficients<double> apg(const FlowUpdate& p, int64_t begin, int6
       cc += c[j] * c[j];
     }
   });
-  return flow_apg<double>(p, block_sum(dd), block_sum(dc), block_sum(cc));
+  return flow_apg<float>(p, block_sum(dd), block_sum(dc), block_sum(cc));
 }
 
 template <typename X, typename V>
-__device__ FlowCoefficients<double> rescaled(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
-  if (begin >= end) return flow_plain<double>(p);
+__device__ FlowCoefficients<float> rescaled(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
+  if (begin >= end) return flow_plain<float>(p);
   const float gain = p.scale - 1, first_c = to_float(static_cast<const V*>(p.v_cond)[begin]);
   const float first_g = first_c + gain * (first_c - to_float(static_cast<const V*>(p.v_uncond)[begin]));
   float c1 = 0, c2 = 0, g1 = 0, g2 = 0;
@@ -91,14 +90,14 @@ __device__ FlowCoefficients<double> rescaled(const FlowUpdate& p, int64_t begin,
       g2 += g * g;
     }
   });
-  return flow_rescaled<double>(p, static_cast<double>(end - begin), block_sum(c1), block_sum(c2), block_sum(g1),
-                               block_sum(g2));
+  return flow_rescaled<float>(p, static_cast<float>(end - begin), block_sum(c1), block_sum(c2), block_sum(g1),
+                              block_sum(g2));
 }
 
 template <typename X, typename V>
-__device__ FlowCoefficients<double> coefficients(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
+__device__ FlowCoefficients<float> coefficients(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
   if (p.guidance == kFlowAPG) return apg<X, V>(p, begin, end, aligned);
-  return flow_needs_sums(p) ? rescaled<X, V>(p, begin, end, aligned) : flow_plain<double>(p);
+  return flow_needs_sums(p) ? rescaled<X, V>(p, begin, end, aligned) : flow_plain<float>(p);
 }
 
 // x += weight * term[i ..]
@@ -124,8 +123,7 @@ __device__ void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin, in
 template <typename X, typename V>
 __global__ void __launch_bounds__(kMaxThreads) flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
-  const FlowCoefficients<double> k = coefficients<X, V>(p, begin, end, aligned);
-  const float alpha = static_cast<float>(k.alpha), beta = static_cast<float>(k.beta);
+  const FlowCoefficients<float> k = coefficients<X, V>(p, begin, end, aligned);
   for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
     constexpr int N = decltype(width)::value;
     float v[N], d[N] = {}, x[N];
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads) flow_update_kernel(const __grid_c
     if (p.momentum_next) store_floats<N>(p.momentum_next + i, d);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      v[j] = alpha * v[j] + beta * d[j];
+      v[j] = k.alpha * v[j] + k.beta * d[j];
       x[j] = p.b * v[j];
     }
     if (p.velocity) store_floats<N>(p.velocity + i, v);
