@@ -310,7 +310,8 @@ def test_new_sizes_do_not_recompile():
 def test_fake_tensors_tell_shapes():
     with FakeTensorMode():
         x = torch.empty(2, 3, 5, dtype=torch.bfloat16)
-        x_next, buffer = flexkernels.flow_step(x, x, x, dt=1.0, guidance=APG(momentum=-0.5), momentum_buffer=x)
+        before = torch.empty(x.shape)
+        x_next, buffer = flexkernels.flow_step(x, x, x, dt=1.0, guidance=APG(momentum=-0.5), momentum_buffer=before)
     assert (x_next.shape, x_next.dtype) == (x.shape, torch.bfloat16)
     assert (buffer.shape, buffer.dtype) == (x.shape, torch.float32)
 
