@@ -294,7 +294,7 @@ HIDDEN, WEIGHT = torch.zeros(4, 8), torch.zeros(6, 8)
 IDS, INDEX = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
 EMBED = {"ids": IDS, "levels": PUBLISHED, "weight": torch.zeros(8, 6)}
 WRONG_EMBED = [
-    ({"ids": IDS.float()}, TypeError, "ids must be int64 or int32, got float32"),
+    ({"ids": IDS.float()}, TypeError, "ids must be int64 or int32 or uint16, got float32"),
     ({"ids": IDS.view(2, 2)}, ValueError, "ids must have 1 dimensions"),
     ({"weight": WEIGHT}, ValueError, r"weight must have the shape \[6, 6\], got \[6, 8\]"),
     ({"bias": torch.zeros(7)}, ValueError, r"bias must have the shape \[8\], got \[7\]"),

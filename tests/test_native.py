@@ -139,7 +139,7 @@ Z, IDS = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
         ((Z, torch.zeros(2, 7), [8, 5], Z.half(), IDS), "codes must have dtype Float, got Half"),
         ((Z, torch.zeros(2, 7), [8, 5], Z[:2], IDS), "codes must have 8 elements, got 4"),
         ((Z, torch.zeros(2, 7), [8, 5], Z, IDS[:3]), "ids must have 4 elements, got 3"),
-        ((Z, torch.zeros(2, 7), [8, 5], Z, IDS.float()), "ids must have dtype int32 or int64, got Float"),
+        ((Z, torch.zeros(2, 7), [8, 5], Z, IDS.float()), "ids must have dtype int64, int32 or uint16, got Float"),
     ],
 )
 def test_fsq_quantize_refuses(args, message):

@@ -44,6 +44,27 @@ def fsq_quantize_large(device: str) -> Case:
     return fsq_quantize(device, torch.float32, 2**24)
 
 
+@case("fsq_quantize_train_fp32")
+def fsq_quantize_train(device: str) -> Case:
+    z = 2 * torch.randn(64, 2560, len(LEVELS), device=device)
+    options = {"seed": 1, "drop_p": 0.5, "corrupt_p": 0.2}
+    codes, ids = flexkernels.fsq_quantize_train(z, LEVELS, **options)
+
+    def check():
+        expected = flexkernels.fsq_quantize_train_ref(z.cpu(), LEVELS, **options)
+        differing = sum(int((a.cpu() != b).sum()) for a, b in zip((codes, ids), expected, strict=True))
+        return f"{differing} codes and ids differ" if differing else None
+
+    ours, formula = (
+        lambda f=f: f(z, LEVELS, **options)
+        for f in (flexkernels.fsq_quantize_train, flexkernels.fsq_quantize_train_ref)
+    )
+    return Case(
+        torch.float32, list(z.shape), ours, {"eager formula": formula}, check, size(z, codes, ids),
+        note="64 samples, half of them not rounded, a fifth of the tokens replaced",
+    )  # fmt: skip
+
+
 @case("fsq_dequantize_fp32")
 def fsq_dequantize(device: str) -> Case:
     ids = torch.randint(64000, (163840,), device=device)

@@ -10,7 +10,10 @@ from .tokenizer import layer_norm
 
 
 def masks(frames, patches, registers):
-    """Dense bool [L, L] of the encoder (earlier frames; own frame causal over registers) and of the decoder."""
+    """Dense bool [L, L] of the encoder (earlier frames; own frame causal over registers) and of the decoder.
+
+    Source: arXiv 2604.12887, the masks of its encoder and decoder.
+    """
     frame = torch.arange(frames).repeat_interleave(patches + registers)
     index = torch.arange(patches + registers).repeat(frames)
     earlier, own = frame[None, :] < frame[:, None], frame[None, :] == frame[:, None]
@@ -18,6 +21,7 @@ def masks(frames, patches, registers):
 
 
 def attention(attn, h, mask):
+    """Source: the blocks of arXiv 2604.12887, their masks given to SDPA."""
     q, k, v = (w(h).unflatten(-1, (attn.heads, attn.head_dim)) for w in (attn.wq, attn.wk, attn.wv))
     q, k, v = (y.transpose(1, 2) for y in (layer_norm(q), layer_norm(k), v))
     h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=8 / attn.head_dim)
@@ -25,11 +29,12 @@ def attention(attn, h, mask):
 
 
 def mlp(branch, h):
+    """Source: arXiv 2002.05202, equation 6."""
     return branch.fc2(F.silu(branch.fc1(h)) * branch.fc3(h))
 
 
 def encode(encoder, patches, grid, mask):
-    """Patch vectors [B, T * P, D] -> register values [B, T * N, levels]."""
+    """Patch vectors [B, T * P, D] -> register values [B, T * N, levels]. Source: the encoder of arXiv 2604.12887."""
     batch, t = len(patches), grid[0]
     x = (encoder.patch_embed(patches) + encoder.patch_posemb(grid)).unflatten(1, (t, -1))
     x = torch.cat([x, encoder.registers[:t].expand(batch, -1, -1, -1)], 2)
@@ -41,6 +46,7 @@ def encode(encoder, patches, grid, mask):
 
 
 def embed_registers(decoder, codes, choices, frames):
+    """Source: nested and condition dropout of arXiv 2604.12887, by overwriting registers."""
     n = decoder.config.registers
     x = decoder.code_embed(codes) + decoder.register_posemb((frames, n))
     index, frame = torch.arange(n).repeat(frames), torch.arange(frames).repeat_interleave(n)
@@ -53,7 +59,10 @@ def embed_registers(decoder, codes, choices, frames):
 
 
 def velocity(decoder, patches, t, registers, grid, mask):
-    """Patch vectors [B, T * P, D] and registers [B, T * N, width] -> the velocity's patch vectors."""
+    """Patch vectors [B, T * P, D] and registers [B, T * N, width] -> the velocity's patch vectors.
+
+    Source: the decoder of arXiv 2604.12887.
+    """
     frames = grid[0]
     x = (decoder.patch_embed(patches) + decoder.patch_posemb(grid)).unflatten(1, (frames, -1))
     count = x.shape[2]
@@ -72,7 +81,10 @@ def velocity(decoder, patches, t, registers, grid, mask):
 
 
 def loss(model, latents, choices, dense):
-    """What vft.train.loss.flow_loss computes, for latents [B, C, T, H, W]; dense: what :func:`masks` gives."""
+    """What vft.train.loss.flow_loss computes, for latents [B, C, T, H, W]; dense: what :func:`masks` gives.
+
+    Source: the rectified-flow loss of arXiv 2209.03003, equation 1.
+    """
     config = model.config
     grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch, strict=True))
     values = encode(model.encoder, torch.stack([patchify(x, config.patch) for x in latents]), grid, dense[0])
@@ -90,6 +102,7 @@ def loss(model, latents, choices, dense):
 
 
 def straight_through(z, levels):
+    """Source: arXiv 2309.15505, appendix A.1."""
     levels = torch.tensor(levels, dtype=z.dtype)
     half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
     bound = (z + torch.atanh(offset / half)).tanh() * half - offset
