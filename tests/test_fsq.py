@@ -247,7 +247,9 @@ def inverse(codes, levels):
 @pytest.mark.parametrize("ids_dtype", fsq.IDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_id_survives_the_round_trip(place, dtype, ids_dtype):
-    ids = torch.arange(math.prod(PUBLISHED)).to(ids_dtype)
+    # the interpreter takes half a minute for all: it sees all in one dtype, and some in the others
+    step = 13 if interpreted(place) and (dtype, ids_dtype) != (torch.float32, torch.int64) else 1
+    ids = torch.arange(0, math.prod(PUBLISHED), step).to(ids_dtype)
     with flexkernels.backend(place[0]):
         codes = flexkernels.fsq_dequantize(ids.to(place[1]), PUBLISHED, dtype=dtype).cpu()
     assert codes.dtype == dtype and len(codes.unique(dim=0)) == len(ids)
