@@ -7,6 +7,7 @@ import vft
 from vft.checkpoint import ASSETS
 from vft.demo import CLIP
 from vft.evaluate import held_out, one_video, psnr
+from vft.generator import time_first
 from vft.train import procedural
 
 KEEPS = [1, 4, 16, 32]
@@ -43,3 +44,23 @@ def test_tokens_say_something_about_the_clip(tiny):
     own = psnr(tiny.codec.decode(torch.stack(tiny.decode_latents(ids))), clips).mean()
     other = psnr(tiny.codec.decode(torch.stack(tiny.decode_latents(ids[1:] + ids[:1]))), clips).mean()
     assert own > other + 3, (float(own), float(other))
+
+
+def test_the_generator_is_small_and_follows_its_class():
+    """Likelier than with any other class on average, on the ids of clips that it was not trained on."""
+    generator, tokenizer = vft.Generator.from_pretrained("tiny"), vft.Tokenizer.from_pretrained("tiny")
+    assert (ASSETS / "tiny_generator.safetensors").stat().st_size < 6_000_000
+    assert generator.classes == procedural.FAMILIES and generator.tokenizer == "tiny"
+    count = 48
+    ids = tokenizer.encode_latents(tokenizer.codec.encode(procedural.batch(3_000_000, range(count))))
+    flat = torch.stack([time_first(i[:, :16]) for i in ids])
+    labels = torch.tensor([procedural.label(3_000_000, i) for i in range(count)])
+
+    def loss(classes) -> torch.Tensor:
+        logits = generator.logits(flat, class_id=classes.tolist())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat.flatten())
+
+    own = loss(labels)
+    # a uniform guess over 64,000 ids has 11.07
+    assert own < 7
+    assert own < min(loss((labels + shift) % len(procedural.FAMILIES)) for shift in (1, 3, 5))

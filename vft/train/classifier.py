@@ -14,7 +14,7 @@ from . import procedural
 
 SEED = 4_000_000
 SIDE = 32
-STEPS, BATCH, CLIPS = 1200, 32, 6000
+STEPS, BATCH, CLIPS = 900, 32, 5000
 
 
 class Classifier(nn.Module):

@@ -27,18 +27,21 @@ CONDITIONS = ("class", "text")
 
 @dataclass(frozen=True)
 class GeneratorSettings(Settings):
-    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d.
+    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d. The defaults made the
+    embedded generator.
 
     ``condition``: ``class``, or ``text`` for token files with captions. ``latent_frames``: the first ones of each token
     file are modelled (0: all). ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None: whole ones.
     """
 
-    learning_rate: float = 1e-3
+    steps: int = 700
+    clips: int = 4000
+    learning_rate: float = 2e-3
     tokenizer: str = "tiny"
-    depth: int = 4
+    depth: int = 3
     tokens_per_frame: int = 16
     class_dropout: float = 0.1
-    factor_rank: int | None = None
+    factor_rank: int | None = 18
     condition: str = "class"
     latent_frames: int = 0
 
@@ -66,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each .vft file, the first ones (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--factor-rank", type=int, default=defaults.factor_rank,
-        help="rank of the token tables, for a small file (default: whole tables)",
+        "--factor-rank", type=lambda text: int(text) or None, default=defaults.factor_rank,
+        help="rank of the token tables, for a small file; 0: whole tables (default %(default)s)",
     )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ TINY = {
     "codec": "linear", "encoder_width": 192, "encoder_depth": 3, "decoder_width": 192, "decoder_depth": 4,
     "registers": 32, "grid": 8, "size": 64,
 }  # fmt: skip
-# solver steps that a trained model states as its default; without guidance, which costs PSNR
-STEPS = 4
+# solver steps that a trained model states as its default, without guidance: a model this small is closest to its source
+# in one step, which gives the mean of all that fits the tokens
+STEPS = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
