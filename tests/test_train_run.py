@@ -44,7 +44,9 @@ def losses(folder: Path) -> list[float]:
 def test_a_killed_run_resumes_with_the_same_losses(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "killed")], env=environment)
+    # from elsewhere, so that the installed package is meant and not this folder
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
     log = tmp_path / "killed" / state.LOG
     while not (log.is_file() and log.read_text().count("\n") >= 3):
         assert process.poll() is None
