@@ -1,12 +1,16 @@
 """What several test files share: which backends to run on which device, and the one measure of accuracy."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import flexkernels
-from flexkernels import library
+from flexkernels import _native, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,3 +54,15 @@ def assert_accurate(result: torch.Tensor, formula: torch.Tensor, exact: torch.Te
     rounding = torch.finfo(result.dtype).eps / 2 * exact.abs().max()
     budget = 2 * max(allowed, rounding)
     assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+
+
+def repeat_at_level(file: str, keyword: str, level: str) -> None:
+    """The tests of a file that match `keyword`, in a process whose CPU kernels are held to an ISA level."""
+    levels = ("baseline", "avx2", "avx512", "avx512_bf16")
+    if _native.C is None or levels.index(level) >= levels.index(_native.C.cpu_capability()):
+        pytest.skip(f"{level} is not below this process's own level")
+    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level, PYTHONPATH=str(Path(_native.__file__).parents[1]))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", keyword, file]
+    # from another folder than the repository's, so that the package with the built kernels is meant
+    done = subprocess.run(command, env=environment, cwd=Path(file).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "." in done.stdout.split("[")[0], done.stdout + done.stderr

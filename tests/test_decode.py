@@ -1,17 +1,14 @@
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, needs_gpu, on_every_backend
+from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, needs_gpu, on_every_backend, repeat_at_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import _native, decode
+from flexkernels import decode
 
 op = torch.ops.flexkernels
 
@@ -526,13 +523,7 @@ def test_cuda_graph_replays():
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_isa_level(level):
     """The tests of the C++ kernels once more, in a process that is held to `level`."""
-    levels = ("baseline", "avx2", "avx512", "avx512_bf16")
-    if _native.C is None or levels.index(level) >= levels.index(_native.C.cpu_capability()):
-        pytest.skip(f"{level} is not below this process's own level")
-    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    repeat_at_level(__file__, "cpu-cpu", level)
 
 
 # wrong input

@@ -1,16 +1,12 @@
 """flexkernels_native::attention_forward called directly: every mask, dtype, tile size and ISA level against PyTorch."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_accurate
+from helpers import assert_accurate, repeat_at_level
 
 from flexkernels import SequenceLayout, _native, attention_ref
 from flexkernels.layout import MASKS, TilePlan
@@ -326,9 +322,4 @@ def test_refuses_head_dim_257():
 @pytest.mark.parametrize("level", ISA_LEVELS)
 def test_every_isa_level(level):
     """The kernel tests of this file once more, in a process that is held to `level`."""
-    if _native.C is None or ISA_LEVELS.index(level) >= ISA_LEVELS.index(_native.C.cpu_capability()):
-        pytest.skip(f"{level} is not below this process's own level")
-    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level, PYTHONPATH=str(Path(_native.__file__).parents[1]))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    repeat_at_level(__file__, "test_kernel", level)

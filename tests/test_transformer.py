@@ -1,14 +1,10 @@
 """A step through a stack of blocks: its own parts bit by bit, its reference, and clear errors."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEVICE, FLOATS, assert_accurate
+from helpers import DEVICE, FLOATS, assert_accurate, repeat_at_level
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
@@ -189,13 +185,7 @@ def test_no_gradient():
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_isa_level(level):
     """The tests of the native step once more, in a process that is held to `level`."""
-    levels = ("baseline", "avx2", "avx512", "avx512_bf16")
-    if levels.index(level) >= levels.index(_native.C.cpu_capability()):
-        pytest.skip(f"{level} is not below this process's own level")
-    environment = dict(os.environ, FLEXKERNELS_CPU_CAPABILITY=level, PYTHONPATH=str(Path(_native.__file__).parents[1]))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native_step", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    repeat_at_level(__file__, "native_step", level)
 
 
 # wrong input
