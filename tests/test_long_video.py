@@ -1,7 +1,9 @@
 """Long video: the same tokens chunk by chunk as from the whole clip, in memory that does not grow with the length."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,7 +116,7 @@ def test_headline_shape(tmp_path):
 MEMORY = """
 import resource, sys
 import torch
-from tests.test_long_video import small
+from test_long_video import small
 from vft import video
 
 torch.set_num_threads(1)
@@ -142,7 +144,11 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     for frames in (81, 320):
         still = torch.full((1, 256, 256, 3), 90, dtype=torch.uint8)
         video.write_video(tmp_path / f"{frames}.mkv", (still for _ in range(frames)), 25, quality=51)
-    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    # one pool of memory for all threads; from elsewhere, so that the installed package is meant and not this folder
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", MEMORY, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     growth = [1024 * int(kilobytes) for kilobytes in run.stdout.split()]
     # the frames alone, 8 bits a value: as floating point they are four times as much
     assert len(growth) == 2 and max(growth) < 320 * 256 * 256 * 3 / 3
