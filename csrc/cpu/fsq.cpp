@@ -36,6 +36,9 @@ struct QuantizeTables {
   vl basis[kFsqMaxDims][2];
 };
 
+// up to 8 levels, as nearly all codebooks have
+constexpr int kFewThresholds = 7;
+
 void fill_tables(const FsqQuantize& p, QuantizeTables& t) {
   for (int v = 0; v < p.dims; ++v) {
     for (int lane = 0; lane < W; ++lane) {
@@ -46,13 +49,19 @@ void fill_tables(const FsqQuantize& p, QuantizeTables& t) {
       t.basis[v][lane / (W / 2)][lane % (W / 2)] = p.basis[dim];
       if (p.width > kFsqLinearCount) continue;
       for (int k = 0; k < p.width; ++k) t.thresholds[v][k][lane] = p.thresholds[dim * p.width + k];
+      for (int k = p.width; k < kFewThresholds; ++k) t.thresholds[v][k][lane] = __builtin_inff();
     }
   }
 }
 
+// kFew: at most kFewThresholds, so that the count unrolls; those beyond p.width are +inf and count nothing
+template <bool kFew>
 inline vi count_levels(const FsqQuantize& p, const QuantizeTables& t, int v, vf z) {
   vi level = {};
-  if (p.width <= kFsqLinearCount) {
+  if (kFew) {
+#pragma GCC unroll 7
+    for (int k = 0; k < kFewThresholds; ++k) level -= z > t.thresholds[v][k];
+  } else if (p.width <= kFsqLinearCount) {
     for (int k = 0; k < p.width; ++k) level -= z > t.thresholds[v][k];
   } else {
     for (int lane = 0; lane < W; ++lane) {
@@ -71,10 +80,10 @@ inline vf codes_of(const FsqQuantize& p, const QuantizeTables& t, int v, vi leve
 }
 
 // one tile of W rows; `weighted` receives level * basis of every element, in Word
-template <typename T, typename Word>
+template <typename T, typename Word, bool kFew>
 inline void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T* z, T* codes, Word* weighted) {
   for (int v = 0; v < p.dims; ++v) {
-    const vi level = count_levels(p, t, v, load(z + v * W));
+    const vi level = count_levels<kFew>(p, t, v, load(z + v * W));
     if (codes) store(codes + v * W, codes_of(p, t, v, level));
     if constexpr (sizeof(Word) == 4) {
       const vi product = level * t.basis32[v];
@@ -94,10 +103,19 @@ inline void quantize_tile(const FsqQuantize& p, const QuantizeTables& t, const T
 template <typename Word, typename Id, int D>
 inline void sum_rows(const Word* weighted, int rows, Id* ids) {
   for (int r = 0; r < rows; ++r, weighted += D) {
-    Word id = weighted[0];
+    if constexpr (sizeof(Word) == 4 && D % 2 == 0) {
+      // two terms at a time: neither half of the sum reaches 2^31
+      uint64_t pairs[D / 2], sum = 0;
+      memcpy(pairs, weighted, sizeof pairs);
+#pragma GCC unroll 8
+      for (int d = 0; d < D / 2; ++d) sum += pairs[d];
+      ids[r] = static_cast<Id>(static_cast<uint32_t>(sum + (sum >> 32)));
+    } else {
+      Word id = weighted[0];
 #pragma GCC unroll 16
-    for (int d = 1; d < D; ++d) id += weighted[d];
-    ids[r] = static_cast<Id>(id);
+      for (int d = 1; d < D; ++d) id += weighted[d];
+      ids[r] = static_cast<Id>(id);
+    }
   }
 }
 
@@ -150,7 +168,7 @@ inline void sum_rows_of(int dims, const Word* weighted, int rows, Id* ids) {
   if constexpr (D > 1) sum_rows_of<Word, Id, D - 1>(dims, weighted, rows, ids);
 }
 
-template <typename T, typename Word>
+template <typename T, typename Word, bool kFew>
 void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
   QuantizeTables t;
   fill_tables(p, t);
@@ -161,11 +179,11 @@ void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
     const int64_t at = row * p.dims;
     const int rows = end - row < W ? static_cast<int>(end - row) : W;
     if (rows == W) {
-      quantize_tile<T, Word>(p, t, z + at, codes ? codes + at : nullptr, weighted);
+      quantize_tile<T, Word, kFew>(p, t, z + at, codes ? codes + at : nullptr, weighted);
     } else {
       T z_tail[W * kFsqMaxDims] = {}, codes_tail[W * kFsqMaxDims];
       memcpy(z_tail, z + at, rows * p.dims * sizeof(T));
-      quantize_tile<T, Word>(p, t, z_tail, codes_tail, weighted);
+      quantize_tile<T, Word, kFew>(p, t, z_tail, codes_tail, weighted);
       if (codes) memcpy(codes + at, codes_tail, rows * p.dims * sizeof(T));
     }
     if (!p.ids) continue;
@@ -177,10 +195,11 @@ void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void quantize(const FsqQuantize& p, int64_t begin, int64_t end) {
+  const bool few = p.width <= kFewThresholds;
   if (p.codebook <= INT32_MAX)
-    quantize_rows<T, int32_t>(p, begin, end);
+    (few ? quantize_rows<T, int32_t, true> : quantize_rows<T, int32_t, false>)(p, begin, end);
   else
-    quantize_rows<T, int64_t>(p, begin, end);
+    (few ? quantize_rows<T, int64_t, true> : quantize_rows<T, int64_t, false>)(p, begin, end);
 }
 
 // id / level by the high half of a product; exact while id * level < 2^64

@@ -38,10 +38,28 @@ inline vf load(const float* p) {
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
+// the compiler converts between these two in halves on AVX2
+inline vu widen(vh v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vu);
+#endif
+}
+
+// of values below 2^16
+inline vh narrow(vu v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, vh);
+#endif
+}
+
 inline vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen(h) << 16);
 }
 
 inline void store(bf16* p, vf v) {
@@ -54,9 +72,8 @@ inline void store(bf16* p, vf v) {
   }
 #endif
   const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x0040u;
-  const vh h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, vh);
+  const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u), quiet = bits | 0x00400000u;
+  const vh h = narrow((v != v ? quiet : rounded) >> 16);
   memcpy(p, &h, sizeof h);
 }
 
