@@ -113,8 +113,8 @@ def _noisy(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, ap
     if drop_p == 0 and corrupt_p == 0:
         return codes, ids
     if sample is None:
-        first = torch.arange(z.shape[0], device=z.device)
-        sample = first.view(-1, *[1] * (z.dim() - 2)).expand(z.shape[:-1])
+        # one number serves all tokens of a sample
+        sample = torch.arange(z.shape[0], device=z.device).view(-1, *[1] * (z.dim() - 2))
     dropped, applied, where, _ = _words(seed, offset, sample.to(torch.int64), SAMPLES)
     if drop_p > 0:
         half_width = _row([level // 2 for level in levels], z)
