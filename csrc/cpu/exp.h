@@ -1,4 +1,4 @@
-// exp and the sigmoid on vectors, and an explicit fused multiply-add. Internal linkage, as in simd.h.
+// exp on vectors, and an explicit fused multiply-add. Internal linkage, as in simd.h.
 #pragma once
 
 #include "simd.h"
@@ -28,31 +28,33 @@ inline vf scale_vf(vf p, vf n) {
 #endif
 }
 
-// e^x to less than 2 units in the last place; NaN stays NaN
+// e^x of N vectors to less than 2 units in the last place; NaN stays NaN
 //   x = n ln2 + r, |r| <= ln2 / 2;  e^x = 2^n e^r, with e^r - 1 - r by a polynomial
-inline vf exp_vf(vf x) {
-  // beyond these the result is infinity or zero
-  x = x > 89.0f ? vf{} + 89.0f : x;
-  x = x < -104.0f ? vf{} - 104.0f : x;
+// The vectors go step by step side by side: one alone waits for every result of its long chain.
+template <int N>
+inline __attribute__((always_inline)) void exp_vfs(vf (&x)[N]) {
   // adding 1.5 * 2^23 rounds to a whole number
   constexpr float kRound = 12582912.0f;
-  const vf n = fma_vf(x, vf{} + 1.44269504f, vf{} + kRound) - kRound;
+  // Taylor coefficients from r^7 down to r^2: below 2^-27 of the result at |r| = ln2 / 2
+  constexpr float kTaylor[] = {1.98412698e-4f, 1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f};
+  vf n[N], r[N], p[N];
+  for (int k = 0; k < N; ++k) {
+    // beyond these the result is infinity or zero
+    x[k] = x[k] > 89.0f ? vf{} + 89.0f : x[k];
+    x[k] = x[k] < -104.0f ? vf{} - 104.0f : x[k];
+  }
+  for (int k = 0; k < N; ++k) n[k] = fma_vf(x[k], vf{} + 1.44269504f, vf{} + kRound) - kRound;
   // ln2 in two parts, the first short enough for n * part to be exact
-  vf r = fma_vf(n, vf{} - 0.693359375f, x);
-  r = fma_vf(n, vf{} + 2.12194440e-4f, r);
-  // Taylor coefficients to r^7: below 2^-27 of the result at |r| = ln2 / 2
-  vf p = vf{} + 1.98412698e-4f;
-  p = fma_vf(p, r, vf{} + 1.38888889e-3f);
-  p = fma_vf(p, r, vf{} + 8.33333333e-3f);
-  p = fma_vf(p, r, vf{} + 4.16666667e-2f);
-  p = fma_vf(p, r, vf{} + 1.66666667e-1f);
-  p = fma_vf(p, r, vf{} + 0.5f);
-  p = fma_vf(p, r * r, r) + 1.0f;
-  return scale_vf(p, n);
+  for (int k = 0; k < N; ++k) r[k] = fma_vf(n[k], vf{} - 0.693359375f, x[k]);
+  for (int k = 0; k < N; ++k) r[k] = fma_vf(n[k], vf{} + 2.12194440e-4f, r[k]);
+  for (int k = 0; k < N; ++k) p[k] = vf{} + kTaylor[0];
+#pragma GCC unroll 5
+  for (int c = 1; c < 6; ++c) {
+    for (int k = 0; k < N; ++k) p[k] = fma_vf(p[k], r[k], vf{} + kTaylor[c]);
+  }
+  for (int k = 0; k < N; ++k) p[k] = fma_vf(p[k], r[k] * r[k], r[k]) + 1.0f;
+  for (int k = 0; k < N; ++k) x[k] = scale_vf(p[k], n[k]);
 }
-
-// 1 / (1 + e^-x)
-inline vf sigmoid_vf(vf x) { return 1.0f / (1.0f + exp_vf(-x)); }
 
 }  // namespace
 }  // namespace flexkernels::FLEXKERNELS_ISA

@@ -20,6 +20,19 @@ FLEXKERNELS_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, Part{static_cast<int>(end - i)});
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// body(Count, i, io) over the elements of a row: N vectors from i on, then one at a time, then the rest
+template <int N, typename Body>
+FLEXKERNELS_INLINE void for_groups(int64_t d, Body body) {
+  int64_t i = 0;
+  for (; i + N * W <= d; i += N * W) body(Count<N>{}, i, Full{});
+  for_vectors(i, d, [&](int64_t j, auto io) { body(Count<1>{}, j, io); });
+}
+
 inline float lane_sum(vf v) {
   float lanes[W];
   store(lanes, v);
@@ -266,9 +279,14 @@ void swiglu_rows(const Swiglu& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const X *a = static_cast<const X*>(p.x) + row * p.x_stride, *b = a + p.h;
     X* out = static_cast<X*>(p.out) + row * p.h;
-    for_vectors(0, p.h, [&](int64_t i, auto io) {
-      const vf gate = io.load_from(a + i);
-      io.store_to(out + i, gate * io.load_from(b + i) / (1.0f + exp_vf(-gate)));
+    for_groups<4>(p.h, [&](auto count, int64_t i, auto io) {
+      constexpr int N = decltype(count)::value;
+      vf gate[N], decay[N];
+      for (int k = 0; k < N; ++k) decay[k] = -(gate[k] = io.load_from(a + i + k * W));
+      exp_vfs(decay);
+      for (int k = 0; k < N; ++k) {
+        io.store_to(out + i + k * W, gate[k] * io.load_from(b + i + k * W) / (1.0f + decay[k]));
+      }
     });
   }
 }
@@ -281,10 +299,16 @@ void swiglu_backward_rows(const Swiglu& args, int64_t begin, int64_t end) {
     const X *a = static_cast<const X*>(p.x) + row * p.x_stride, *b = a + p.h;
     const X* grad_out = static_cast<const X*>(p.grad_out) + row * p.h;
     X *grad_a = static_cast<X*>(p.out) + row * 2 * p.h, *grad_b = grad_a + p.h;
-    for_vectors(0, p.h, [&](int64_t i, auto io) {
-      const vf gate = io.load_from(a + i), grad = io.load_from(grad_out + i), s = sigmoid_vf(gate);
-      io.store_to(grad_a + i, grad * io.load_from(b + i) * s * (1.0f + gate * (1.0f - s)));
-      io.store_to(grad_b + i, grad * gate * s);
+    for_groups<4>(p.h, [&](auto count, int64_t i, auto io) {
+      constexpr int N = decltype(count)::value;
+      vf gate[N], decay[N];
+      for (int k = 0; k < N; ++k) decay[k] = -(gate[k] = io.load_from(a + i + k * W));
+      exp_vfs(decay);
+      for (int k = 0; k < N; ++k) {
+        const vf grad = io.load_from(grad_out + i + k * W), s = 1.0f / (1.0f + decay[k]);
+        io.store_to(grad_a + i + k * W, grad * io.load_from(b + i + k * W) * s * (1.0f + gate[k] * (1.0f - s)));
+        io.store_to(grad_b + i + k * W, grad * gate[k] * s);
+      }
     });
   }
 }
