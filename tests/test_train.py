@@ -129,7 +129,7 @@ def test_draws():
     assert choices.prefix_t.max() <= 0.02
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_gradients_of_the_whole_loss_against_float64(backend, monkeypatch):
     """Through decoder, straight-through FSQ and encoder, against the dense float64 formulas."""
     if flexkernels.available_backends()[backend] is not None:
