@@ -120,7 +120,7 @@ inline void sum_rows(const Word* weighted, int rows, Id* ids) {
 }
 
 #if defined(__AVX512F__)
-// the same for six dimensions and W rows: sums of neighbours, then of three of those, by shuffles of two vectors
+// the same for six dimensions and a tile of W rows, by shuffles: sums of neighbours, then of three of those
 inline __m512i pick(__m512i a, __m512i b, int first, int step, int from) {
   // lane l takes element first + step * l of a and b, counted from `from`
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -155,13 +155,57 @@ inline void store_ids(__m512i id, int64_t* ids) {
   _mm512_storeu_si512(ids, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 0)));
   _mm512_storeu_si512(ids + 8, _mm512_maskz_cvtepi32_epi64(0xff, _mm512_maskz_extracti64x4_epi64(0xf, id, 1)));
 }
+
+template <typename Id>
+inline void sum_tile_of_six(const int32_t* weighted, Id* ids) {
+  store_ids(sum_rows_of_six(weighted), ids);
+}
+#elif defined(__AVX2__)
+// the same for six dimensions and four rows, an id in each 64-bit lane: a row is three pairs, and the blends bring the
+// first, second and third pair of all rows into one vector each
+inline __m256i sum_rows_of_six(const int32_t* weighted) {
+  const __m256i* from = (const __m256i*)weighted;
+  const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1), c = _mm256_loadu_si256(from + 2);
+  constexpr int kLane1 = 0x0c, kLane2 = 0x30;
+  const __m256i first = _mm256_blend_epi32(_mm256_blend_epi32(a, b, kLane2), c, kLane1);
+  const __m256i second = _mm256_blend_epi32(_mm256_blend_epi32(b, a, kLane1), c, kLane2);
+  const __m256i third = _mm256_blend_epi32(_mm256_blend_epi32(c, b, kLane1), a, kLane2);
+  const __m256i pair = _mm256_add_epi32(_mm256_permute4x64_epi64(first, _MM_SHUFFLE(1, 2, 3, 0)),
+                                        _mm256_add_epi32(_mm256_permute4x64_epi64(second, _MM_SHUFFLE(2, 3, 0, 1)),
+                                                         _mm256_permute4x64_epi64(third, _MM_SHUFFLE(3, 0, 1, 2))));
+  const __m256i low = _mm256_set1_epi64x(0xffffffff);
+  return _mm256_and_si256(_mm256_add_epi32(pair, _mm256_srli_epi64(pair, 32)), low);
+}
+
+inline void store_ids(__m256i low, __m256i high, int64_t* ids) {
+  _mm256_storeu_si256((__m256i*)ids, low);
+  _mm256_storeu_si256((__m256i*)(ids + 4), high);
+}
+
+inline void store_ids(__m256i low, __m256i high, int32_t* ids) {
+  // 0 2 1 3 of the 64-bit lanes, since the shuffle works on halves
+  const __m256 halves = _mm256_shuffle_ps((__m256)low, (__m256)high, _MM_SHUFFLE(2, 0, 2, 0));
+  _mm256_storeu_si256((__m256i*)ids, _mm256_permute4x64_epi64((__m256i)halves, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+
+inline void store_ids(__m256i low, __m256i high, uint16_t* ids) {
+  vu id;
+  store_ids(low, high, (int32_t*)&id);
+  const vh words = narrow(id);
+  memcpy(ids, &words, sizeof words);
+}
+
+template <typename Id>
+inline void sum_tile_of_six(const int32_t* weighted, Id* ids) {
+  store_ids(sum_rows_of_six(weighted), sum_rows_of_six(weighted + 24), ids);
+}
 #endif
 
 template <typename Word, typename Id, int D = kFsqMaxDims>
 inline void sum_rows_of(int dims, const Word* weighted, int rows, Id* ids) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Word) == 4 && D == 6) {
-    if (dims == 6 && rows == W) return store_ids(sum_rows_of_six(weighted), ids);
+#if defined(__AVX2__)
+  if constexpr (sizeof(Word) == 4 && D == kFsqMaxDims) {
+    if (dims == 6 && rows == W) return sum_tile_of_six(weighted, ids);
   }
 #endif
   if (dims == D) return sum_rows<Word, Id, D>(weighted, rows, ids);
@@ -169,7 +213,9 @@ inline void sum_rows_of(int dims, const Word* weighted, int rows, Id* ids) {
 }
 
 template <typename T, typename Word, bool kFew>
-void quantize_rows(const FsqQuantize& p, int64_t begin, int64_t end) {
+void quantize_rows(const FsqQuantize& args, int64_t begin, int64_t end) {
+  // a copy of our own: the compiler sees that stores cannot change it
+  const FsqQuantize p = args;
   QuantizeTables t;
   fill_tables(p, t);
   const T* z = static_cast<const T*>(p.z);

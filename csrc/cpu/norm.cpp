@@ -214,6 +214,10 @@ void backward_rows(const NormBackward& args, int64_t begin, int64_t end) {
 
 // rows of a segment that are added before they join the total, which keeps long sums accurate
 constexpr int64_t kBlockRows = 16;
+// blocks of columns summed together where a thread has neighbours: long pieces of rows stream, short ones do not
+constexpr int64_t kRunBlocks = 8;
+// rows are a page apart or so, which no hardware prefetcher crosses
+constexpr int64_t kRowsAhead = 2;
 
 template <typename X>
 struct SumRows {
@@ -223,9 +227,9 @@ struct SumRows {
   // total[j] = sum over rows [from, to) of `order` of term(row, j, io)
   template <typename Term>
   FLEXKERNELS_INLINE void sum(int64_t from, int64_t to, float* out, Term term) const {
-    float total[kNormColumns] = {};
+    float total[kRunBlocks * kNormColumns] = {}, part[kRunBlocks * kNormColumns];
     for (int64_t block = from; block < to; block += kBlockRows) {
-      float part[kNormColumns] = {};
+      memset(part, 0, (count + W - 1) / W * W * sizeof(float));
       const int64_t end = block + kBlockRows < to ? block + kBlockRows : to;
       for (int64_t i = block; i < end; ++i) {
         const int64_t row = p.order ? p.order[i] : i;
@@ -238,7 +242,9 @@ struct SumRows {
 
   template <typename Data>
   FLEXKERNELS_INLINE const X* at(Data data, int64_t row, int64_t j) const {
-    return static_cast<const X*>(data) + row * p.d + column + j;
+    const X* from = static_cast<const X*>(data) + row * p.d + column + j;
+    __builtin_prefetch(from + kRowsAhead * p.d);
+    return from;
   }
 
   void segment(int64_t s) const {
@@ -266,9 +272,12 @@ template <typename X>
 void sum_items(const NormSums& args, int64_t begin, int64_t end) {
   const NormSums p = args;
   const int64_t blocks = (p.d + kNormColumns - 1) / kNormColumns;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t column = item % blocks * kNormColumns;
-    const int64_t count = p.d - column < kNormColumns ? p.d - column : kNormColumns;
+  int64_t run;
+  for (int64_t item = begin; item < end; item += run) {
+    const int64_t block = item % blocks, column = block * kNormColumns;
+    const int64_t left = end - item < blocks - block ? end - item : blocks - block;
+    run = left < kRunBlocks ? left : kRunBlocks;
+    const int64_t count = p.d - column < run * kNormColumns ? p.d - column : run * kNormColumns;
     SumRows<X>{p, column, count}.segment(item / blocks);
   }
 }

@@ -51,11 +51,31 @@ inline bool any(vi mask) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// the lanes that a mask of eight names, in order
+struct LaneTable {
+  uint8_t lanes[256][8] = {};
+  constexpr LaneTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, count = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask][count++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+constexpr LaneTable kLaneTable;
+#endif
+
 // copies the lanes of v that the mask names to `out`, in order; up to W floats from there may be overwritten
 inline int append(float* out, vf v, vi mask) {
 #if defined(__AVX512F__)
   const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(bits, (__m512)v));
+  return __builtin_popcount(bits);
+#elif defined(__AVX2__)
+  const int bits = _mm256_movemask_ps((__m256)mask);
+  const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLaneTable.lanes[bits]));
+  _mm256_storeu_ps(out, _mm256_permutevar8x32_ps((__m256)v, from));
   return __builtin_popcount(bits);
 #else
   int count = 0;
@@ -65,6 +85,15 @@ inline int append(float* out, vf v, vi mask) {
   return count;
 #endif
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// the whole parts of 0 <= x < 2^52, which are the low bits of their sum with 2^52
+inline vl whole_parts(__m128 x) {
+  const __m256d shift = _mm256_set1_pd(0x1p52);
+  const __m256d sum = _mm256_add_pd(_mm256_floor_pd(_mm256_cvtps_pd(x)), shift);
+  return (vl)_mm256_xor_pd(sum, shift);
+}
+#endif
 
 // sums of 64-bit masses of weights
 struct MassSum {
@@ -76,6 +105,9 @@ struct MassSum {
     low += (vl)_mm512_maskz_cvttps_epi64(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)scaled, 0));
     const __m256 upper = _mm512_maskz_extractf32x8_ps(0xff, (__m512)scaled, 1);
     high += (vl)_mm512_maskz_cvttps_epi64(0xff, upper);
+#elif defined(__AVX2__)
+    low += whole_parts(_mm256_castps256_ps128((__m256)scaled));
+    high += whole_parts(_mm256_extractf128_ps((__m256)scaled, 1));
 #else
     vl part_low, part_high;
     widen<vl, vf_half>(scaled, &part_low, &part_high);
