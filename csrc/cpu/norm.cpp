@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "exp.h"
 #include "kernels.h"
 #include "simd.h"
@@ -20,17 +22,12 @@ FLEXKERNELS_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, Part{static_cast<int>(end - i)});
 }
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// body(Count, i, io) over the elements of a row: N vectors from i on, then one at a time, then the rest
+// body(count, i, io) over the elements of a row: N vectors from i on, then one at a time, then the rest
 template <int N, typename Body>
 FLEXKERNELS_INLINE void for_groups(int64_t d, Body body) {
   int64_t i = 0;
-  for (; i + N * W <= d; i += N * W) body(Count<N>{}, i, Full{});
-  for_vectors(i, d, [&](int64_t j, auto io) { body(Count<1>{}, j, io); });
+  for (; i + N * W <= d; i += N * W) body(std::integral_constant<int, N>{}, i, Full{});
+  for_vectors(i, d, [&](int64_t j, auto io) { body(std::integral_constant<int, 1>{}, j, io); });
 }
 
 inline float lane_sum(vf v) {
@@ -282,6 +279,16 @@ void sum_items(const NormSums& args, int64_t begin, int64_t end) {
   }
 }
 
+// gates, and e^-gate of each
+template <int N, typename X, typename IO>
+FLEXKERNELS_INLINE void load_gates(const X* a, IO io, vf (&gate)[N], vf (&decay)[N]) {
+  for (int k = 0; k < N; ++k) {
+    gate[k] = io.load_from(a + k * W);
+    decay[k] = -gate[k];
+  }
+  exp_vfs(decay);
+}
+
 template <typename X>
 void swiglu_rows(const Swiglu& args, int64_t begin, int64_t end) {
   const Swiglu p = args;
@@ -291,8 +298,7 @@ void swiglu_rows(const Swiglu& args, int64_t begin, int64_t end) {
     for_groups<4>(p.h, [&](auto count, int64_t i, auto io) {
       constexpr int N = decltype(count)::value;
       vf gate[N], decay[N];
-      for (int k = 0; k < N; ++k) decay[k] = -(gate[k] = io.load_from(a + i + k * W));
-      exp_vfs(decay);
+      load_gates(a + i, io, gate, decay);
       for (int k = 0; k < N; ++k) {
         io.store_to(out + i + k * W, gate[k] * io.load_from(b + i + k * W) / (1.0f + decay[k]));
       }
@@ -311,8 +317,7 @@ void swiglu_backward_rows(const Swiglu& args, int64_t begin, int64_t end) {
     for_groups<4>(p.h, [&](auto count, int64_t i, auto io) {
       constexpr int N = decltype(count)::value;
       vf gate[N], decay[N];
-      for (int k = 0; k < N; ++k) decay[k] = -(gate[k] = io.load_from(a + i + k * W));
-      exp_vfs(decay);
+      load_gates(a + i, io, gate, decay);
       for (int k = 0; k < N; ++k) {
         const vf grad = io.load_from(grad_out + i + k * W), s = 1.0f / (1.0f + decay[k]);
         io.store_to(grad_a + i + k * W, grad * io.load_from(b + i + k * W) * s * (1.0f + gate[k] * (1.0f - s)));
