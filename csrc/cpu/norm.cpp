@@ -3,8 +3,6 @@
 
 #include <math.h>
 
-#include <type_traits>
-
 #include "exp.h"
 #include "kernels.h"
 #include "simd.h"
@@ -22,12 +20,17 @@ FLEXKERNELS_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, Part{static_cast<int>(end - i)});
 }
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
 // body(count, i, io) over the elements of a row: N vectors from i on, then one at a time, then the rest
 template <int N, typename Body>
 FLEXKERNELS_INLINE void for_groups(int64_t d, Body body) {
   int64_t i = 0;
-  for (; i + N * W <= d; i += N * W) body(std::integral_constant<int, N>{}, i, Full{});
-  for_vectors(i, d, [&](int64_t j, auto io) { body(std::integral_constant<int, 1>{}, j, io); });
+  for (; i + N * W <= d; i += N * W) body(Int<N>{}, i, Full{});
+  for_vectors(i, d, [&](int64_t j, auto io) { body(Int<1>{}, j, io); });
 }
 
 inline float lane_sum(vf v) {
