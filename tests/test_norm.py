@@ -244,6 +244,18 @@ def test_runs_repeat_bit_by_bit_and_rows_stand_alone(place, name):
             assert torch.equal(whole[5:7], part)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("d", [1792, 1784])
+def test_rows_stored_past_the_caches_are_the_same(dtype, d):
+    n = 40 * 2**20 // (4 * d * dtype.itemsize)
+    arguments = draw("gated_residual_adaln_norm", n, d, dtype, pattern="sorted")
+    whole = call(("cpu", "cpu"), "gated_residual_adaln_norm", arguments)
+    for begin in range(0, n, 500):
+        rows = {k: v[begin : begin + 500] if k in ("x", "y", "segment") else v for k, v in arguments.items()}
+        for all_rows, some in zip(whole, call(("cpu", "cpu"), "gated_residual_adaln_norm", rows), strict=True):
+            assert torch.equal(all_rows[begin : begin + 500], some)
+
+
 # gradients
 
 

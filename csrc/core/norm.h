@@ -35,6 +35,7 @@ struct NormForward {
   int kind;
   Dtype dtype;        // of x, y, sum, out
   Dtype table_dtype;  // dtype or f32
+  bool past_cache;    // CPU: what is read and written exceeds the caches
 };
 
 // dv = grad_sum + (d out / d sum)^T grad_out;  grad_x = dv,  grad_y = gate[s] * dv

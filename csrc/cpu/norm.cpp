@@ -93,8 +93,7 @@ inline float rstd_of(float squares, int64_t d, float eps) {
 }
 
 // of row v, given the sum of its elements (layer norm) or of their squares (RMS norm)
-template <typename X>
-FLEXKERNELS_INLINE Stats row_stats(const X* v, int64_t d, int kind, float eps, float sum) {
+FLEXKERNELS_INLINE Stats row_stats(const float* v, int64_t d, int kind, float eps, float sum) {
   if (kind == kRmsNorm) return {0.0f, rstd_of(sum, d, eps)};
   const float mean = sum / static_cast<float>(d);
   const float squares = row_sum(d, [&](int64_t i, auto io) {
@@ -120,45 +119,98 @@ struct Squared {
   vf operator()(vf v) const { return v * v; }
 };
 
-// writes sum = x + gate * y and returns the sum of `term` of its rounded elements
-template <typename X, typename M, typename Term>
-FLEXKERNELS_INLINE float add_row(const X* x, const X* y, const M* gate, X* out, int64_t d, Term term) {
-  return row_sum(d, [&](int64_t i, auto io) {
-    vf added = io.load_from(y + i);
-    const vf base = io.load_from(x + i);
-    added = gate ? fma_vf(io.load_from(gate + i), added, base) : base + added;
-    io.store_to(out + i, added);
-    return term(io.load_from(out + i));
-  });
+template <bool kStream, typename X>
+FLEXKERNELS_INLINE void put(Full, X* to, vf v) {
+  kStream ? stream(to, v) : store(to, v);
 }
 
-template <typename X, typename M>
-FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row) {
-  const int64_t d = p.d, s = norm_segment(p.segment, row, p.segments);
-  const X* v = static_cast<const X*>(p.x) + row * p.x_stride;
-  const auto sum_of = [&](auto term) {
-    if (!p.y) return row_sum(d, [&](int64_t i, auto io) { return term(io.load_from(v + i)); });
-    const X *x = v, *y = static_cast<const X*>(p.y) + row * p.y_stride;
-    X* added = static_cast<X*>(p.sum) + row * d;
-    v = added;
-    return add_row(x, y, table_row<M>(p.gate, s), added, d, term);
+template <bool kStream, typename X>
+FLEXKERNELS_INLINE void put(Part part, X* to, vf v) {
+  part.store_to(to, v);
+}
+
+template <typename X>
+FLEXKERNELS_INLINE vf rounded(vf v) {
+  X lanes[W];
+  store(lanes, v);
+  return load(lanes);
+}
+
+// the modulation of one segment
+template <typename M>
+struct Modulation {
+  const M *gate, *shift, *scale;
+};
+
+// `row_floats` is room for a row of narrow elements as float, which three passes then read
+template <typename X, typename M, bool kStream>
+FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row, Modulation<M> table, float* row_floats) {
+  constexpr bool kBuffer = kStream || sizeof(X) < sizeof(float);
+  const int64_t d = p.d;
+  const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
+  const X* y = p.y ? static_cast<const X*>(p.y) + row * p.y_stride : nullptr;
+  X* sum = p.y ? static_cast<X*>(p.sum) + row * d : nullptr;
+  const auto first_pass = [&](auto term) {
+    return row_sum(d, [&](int64_t i, auto io) {
+      vf v = io.load_from(x + i);
+      if (y) {
+        const vf other = io.load_from(y + i);
+        v = rounded<X>(table.gate ? fma_vf(io.load_from(table.gate + i), other, v) : v + other);
+        put<kStream>(io, sum + i, v);
+      }
+      if (kBuffer) io.store_to(row_floats + i, v);
+      return term(v);
+    });
   };
-  const float sum = p.kind == kLayerNorm ? sum_of(Itself{}) : sum_of(Squared{});
+  const float total = p.kind == kLayerNorm ? first_pass(Itself{}) : first_pass(Squared{});
   if (!p.out) return;
-  const Stats stats = row_stats(v, d, p.kind, p.eps, sum);
-  const M *scale = table_row<M>(p.scale, s), *shift = table_row<M>(p.shift, s);
+  const float* v = row_floats;
+  if constexpr (!kBuffer) v = y ? sum : x;
+  const Stats stats = row_stats(v, d, p.kind, p.eps, total);
   X* out = static_cast<X*>(p.out) + row * d;
   for_vectors(0, d, [&](int64_t i, auto io) {
-    const vf normed = (io.load_from(v + i) - stats.mean) * stats.rstd, by = factor(scale, p.kind, i, io);
-    io.store_to(out + i, shift ? fma_vf(normed, by, io.load_from(shift + i)) : normed * by);
+    const vf normed = (io.load_from(v + i) - stats.mean) * stats.rstd, by = factor(table.scale, p.kind, i, io);
+    put<kStream>(io, out + i, table.shift ? fma_vf(normed, by, io.load_from(table.shift + i)) : normed * by);
   });
 }
 
-template <typename X, typename M>
+template <typename M>
+const float* widened(const M* from, int64_t d, float* to) {
+  if (!from) return nullptr;
+  for_vectors(0, d, [&](int64_t i, auto io) { io.store_to(to + i, io.load_from(from + i)); });
+  return to;
+}
+
+template <typename X, typename M, bool kStream>
 void forward_rows(const NormForward& args, int64_t begin, int64_t end) {
   // a copy of our own: the compiler sees that stores cannot change it
   const NormForward p = args;
-  for (int64_t row = begin; row < end; ++row) forward_row<X, M>(p, row);
+  constexpr bool kNarrow = sizeof(M) < sizeof(float);
+  float* room = new float[4 * p.d];
+  Modulation<float> wide{};
+  int64_t held = -1;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t s = norm_segment(p.segment, row, p.segments);
+    const Modulation<M> table{table_row<M>(p.gate, s), table_row<M>(p.shift, s), table_row<M>(p.scale, s)};
+    if (kNarrow && s != held && row + 1 < end && norm_segment(p.segment, row + 1, p.segments) == s) {
+      // the rows that follow read it too
+      wide = {widened(table.gate, p.d, room + p.d), widened(table.shift, p.d, room + 2 * p.d),
+              widened(table.scale, p.d, room + 3 * p.d)};
+      held = s;
+    }
+    if (kNarrow && s == held)
+      forward_row<X, float, kStream>(p, row, wide, room);
+    else
+      forward_row<X, M, kStream>(p, row, table, room);
+  }
+  delete[] room;
+  if (kStream) stream_fence();
+}
+
+template <typename X, typename M>
+void forward(const NormForward& p, int64_t begin, int64_t end) {
+  const bool aligned = can_stream(p.sum) && can_stream(p.out) && p.d * sizeof(X) % kStreamAlign == 0;
+  (p.past_cache && aligned ? forward_rows<X, M, true> : forward_rows<X, M, false>)(p, begin, end);
 }
 
 // with xhat = (v - mean) * rstd and a = grad_out * factor:
@@ -334,9 +386,9 @@ void swiglu_backward_rows(const Swiglu& args, int64_t begin, int64_t end) {
 
 void norm_forward_kernel(const NormForward& p, int64_t begin, int64_t end) {
   const bool wide = p.table_dtype == Dtype::f32;
-  if (p.dtype == Dtype::f32) forward_rows<float, float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) (wide ? forward_rows<bf16, float> : forward_rows<bf16, bf16>)(p, begin, end);
-  if (p.dtype == Dtype::f16) (wide ? forward_rows<f16, float> : forward_rows<f16, f16>)(p, begin, end);
+  if (p.dtype == Dtype::f32) forward<float, float>(p, begin, end);
+  if (p.dtype == Dtype::bf16) (wide ? forward<bf16, float> : forward<bf16, bf16>)(p, begin, end);
+  if (p.dtype == Dtype::f16) (wide ? forward<f16, float> : forward<f16, f16>)(p, begin, end);
 }
 
 void norm_backward_kernel(const NormBackward& p, int64_t begin, int64_t end) {

@@ -99,6 +99,34 @@ inline void store(f16* p, vf v) {
 #endif
 }
 
+// Stores past the caches, for results that these cannot hold: an ordinary store reads its line first.
+constexpr int kStreamAlign = 64;
+
+inline bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % kStreamAlign == 0; }
+
+template <typename T>
+inline void stream(T* p, vf v) {
+  alignas(kStreamAlign) T lanes[W];
+  store(lanes, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof lanes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(lanes));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof lanes == 32) {
+    return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
+  }
+  if constexpr (sizeof lanes == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
+#endif
+  memcpy(p, lanes, sizeof lanes);
+}
+
+// streamed stores become visible in any order until then
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 struct Full {
   template <typename T>
   vf load_from(const T* p) const {

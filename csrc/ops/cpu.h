@@ -27,11 +27,18 @@ constexpr int64_t kGrain = 16384;
 // glibc maps a block above this anew for every allocation, so that its pages are faulted in again on every call
 constexpr int64_t kMappedBytes = int64_t{32} << 20;
 
+inline int64_t bytes_of(const OptionalTensor& t) {
+  return t ? t->numel() * static_cast<int64_t>(t->element_size()) : 0;
+}
+
+// bytes read and written in one call that a common server's last cache does not hold
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
 // asks for 2 MiB pages under a large output: a fault each instead of 512
 inline void prefer_huge_pages(const Tensor& out) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
-  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
+  const int64_t bytes = bytes_of(out);
   if (bytes < kMappedBytes) return;
   const uintptr_t data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;

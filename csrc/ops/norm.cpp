@@ -20,8 +20,9 @@ void check_segments(const int32_t* segment, int64_t n, int64_t segments) {
 void norm_forward_cpu(const Tensor& x, OptionalTensor y, OptionalTensor gate, OptionalTensor shift,
                       OptionalTensor scale, OptionalTensor segment, double eps, int64_t kind, OptionalTensor sum,
                       OptionalTensor out) {
-  const NormForward args = norm_forward_args(x, y, gate, shift, scale, segment, eps, kind, sum, out);
+  NormForward args = norm_forward_args(x, y, gate, shift, scale, segment, eps, kind, sum, out);
   check_segments(args.segment, args.n, args.segments);
+  args.past_cache = bytes_of(x) + bytes_of(y) + bytes_of(sum) + bytes_of(out) > kCacheBytes;
   prefer_huge_pages(sum);
   prefer_huge_pages(out);
   launch(FLEXKERNELS_SELECT(norm_forward_kernel), args, args.n, args.d);
