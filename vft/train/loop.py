@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import parallel, state
+from . import optimizer, parallel, state
 from .data import PROCEDURAL
 
 
@@ -62,6 +62,7 @@ class Settings:
     clip: float = 1.0
     ema: float = 0.998
     seed: int = 0
+    optimizer: str = "muon"
     bf16: bool = False
     data: str = PROCEDURAL
     frames: tuple[int, ...] = ()
@@ -101,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     add("--clip", type=float, default=defaults.clip, help="largest norm of the gradient (default %(default)s)")
     add("--ema", type=float, default=defaults.ema, help="decay of the averaged weights (default %(default)s)")
     add("--corruption", type=float, default=defaults.corruption, help="share of random tokens (default %(default)s)")
+    add("--optimizer", choices=optimizer.OPTIMIZERS, default=defaults.optimizer, help="default %(default)s")
     add("--bf16", action="store_true", help="bfloat16 autocast, where the device multiplies it fast")
     add("--minutes", type=float, default=None, help="stop (resumably) after this much time")
     engine = Engine()
@@ -128,8 +130,8 @@ def common(args: argparse.Namespace) -> dict:
     return {
         "steps": args.steps, "batch": args.batch, "clips": args.clips, "learning_rate": args.learning_rate,
         "warmup": args.warmup, "weight_decay": args.weight_decay, "clip": args.clip, "ema": args.ema,
-        "seed": args.seed, "bf16": args.bf16, "data": args.data, "frames": tuple(args.frames),
-        "sizes": tuple(args.sizes), "corruption": args.corruption,
+        "seed": args.seed, "optimizer": args.optimizer, "bf16": args.bf16, "data": args.data,
+        "frames": tuple(args.frames), "sizes": tuple(args.sizes), "corruption": args.corruption,
     }  # fmt: skip
 
 
@@ -143,6 +145,8 @@ def check(settings: Settings) -> None:
     for name in ("weight_decay", "ema", "corruption"):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(settings, name)}")
+    if settings.optimizer not in optimizer.OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(optimizer.OPTIMIZERS)}, got {settings.optimizer!r}")
     if not settings.clip > 0:
         raise ValueError(f"clip must be above 0, got {settings.clip}")
 
@@ -173,7 +177,10 @@ class Trainer:
         self.loss = parallel.spread(task, group)
         self.parameters = dict(task.model.named_parameters())
         self.ema = {name: parallel.local(p).detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = _optimizer(self.parameters.values(), settings)
+        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        self.optimizer_of = optimizer.make(
+            self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay, dtype
+        )
 
     def step(self, step: int) -> tuple[float, float]:
         """The loss of the whole batch and the norm of its gradient; where one is not finite, nothing is changed."""
@@ -188,11 +195,12 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         loss, norm = self.group.mean(total).item(), parallel.whole(norm, norm).item()
         if math.isfinite(loss) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, step)
-            self.optimizer.step()
+            for each in dict.fromkeys(self.optimizer_of.values()):
+                for group in each.param_groups:
+                    group["lr"] = learning_rate(self.settings, step)
+                each.step()
             self._average(min(self.settings.ema, (2 + step) / (11 + step)))
-        self.optimizer.zero_grad()
+        self.task.model.zero_grad()
         return loss, norm
 
     def _fetch(self, step: int) -> None:
@@ -301,10 +309,3 @@ def learning_rate(settings: Settings, step: int) -> float:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
     return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-
-
-def _optimizer(parameters, settings: Settings) -> torch.optim.AdamW:
-    trained = [p for p in parameters if p.requires_grad]
-    decayed, others = ([p for p in trained if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)

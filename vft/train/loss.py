@@ -43,8 +43,9 @@ def draw(
     *,
     time_mean: float = 1.0,
     time_std: float = 1.2,
-    noise_probability: float = 0.25,
-    uniform_probability: float = 0.25,
+    noise_probability: float = 0.5,
+    uniform_probability: float = 0.15,
+    full_probability: float = 0.25,
     null_probability: float = 0.1,
     prefix_probability: float = 0.25,
     corruption: float = 0.0,
@@ -54,18 +55,18 @@ def draw(
 ) -> Draw:
     """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; with
     ``noise_probability`` t = 1, where sampling begins, and with ``uniform_probability`` any t, so that none is new to
-    the sampler; k uniform over 1..N for half of the samples and over the powers of two for the others; the null
-    condition and one conditioning frame with the given probabilities; registers replaced by random ids of the codebook
-    with probability ``corruption``.
+    the sampler; all registers kept with ``full_probability``, else k uniform over 1..N for half of the samples and over
+    the powers of two for the others; the null condition and one conditioning frame with the given probabilities;
+    registers replaced by random ids of the codebook with probability ``corruption``.
 
     latents ``[C, T, H, W]`` are samples ``first, first + 1, ...`` of a batch of ``batch`` (by default all of it): what
     is drawn for a sample depends on its place in the batch, not on which others are here.
     """
     batch, part = batch or len(latents), slice(first, first + len(latents))
     uniform = torch.randint(1, registers + 1, (batch,), generator=generator)
-    powers = 2 ** torch.randint(0, registers.bit_length(), (batch,), generator=generator)
+    powers = (2 ** torch.randint(0, registers.bit_length(), (batch,), generator=generator)).clamp(max=registers)
     pick = torch.rand(batch, generator=generator) < 0.5
-    chance = torch.rand(4, batch, generator=generator)[:, part]
+    chance = torch.rand(5, batch, generator=generator)[:, part]
     t = torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator))
     prefix_t = PREFIX_NOISE * torch.rand(batch, generator=generator)
     seeds = torch.randint(2**62, (batch,), generator=generator)[part].tolist()
@@ -76,7 +77,7 @@ def draw(
     return Draw(
         t=_times(t[part], chance[2], chance[3], noise_probability, uniform_probability).to(device),
         noise=noise,
-        keep=torch.where(pick, uniform, powers.clamp(max=registers))[part].tolist(),
+        keep=torch.where(chance[4] < full_probability, registers, torch.where(pick, uniform, powers)[part]).tolist(),
         prefix_frames=[int(c < prefix_probability and x.shape[1] > 1) for c, x in zip(chance[0], latents, strict=True)],
         null=(chance[1] < null_probability).tolist(),
         prefix_t=prefix_t[part].to(device),

@@ -24,7 +24,8 @@ from . import parallel
 
 STATE, LOG, MODEL = "state.safetensors", "log.jsonl", "model.safetensors"
 _LEFT_OVER = re.compile(r"\.[0-9a-f]{12}\.tmp")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# of AdamW and of Muon
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
 
 def open_folder(folder: Path) -> None:
@@ -47,7 +48,7 @@ def save(path: Path, trainer, facts: dict) -> None:
     for name, p in trainer.parameters.items():
         tensors[f"model.{name}"] = _whole(p.detach(), p)
         tensors[f"ema.{name}"] = _whole(trainer.ema[name], p)
-        for key, value in trainer.optimizer.state[p].items():
+        for key, value in trainer.optimizer_of[name].state[p].items():
             tensors[f"optimizer.{key}.{name}"] = value.cpu() if key == "step" else _whole(value, p)
     if trainer.group.rank == 0:
         metadata = {key: json.dumps(value) for key, value in facts.items()}
@@ -84,11 +85,12 @@ def _fill(file, trainer) -> None:
         p.copy_(parallel.scatter(file.get_tensor(f"model.{name}"), p))
         trainer.ema[name].copy_(parallel.local(parallel.scatter(file.get_tensor(f"ema.{name}"), p)))
         # a parameter that no sample needed yet has had no gradient, so no moments
-        if f"optimizer.step.{name}" in stored:
-            step, *moments = (file.get_tensor(f"optimizer.{key}.{name}") for key in _MOMENTS)
-            # torch keeps the step of fused AdamW on the parameter's device
-            values = [step.to(p.device), *(parallel.scatter(m, p) for m in moments)]
-            trainer.optimizer.state[p] = dict(zip(_MOMENTS, values, strict=True))
+        for key in _MOMENTS:
+            if f"optimizer.{key}.{name}" in stored:
+                value = file.get_tensor(f"optimizer.{key}.{name}")
+                # torch keeps the step of fused AdamW on the parameter's device
+                value = value.to(p.device) if key == "step" else parallel.scatter(value, p)
+                trainer.optimizer_of[name].state[p][key] = value
 
 
 def refuse_difference(folder: Path, before: dict, now: dict) -> None:
