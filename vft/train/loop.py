@@ -53,10 +53,10 @@ class Settings:
     that the model works at. ``corruption``: share of tokens replaced by random ones where the model reads them.
     """
 
-    steps: int = 4400
+    steps: int = 11000
     batch: int = 8
-    clips: int = 8000
-    learning_rate: float = 3e-3
+    clips: int = 24000
+    learning_rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
