@@ -150,20 +150,27 @@ FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row, Modulatio
   const X* x = static_cast<const X*>(p.x) + row * p.x_stride;
   const X* y = p.y ? static_cast<const X*>(p.y) + row * p.y_stride : nullptr;
   X* sum = p.y ? static_cast<X*>(p.sum) + row * d : nullptr;
+  // x, or what is written as sum
+  const auto value = [&](int64_t i, auto io) {
+    const vf base = io.load_from(x + i);
+    if (!y) return base;
+    const vf other = io.load_from(y + i);
+    const vf v = rounded<X>(table.gate ? fma_vf(io.load_from(table.gate + i), other, base) : base + other);
+    put<kStream>(io, sum + i, v);
+    return v;
+  };
+  if (!p.out) {
+    for_vectors(0, d, [&](int64_t i, auto io) { value(i, io); });
+    return;
+  }
   const auto first_pass = [&](auto term) {
     return row_sum(d, [&](int64_t i, auto io) {
-      vf v = io.load_from(x + i);
-      if (y) {
-        const vf other = io.load_from(y + i);
-        v = rounded<X>(table.gate ? fma_vf(io.load_from(table.gate + i), other, v) : v + other);
-        put<kStream>(io, sum + i, v);
-      }
+      const vf v = value(i, io);
       if (kBuffer) io.store_to(row_floats + i, v);
       return term(v);
     });
   };
   const float total = p.kind == kLayerNorm ? first_pass(Itself{}) : first_pass(Squared{});
-  if (!p.out) return;
   const float* v = row_floats;
   if constexpr (!kBuffer) v = y ? sum : x;
   const Stats stats = row_stats(v, d, p.kind, p.eps, total);
