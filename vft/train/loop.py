@@ -53,7 +53,7 @@ class Settings:
     that the model works at. ``corruption``: share of tokens replaced by random ones where the model reads them.
     """
 
-    steps: int = 11000
+    steps: int = 8500
     batch: int = 8
     clips: int = 24000
     learning_rate: float = 2e-3
