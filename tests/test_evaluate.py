@@ -102,3 +102,28 @@ def test_a_classifier_learns():
     clips = procedural.batch(classifier.SEED, seen, 32, 9)
     labels = torch.tensor([procedural.label(classifier.SEED, i) for i in seen])
     assert model.accuracy(clips, labels) > 0.4
+
+
+def test_class_accuracy_is_that_of_the_judge():
+    class Judge:
+        """Says right of real clips alone."""
+
+        def __init__(self):
+            self.seen = []
+
+        def accuracy(self, clips, labels):
+            self.seen.append(clips)
+            assert len(clips) == len(labels) == 6 and clips.shape[1:] == (3, 17, 64, 64)
+            return float(len(self.seen) == 3)
+
+    judge, tokenizer = Judge(), vft.Tokenizer.from_pretrained("tiny")
+    generator = vft.Generator.from_pretrained("tiny")
+    result = evaluate.class_accuracy(generator, tokenizer, judge, 6, guidances=(1.0, 3.0), temperature=0.5)
+    assert result == {"held_out": 1.0, "reconstructed": 0.0, "generated": 0.0, "guidance 3": 0.0}
+    plain, guided, real, seen = judge.seen
+    assert evaluate.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
+
+
+def test_the_classifier_needs_whole_latent_frames():
+    with pytest.raises(ValueError, match=r"clips must have 1 \+ 4 k frames, k > 0, got 8"):
+        classifier.shrink(torch.zeros(1, 3, 8, 32, 32))

@@ -30,6 +30,8 @@ HELD_OUT_SEED = 2_000_000
 BATCH = 16
 # SSIM (Wang et al. 2004): a Gaussian window, and (0.01 L)^2, (0.03 L)^2 for values of range L = 1
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
+# of the tokens of generated clips, 1 for none
+GUIDANCES = (1.0, 2.0, 4.0)
 # GMSD (Xue et al. 2014): the constant for values of range 1
 GMSD_C = 170 / 255**2
 
@@ -136,27 +138,33 @@ def control(model: Tokenizer, count: int, **options) -> list[float]:
 
 
 def class_accuracy(
-    generator: Generator, tokenizer: Tokenizer, judge: classifier.Classifier, count: int, **options
-) -> dict[str, float]:
+    generator: Generator, tokenizer: Tokenizer, judge: classifier.Classifier, count: int,
+    guidances: Sequence[float] = GUIDANCES, **options,
+) -> dict[str, float]:  # fmt: skip
     """How often a classifier of motion families is right, on held-out clips and on as many generated ones.
 
-    ``options`` (temperature, top_k, guidance, ...) go to ``generator.generate``. The classifier also sees held-out
-    clips through the tokenizer, from as many registers as the generator gives: the most that generation can reach.
+    Clips are generated at each guidance scale of ``guidances`` (1: none); ``options`` (temperature, top_k, ...) go to
+    ``generator.generate``. The classifier also sees held-out clips through the tokenizer, from as many registers as the
+    generator gives: the most that generation can reach.
     """
     labels = torch.arange(count) % len(procedural.FAMILIES)
     shape = tokenizer.codec.latent_shape(tokenizer.config.chunk_size, tokenizer.size, tokenizer.size)
-    ids = []
-    for start in range(0, count, BATCH):
-        chosen = labels[start : start + BATCH].tolist()
-        ids += list(generator.generate(class_id=chosen, frames=shape[1], seed=start, **options))
+    generated = {}
+    for guidance in guidances:
+        ids = []
+        for start in range(0, count, BATCH):
+            chosen = labels[start : start + BATCH].tolist()
+            ids += generator.generate(class_id=chosen, frames=shape[1], seed=start, guidance=guidance, **options)
+        name = "generated" if guidance == 1 else f"guidance {guidance:g}"
+        generated[name] = judge.accuracy(_decoded(tokenizer, ids), labels)
+        keep = ids[0].shape[1]
     real_labels = torch.tensor([procedural.label(HELD_OUT_SEED, i) for i in range(count)])
     real = _clips(tokenizer, range(count))
-    keep = ids[0].shape[1]
     seen = [i[:, :keep] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
     return {
         "held_out": judge.accuracy(real, real_labels),
         "reconstructed": judge.accuracy(_decoded(tokenizer, seen), real_labels),
-        "generated": judge.accuracy(_decoded(tokenizer, ids), labels),
+        **generated,
     }
 
 

@@ -1,4 +1,9 @@
-"""A small classifier of the motion in procedural clips: ``vft eval`` asks it what generated clips show."""
+"""A small classifier of the motion in procedural clips: ``vft eval`` asks it what generated clips show.
+
+A tokenizer for short sequences keeps large things and where they go; detail and the motion between the frames of one
+latent frame are the first to be lost. So the classifier looks at motion from one latent frame to the next, at a low
+resolution, and has learned to do so through blur and noise. It has seen no tokenizer's output.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +18,47 @@ from tqdm import tqdm
 from . import procedural
 
 SEED = 4_000_000
-SIDE = 32
-STEPS, BATCH, CLIPS = 900, 32, 5000
+# pixels of a side, and frames of a clip that are averaged: those of one latent frame
+SIDE, STRIDE = 16, 4
+STEPS, BATCH, CLIPS = 1500, 64, 16000
+# share of training batches that are left as they are; largest noise put on the others, of pixels in [-1, 1]
+CLEAN, NOISE = 0.2, 0.3
+# changes from frame to frame are smaller than pixels
+CHANGE = 5.0
 
 
 class Classifier(nn.Module):
-    """Space-time convolutions over clips of 32 x 32 and their changes from frame to frame -> logits of the families.
-
-    Motion is what changes, so that blur matters little; pixels beside it tell what moves.
-    """
+    """Space-time convolutions over what :func:`shrink` gives and its changes from frame to frame -> logits."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         sizes = [6, width, 2 * width, 4 * width, 4 * width]
         layers = []
         for i, (a, b) in enumerate(pairwise(sizes)):
-            stride = (1, 2, 2) if i < 1 else (2, 2, 2) if i < 3 else 1
+            stride = (1, 2, 2) if i in (1, 2) else 1
             layers += [nn.Conv3d(a, b, 3, stride, 1, bias=False), nn.BatchNorm3d(b), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * sizes[-1], len(procedural.FAMILIES))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x ``[B, 6, T, 32, 32]`` as :func:`prepare` gives it -> ``[B, families]``."""
+        """x ``[B, 3, F, 16, 16]`` as :func:`shrink` gives it, F > 1 -> ``[B, families]``."""
+        x = torch.cat([x[:, :, 1:], CHANGE * x.diff(dim=2)], 1)
         h = self.features(x).flatten(2)
         return self.head(torch.cat([h.mean(2), h.amax(2)], 1))
 
     @torch.no_grad()
     def accuracy(self, clips: torch.Tensor, labels: torch.Tensor) -> float:
         """How often the likeliest family of ``[B, 3, T, H, W]`` in [-1, 1] is that of ``labels [B]``."""
-        guesses = torch.cat([self(part).argmax(1) for part in prepare(clips).split(64)])
+        guesses = torch.cat([self(part).argmax(1) for part in shrink(clips).split(64)])
         return float((guesses == labels).float().mean())
 
 
-def prepare(clips: torch.Tensor) -> torch.Tensor:
-    """``[B, 3, T, H, W]`` in [-1, 1] -> ``[B, 6, T - 1, 32, 32]``: pixels, and ten times the change since the last."""
+def shrink(clips: torch.Tensor) -> torch.Tensor:
+    """``[B, 3, 1 + 4 k, H, W]`` in [-1, 1] -> ``[B, 3, 1 + k, 16, 16]``: the first frame, then means of four."""
+    if clips.shape[2] % STRIDE != 1 or clips.shape[2] == 1:
+        raise ValueError(f"clips must have 1 + {STRIDE} k frames, k > 0, got {clips.shape[2]}")
     small = F.adaptive_avg_pool3d(clips.clamp(-1, 1), (clips.shape[2], SIDE, SIDE))
-    return torch.cat([small[:, :, 1:], 10 * small.diff(dim=2)], 1)
+    return torch.cat([small[:, :, :1], small[:, :, 1:].unflatten(2, (-1, STRIDE)).mean(3)], 2)
 
 
 def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS) -> Classifier:
@@ -61,7 +71,7 @@ def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS) -> Cla
     hidden = not sys.stderr.isatty()
     data = torch.cat(
         [
-            prepare(procedural.batch(SEED, part, size, frames, threads)).half()
+            shrink(procedural.batch(SEED, part, size, frames, threads)).half()
             for part in tqdm(parts, desc="classifier's clips", leave=False, disable=hidden)
         ]
     )
@@ -70,13 +80,25 @@ def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS) -> Cla
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="classifier", leave=False, disable=hidden):
         chosen = torch.randint(clips, (BATCH,), generator=generator)
-        x, y = _mirrored(data[chosen].float(), generator), labels[chosen]
+        x, y = _mirrored(_degraded(data[chosen].float(), generator), generator), labels[chosen]
         loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+def _degraded(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    # detail lost, and every frame wrong in its own way, as coarsely as the detail that is left
+    if torch.rand((), generator=generator) < CLEAN:
+        return x
+    count, _, frames = x.shape[:3]
+    side = int(torch.randint(SIDE // 4, SIDE, (), generator=generator))
+    x = F.interpolate(F.adaptive_avg_pool3d(x, (frames, side, side)), x.shape[2:], mode="trilinear")
+    amount = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
+    noise = amount * torch.randn(count, 3 * frames, side, side, generator=generator)
+    return x + F.interpolate(noise, x.shape[3:], mode="bilinear").view_as(x)
 
 
 def _mirrored(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
