@@ -46,11 +46,14 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults made the embedded tokenizer. A run is resumed with the same (``steps`` aside).
+    """Settings of a run; the defaults, with ``bf16``, made the embedded tokenizer. A run is resumed with the same
+    (``steps`` aside).
 
     ``batch`` counts the clips of a step over all processes and accumulations; ``clips`` how many different ones there
     are. ``frames`` and ``sizes``: lengths and square sides in pixels, one of each drawn for each clip, empty for those
-    that the model works at. ``corruption``: share of tokens replaced by random ones where the model reads them.
+    that the model works at. ``optimizer``: ``muon`` for the matrices of blocks and AdamW for the rest, or ``adamw`` for
+    all. ``bf16``: autocast, and the products of Muon. ``corruption``: share of tokens replaced by random ones where the
+    model reads them.
     """
 
     steps: int = 8500
