@@ -82,15 +82,26 @@ def test_fsq_features(rank):
     levels = (2, 5, 4)
     features = factors.fsq_features(levels, rank)
     assert features.shape == (40, rank) and features.dtype == torch.float32
-    exact = features[:, : sum(levels) - 3].double()
+    # the columns of single codes, and of pairs of codes
+    exact = features[:, : sum(levels) - 3 + 3].double()
     # orthonormal under the uniform distribution of ids, and without mean
     torch.testing.assert_close(exact.T @ exact / 40, torch.eye(exact.shape[1]).double(), rtol=0, atol=1e-5)
     assert exact.mean(0).abs().max() < 1e-5
+    second, third = torch.arange(40) // 2 % 5, torch.arange(40) // 10
     if rank >= 8:
         # any function of one code is a constant and a combination of the columns
-        values = torch.randn(5).double()[torch.arange(40) // 2 % 5]
-        basis = torch.cat([torch.ones(40, 1).double(), exact], 1)
-        assert (basis @ torch.linalg.lstsq(basis, values[:, None]).solution)[:, 0].sub(values).abs().max() < 1e-5
+        assert error_of_fit(exact[:, :8], torch.randn(5).double()[second]) < 1e-5
+    if rank >= 11:
+        assert (
+            error_of_fit(exact, (second * third).double())
+            < 1e-5
+            < error_of_fit(exact[:, :8], (second * third).double())
+        )
+
+
+def error_of_fit(columns, values):
+    basis = torch.cat([torch.ones(len(columns), 1).double(), columns], 1)
+    return (basis @ torch.linalg.lstsq(basis, values[:, None]).solution)[:, 0].sub(values).abs().max()
 
 
 def test_the_embedded_generator_is_found_by_its_name(tmp_path, tensors, monkeypatch):

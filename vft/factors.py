@@ -8,6 +8,7 @@ trained with the factors as its parameters, and read with the products in their 
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def fsq_features(levels: tuple[int, ...], rank: int) -> torch.Tensor:
     """Features float32 ``[prod(levels), rank]`` of every FSQ id: orthonormal polynomials of its codes, by degree.
 
     Column by column degree 1 of each code, degree 2 of each code, ...; with ``sum(L - 1)`` columns any sum of functions
-    of single codes is linear in them. Columns beyond those are standard normal. Ids near each other start alike.
+    of single codes is linear in them. Then products of the first degrees of two codes each, so that codes may depend on
+    each other; columns beyond are standard normal. Ids near each other start alike.
     """
     codes = fsq_dequantize(torch.arange(torch.Size(levels).numel()), levels).double()
     columns = []
@@ -61,6 +63,7 @@ def fsq_features(levels: tuple[int, ...], rank: int) -> torch.Tensor:
                 powers = code[:, None] ** torch.arange(degree + 1)
                 # the last column of Q: orthogonal to all lower degrees
                 columns.append(torch.linalg.qr(powers).Q[:, -1] * len(code) ** 0.5)
+    columns += [a * b for a, b in combinations(columns[: len(levels)], 2)]
     features = torch.stack(columns, 1)[:, :rank].float()
     return torch.cat([features, torch.randn(len(codes), rank - features.shape[1])], 1)
 
