@@ -20,7 +20,7 @@ from . import procedural
 SEED = 4_000_000
 # pixels of a side, and frames of a clip that are averaged: those of one latent frame
 SIDE, STRIDE = 16, 4
-STEPS, BATCH, CLIPS = 1500, 64, 16000
+STEPS, BATCH, CLIPS = 2500, 64, 24000
 # share of training batches that are left as they are; largest noise put on the others, of pixels in [-1, 1]
 CLEAN, NOISE = 0.2, 0.3
 # changes from frame to frame are smaller than pixels

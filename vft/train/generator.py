@@ -34,14 +34,14 @@ class GeneratorSettings(Settings):
     file are modelled (0: all). ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None: whole ones.
     """
 
-    steps: int = 700
-    clips: int = 4000
-    learning_rate: float = 2e-3
+    steps: int = 2000
+    clips: int = 12000
+    learning_rate: float = 3e-3
     tokenizer: str = "tiny"
     depth: int = 3
     tokens_per_frame: int = 16
     class_dropout: float = 0.1
-    factor_rank: int | None = 18
+    factor_rank: int | None = 48
     condition: str = "class"
     latent_frames: int = 0
 
