@@ -21,6 +21,7 @@ def tiny():
 def test_size(tiny):
     assert sum(p.numel() for p in tiny.parameters()) <= 8_000_000
     assert (ASSETS / "tiny.safetensors").stat().st_size < 12_000_000
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 25_000_000
     assert (tiny.name, tiny.size, tiny.registers, tiny.config.levels) == ("tiny", 64, 32, (8, 8, 8, 5, 5, 5))
 
 
@@ -28,7 +29,7 @@ def test_more_tokens_are_better_on_held_out_clips(tiny):
     quality = held_out(tiny, 48, KEEPS)
     steps = [quality[str(k)]["psnr"] for k in KEEPS]
     assert steps == sorted(steps), steps
-    assert steps[-1] > steps[0] + 1, steps
+    assert steps[-1] > 20.5 and steps[-1] > steps[0] + 4, steps
 
 
 def test_more_tokens_are_better_on_a_real_clip(tiny):
@@ -49,7 +50,7 @@ def test_tokens_say_something_about_the_clip(tiny):
 def test_the_generator_is_small_and_follows_its_class():
     """Likelier than with any other class on average, on the ids of clips that it was not trained on."""
     generator, tokenizer = vft.Generator.from_pretrained("tiny"), vft.Tokenizer.from_pretrained("tiny")
-    assert (ASSETS / "tiny_generator.safetensors").stat().st_size < 6_000_000
+    assert (ASSETS / "tiny_generator.safetensors").stat().st_size < 10_000_000
     assert generator.classes == procedural.FAMILIES and generator.tokenizer == "tiny"
     count = 24
     ids = tokenizer.encode_latents(tokenizer.codec.encode(procedural.batch(3_000_000, range(count))))
@@ -62,5 +63,5 @@ def test_the_generator_is_small_and_follows_its_class():
 
     own = loss(labels)
     # a uniform guess over 64,000 ids has 11.07
-    assert own < 7
+    assert own < 8
     assert own < min(loss((labels + shift) % len(procedural.FAMILIES)) for shift in (1, 4))
