@@ -52,6 +52,7 @@ def evaluation(result: dict, output: Path) -> None:
         axis = next(axes)
         bars = axis.bar(result["class_accuracy"].keys(), result["class_accuracy"].values())
         axis.bar_label(bars, fmt="{:.0%}")
+        axis.tick_params("x", labelrotation=20)
         axis.set(title="Class accuracy of clips", ylim=(0, 1.05))
     for axis in axes:
         axis.set_axis_off()
