@@ -127,3 +127,9 @@ def test_class_accuracy_is_that_of_the_judge():
 def test_the_classifier_needs_whole_latent_frames():
     with pytest.raises(ValueError, match=r"clips must have 1 \+ 4 k frames, k > 0, got 8"):
         classifier.shrink(torch.zeros(1, 3, 8, 32, 32))
+
+
+def test_a_thinned_curve_keeps_means_and_the_last_step():
+    curve = [(step, float(step)) for step in range(1, 8)]
+    assert evaluate.thinned(curve, 7) == curve
+    assert evaluate.thinned(curve, 3) == [(3, 2.0), (6, 5.0), (7, 7.0)]

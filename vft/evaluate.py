@@ -223,12 +223,19 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
         judge = classifier.train(model.size, model.config.chunk_size)
         result["class_accuracy"] = class_accuracy(generator, model, judge, args.clips)
     if log:
-        result["training_loss"] = [(line["step"], line["loss"]) for line in log]
+        result["training_loss"] = thinned([(line["step"], line["loss"]) for line in log])
     print(table(result))
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
         plots.evaluation(result, args.plot)
+
+
+def thinned(curve: list[tuple[int, float]], most: int = 1000) -> list[tuple[int, float]]:
+    """At most ``most`` points of a loss curve: the last step and the mean loss of neighbouring steps."""
+    width = -(-len(curve) // most)
+    parts = [curve[i : i + width] for i in range(0, len(curve), width)]
+    return [(part[-1][0], round(sum(loss for _, loss in part) / len(part), 5)) for part in parts]
 
 
 def table(result: dict) -> str:

@@ -82,7 +82,7 @@ def _rate_distortion(axis, curves: dict, metric: str, title: str) -> None:
 
 def _loss(axis, curve: list[tuple[int, float]]) -> None:
     steps, losses = zip(*curve, strict=True)
-    axis.plot(steps, losses, alpha=0.3, label="each step")
+    axis.plot(steps, losses, alpha=0.3, label="loss")
     axis.plot(steps, running_mean(losses, max(1, len(losses) // 50)), label="running mean")
     axis.set(title="Training loss", xlabel="step")
     axis.legend(fontsize=8)
