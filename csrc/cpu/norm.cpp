@@ -119,20 +119,23 @@ struct Squared {
   vf operator()(vf v) const { return v * v; }
 };
 
+// rounds v to X, writes it, and returns what was written
 template <bool kStream, typename X>
-FLEXKERNELS_INLINE void put(Full, X* to, vf v) {
-  kStream ? stream(to, v) : store(to, v);
-}
-
-template <bool kStream, typename X>
-FLEXKERNELS_INLINE void put(Part part, X* to, vf v) {
-  part.store_to(to, v);
-}
-
-template <typename X>
-FLEXKERNELS_INLINE vf rounded(vf v) {
+FLEXKERNELS_INLINE vf put(Full, X* to, vf v) {
   X lanes[W];
   store(lanes, v);
+  if constexpr (kStream)
+    stream(to, lanes);
+  else
+    memcpy(to, lanes, sizeof lanes);
+  return load(lanes);
+}
+
+template <bool kStream, typename X>
+FLEXKERNELS_INLINE vf put(Part part, X* to, vf v) {
+  X lanes[W];
+  store(lanes, v);
+  memcpy(to, lanes, part.count * sizeof(X));
   return load(lanes);
 }
 
@@ -155,9 +158,7 @@ FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row, Modulatio
     const vf base = io.load_from(x + i);
     if (!y) return base;
     const vf other = io.load_from(y + i);
-    const vf v = rounded<X>(table.gate ? fma_vf(io.load_from(table.gate + i), other, base) : base + other);
-    put<kStream>(io, sum + i, v);
-    return v;
+    return put<kStream>(io, sum + i, table.gate ? fma_vf(io.load_from(table.gate + i), other, base) : base + other);
   };
   if (!p.out) {
     for_vectors(0, d, [&](int64_t i, auto io) { value(i, io); });

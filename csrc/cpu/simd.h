@@ -105,17 +105,15 @@ constexpr int kStreamAlign = 64;
 inline bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % kStreamAlign == 0; }
 
 template <typename T>
-inline void stream(T* p, vf v) {
-  alignas(kStreamAlign) T lanes[W];
-  store(lanes, v);
+inline void stream(T* p, const T (&lanes)[W]) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof lanes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(lanes));
+  if constexpr (sizeof lanes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_loadu_si512(lanes));
 #endif
 #if defined(__AVX2__)
   if constexpr (sizeof lanes == 32) {
-    return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
+    return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)lanes));
   }
-  if constexpr (sizeof lanes == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
+  if constexpr (sizeof lanes == 16) return _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)lanes));
 #endif
   memcpy(p, lanes, sizeof lanes);
 }
