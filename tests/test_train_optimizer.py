@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from vft.config import make_config
 from vft.train.loop import Settings
 from vft.train.optimizer import Muon, make, orthogonal
+from vft.train.tokenizer import train
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 40), (2, 40, 6), (1, 1, 5)])
@@ -62,8 +64,5 @@ def test_vectors_are_refused():
 
 
 def test_an_unknown_optimizer_is_refused(tmp_path):
-    from vft.config import make_config
-    from vft.train.tokenizer import train
-
     with pytest.raises(ValueError, match="optimizer must be one of muon, adamw, got 'sgd'"):
         train(tmp_path, Settings(optimizer="sgd"), config=make_config())

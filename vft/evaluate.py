@@ -157,10 +157,9 @@ def class_accuracy(
             ids += generator.generate(class_id=chosen, frames=shape[1], seed=start, guidance=guidance, **options)
         name = "generated" if guidance == 1 else f"guidance {guidance:g}"
         generated[name] = judge.accuracy(_decoded(tokenizer, ids), labels)
-        keep = ids[0].shape[1]
     real_labels = torch.tensor([procedural.label(HELD_OUT_SEED, i) for i in range(count)])
     real = _clips(tokenizer, range(count))
-    seen = [i[:, :keep] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
+    seen = [i[:, : ids[0].shape[1]] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
     return {
         "held_out": judge.accuracy(real, real_labels),
         "reconstructed": judge.accuracy(_decoded(tokenizer, seen), real_labels),
