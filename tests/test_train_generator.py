@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import vft
 from vft import cli
+from vft.codebook import fsq_features
 from vft.config import make_config, parse_config
 from vft.train import procedural
 from vft.train.generator import GeneratorSettings, GeneratorTask, train
@@ -48,26 +49,30 @@ def test_a_resumed_run_repeats_an_unbroken_one(tmp_path, settings):
         train(tmp_path / "whole", replace(settings, class_dropout=0.1))
 
 
-def test_a_run_is_a_generator(tmp_path, settings, tokenizer):
-    train(tmp_path, settings)
+@pytest.mark.parametrize("tables", ["fsq", "whole"])
+def test_a_run_is_a_generator(tmp_path, settings, tokenizer, tables):
+    train(tmp_path, replace(settings, tables=tables))
     gen = vft.Generator.from_pretrained(tmp_path / "model.safetensors")
     averaged = load_file(tmp_path / "state.safetensors")
     assert torch.equal(gen.sos, averaged["ema.sos"].half().float())
+    head = averaged["ema.head.weight" if tables == "whole" else "ema.head.projection"].half().float()
+    assert torch.equal(gen.head.weight, head if tables == "whole" else fsq_features((4, 4, 4)) @ head)
     assert (gen.classes, gen.tokenizer, gen.config.seq_len) == (procedural.FAMILIES, tokenizer, 10)
     ids = gen.generate(class_id="zoom", frames=5, tokens_per_frame=2, guidance=1.5)
     assert ids.shape == (1, 5, 2) and ids.max() < 64
 
 
-def test_the_loss_is_the_cross_entropy_of_the_clips_ids(settings, tokenizer):
-    whole = replace(settings, class_dropout=0.0, clips=1)
-    task = GeneratorTask(whole, vft.Tokenizer.from_pretrained(tokenizer))
+@pytest.mark.parametrize("tables", ["fsq", "whole"])
+def test_the_loss_is_the_cross_entropy_of_the_clips_ids(settings, tokenizer, tables):
+    alone = replace(settings, class_dropout=0.0, clips=1, tables=tables)
+    task = GeneratorTask(alone, vft.Tokenizer.from_pretrained(tokenizer))
     loss = task.loss(torch.Generator().manual_seed(0))
     clip = procedural.batch(0, [0], 16, 17)
     flat = vft.time_first(vft.Tokenizer.from_pretrained(tokenizer).encode(clip).ids[:, :2])
     logits = task.model.logits(flat[None], procedural.label(0, 0))[0]
     assert loss.item() == pytest.approx(F.cross_entropy(logits, flat).item(), rel=1e-5)
     # without the class
-    task = GeneratorTask(replace(whole, class_dropout=1.0), task.tokenizer)
+    task = GeneratorTask(replace(alone, class_dropout=1.0), task.tokenizer)
     logits = task.model.logits(flat[None], unconditional=True)[0]
     loss = task.loss(torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(F.cross_entropy(logits, flat).item(), rel=1e-5)
@@ -94,7 +99,7 @@ def test_a_few_clips_are_learned(tmp_path, settings, bf16):
         ({"class_dropout": 1.5}, "class_dropout must lie between 0 and 1"),
         ({"tokens_per_frame": 5}, r"tokens_per_frame must lie in 1..4, got 5"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"factor_rank": 0}, "factor_rank must be at least 1"),
+        ({"tables": "thin"}, "tables must be one of fsq, whole, got 'thin'"),
         ({"tokenizer": "nonsense"}, "nonsense"),
     ],
 )
@@ -106,37 +111,6 @@ def test_settings_are_checked(tmp_path, settings, change, message):
 def test_the_command(tmp_path, tokenizer):
     options = ["--steps", "2", "--batch", "2", "--clips", "3", "--seed", "3"]
     argv = ["train", "generator", "-o", f"{tmp_path}/run", *options, "--tokenizer", tokenizer]
-    assert cli.main([*argv, "--depth", "1", "-k", "3", "--class-dropout", "0.2", "--factor-rank", "6"]) == 0
+    assert cli.main([*argv, "--depth", "1", "-k", "3", "--class-dropout", "0.2", "--tables", "whole"]) == 0
     gen = vft.Generator.from_pretrained(tmp_path / "run" / "model.safetensors")
     assert (gen.config.depth, gen.config.seq_len) == (1, 15)
-
-
-def test_a_run_with_factored_tables(tmp_path, settings):
-    factored = replace(settings, factor_rank=12)
-    train(tmp_path / "whole", factored)
-    for _ in range(4):
-        train(tmp_path / "parts", factored, minutes=0)
-    stored, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
-    assert stored.keys() == parts.keys() and all(torch.equal(stored[name], parts[name]) for name in stored)
-    assert stored["head.factors.0"].dtype == torch.int8 and stored["head.factors.0"].shape == (64, 12)
-    averaged = load_file(tmp_path / "whole" / "state.safetensors")
-    gen = vft.Generator.from_pretrained(tmp_path / "whole" / "model.safetensors")
-    for table, weight in (("tok_emb", gen.tok_emb.weight), ("head", gen.head.weight)):
-        want = averaged[f"ema.{table}.factors.0"] @ averaged[f"ema.{table}.factors.1"]
-        assert (weight - want).abs().max() < 0.02 * want.abs().max()
-    assert gen.generate(class_id=0, frames=5, tokens_per_frame=2).max() < 64
-    # read factored, saved whole, read again
-    gen.save(tmp_path / "full.safetensors")
-    again = vft.Generator.from_pretrained(tmp_path / "full.safetensors")
-    assert torch.equal(again.head.weight, gen.head.weight) and again.config == gen.config
-
-
-def test_factored_tables_compute_their_products(settings, tokenizer):
-    task = GeneratorTask(replace(settings, factor_rank=5), vft.Tokenizer.from_pretrained(tokenizer))
-    model = task.model
-    ids, x = torch.tensor([[3, 63], [0, 3]]), torch.randn(7, 64)
-    (e0, e1), (h0, h1) = model.tok_emb.factors, model.head.factors
-    torch.testing.assert_close(model.tok_emb(ids), (e0 @ e1)[ids])
-    torch.testing.assert_close(model.head(x), x @ (h0 @ h1).T)
-    task.loss(torch.Generator().manual_seed(0)).backward()
-    assert all(p.grad.abs().max() > 0 for p in (e0, e1, h0, h1))

@@ -188,7 +188,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
     parser.add_argument("--video", type=Path, nargs="*", default=[CLIP], help="video files (default: the shipped clip)")
     parser.add_argument("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
-    parser.add_argument("--run", dest="training_run", type=Path, help="folder of a training run, whose loss to show")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
+    parser.add_argument(
+        "--run", dest="training_runs", type=Path, nargs="+", default=[], help="folders of training runs, to show their loss"
+    )
 
 
 def run(args: argparse.Namespace, model: Tokenizer) -> None:
@@ -206,7 +209,7 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
     if args.plot:
         # a missing matplotlib is an error before the work
         plots.figure(1, 1)
-    log = state.read_log(args.training_run) if args.training_run else []
+    logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
     steps = args.steps or model.steps
     keeps = budgets(model.registers)
     result = {
@@ -220,9 +223,11 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
     if args.generator:
         generator = Generator.from_pretrained(args.generator)
         judge = classifier.train(model.size, model.config.chunk_size)
-        result["class_accuracy"] = class_accuracy(generator, model, judge, args.clips)
-    if log:
-        result["training_loss"] = thinned([(line["step"], line["loss"]) for line in log])
+        result["temperature"] = args.temperature
+        result["class_accuracy"] = class_accuracy(generator, model, judge, args.clips, temperature=args.temperature)
+    if logs:
+        curves = {name: [(line["step"], line["loss"]) for line in log] for name, log in logs.items()}
+        result["training_loss"] = {name: thinned(curve) for name, curve in curves.items()}
     print(table(result))
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
 
-from . import checkpoint, decoding, factors
+from . import checkpoint, codebook, decoding
 from .config import GeneratorConfig, parse_generator_config
 
 # rows that skinny_linear serves
@@ -213,7 +213,7 @@ class Generator(nn.Module):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be None or 'int8', got {weights!r}")
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
-        raw, tensors = factors.expand(raw, tensors)
+        raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
         checkpoint.fill(model.published(), tensors)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)

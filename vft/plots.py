@@ -37,7 +37,8 @@ def training_loss(folder: Path, output: Path) -> None:
 
 def evaluation(result: dict, output: Path) -> None:
     """Draws the result of ``vft eval``: metrics over registers, what registers control, loss, class accuracy."""
-    count = len(METRICS) + 1 + ("training_loss" in result) + ("class_accuracy" in result)
+    losses = result.get("training_loss", {})
+    count = len(METRICS) + 1 + len(losses) + ("class_accuracy" in result)
     page = figure(4 * ((count + 1) // 2), 7)
     axes = iter(page.subplots(2, (count + 1) // 2).flat)
     for metric, title in METRICS.items():
@@ -46,8 +47,8 @@ def evaluation(result: dict, output: Path) -> None:
     axis = next(axes)
     axis.bar(range(len(shares)), shares)
     axis.set(title="Share that a register controls", xlabel="register")
-    if "training_loss" in result:
-        _loss(next(axes), result["training_loss"])
+    for name, curve in losses.items():
+        _loss(next(axes), curve, f"Training loss, {name}")
     if "class_accuracy" in result:
         axis = next(axes)
         bars = axis.bar(result["class_accuracy"].keys(), result["class_accuracy"].values())
@@ -80,11 +81,11 @@ def _rate_distortion(axis, curves: dict, metric: str, title: str) -> None:
     axis.legend(fontsize=8)
 
 
-def _loss(axis, curve: list[tuple[int, float]]) -> None:
+def _loss(axis, curve: list[tuple[int, float]], title: str = "Training loss") -> None:
     steps, losses = zip(*curve, strict=True)
     axis.plot(steps, losses, alpha=0.3, label="loss")
     axis.plot(steps, running_mean(losses, max(1, len(losses) // 50)), label="running mean")
-    axis.set(title="Training loss", xlabel="step")
+    axis.set(title=title, xlabel="step")
     axis.legend(fontsize=8)
 
 

@@ -1,4 +1,4 @@
-"""A training step of a middling tokenizer: loss, gradients and AdamW."""
+"""A training step of a middling tokenizer, loss, gradients and AdamW; and the loss of a generator with its gradient."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,10 +7,11 @@ import torch
 from peers import train as peers
 
 import vft
+from vft.codebook import codebook_cross_entropy, fsq_features
 from vft.config import make_config, parse_config
 from vft.train.loss import draw, flow_loss
 
-from .case import Case, case, size
+from .case import Case, accurate, case, compiled, size
 
 # registers kept of 64: their mean is that of nested dropout, half uniform and half powers of two
 KEEP = (57, 24, 16, 4)
@@ -91,5 +92,32 @@ def train_step(dtype: torch.dtype, device: str) -> Case:
     return Case(dtype, list(it.latents.shape), partial(it.step, it.ours), peers, it.check, moved, it.flops(), note)
 
 
+def cross_entropy(dtype: torch.dtype, device: str) -> Case:
+    """The embedded generator's: 16 clips of 80 ids, 64,000 rows of features."""
+    features = fsq_features((8, 8, 8, 5, 5, 5)).to(device)
+    h = torch.randn(16 * 80, features.shape[1], device=device).to(dtype).requires_grad_()
+    ids, table = torch.randint(len(features), (len(h),), device=device), features.to(dtype)
+
+    def with_gradient(loss, h=h, table=table):
+        with torch.enable_grad():
+            return torch.autograd.grad(loss(h, table, ids), h)[0]
+
+    def ours(h, table, ids):
+        return codebook_cross_entropy(h, table, ids).mean()
+
+    def check():
+        wide = h.detach().double().requires_grad_()
+        exact = with_gradient(lambda h, f, ids: torch.nn.functional.cross_entropy(h @ f.T, ids), wide, table.double())
+        return accurate(with_gradient(ours), with_gradient(peers.cross_entropy), exact)
+
+    contenders = {"eager formula": peers.cross_entropy, **compiled(peers.cross_entropy, device)}
+    # logits, and their product with the table
+    flops = 2 * 2 * len(h) * features.numel()
+    contenders = {name: partial(with_gradient, loss) for name, loss in contenders.items()}
+    note = f"{len(features):,} ids, loss and gradient"
+    return Case(dtype, list(h.shape), partial(with_gradient, ours), contenders, check, 2 * size(h, table), flops, note)
+
+
 for short, data_type in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
     case(f"train_step_{short}")(partial(train_step, data_type))
+    case(f"codebook_cross_entropy_{short}")(partial(cross_entropy, data_type))

@@ -107,3 +107,8 @@ def straight_through(z, levels):
     half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
     bound = (z + torch.atanh(offset / half)).tanh() * half - offset
     return (bound + (bound.round() - bound).detach()) / (levels // 2)
+
+
+def cross_entropy(h, table, ids):
+    """Source: torch.nn.functional.cross_entropy, PyTorch documentation; logits in h's dtype, as autocast makes them."""
+    return F.cross_entropy(F.linear(h, table).float(), ids)

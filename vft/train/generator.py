@@ -1,8 +1,8 @@
 """``vft train generator``: trains a generator on the tokens of procedural video, of videos, or of ``.vft`` files.
 
 Cross-entropy of the time-first ids of each clip given its class or caption, which is dropped now and then for the null
-condition, so that guidance works. Tokens of encoded clips are kept. With ``factor_rank`` the two token tables are
-trained and stored as thin factors (vft/factors.py).
+condition, so that guidance works. Tokens of encoded clips are kept. The token tables are linear in features of the
+codes (vft/codebook.py), or whole.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoint import write_tensors
+from ..codebook import CodebookEmbedding, CodebookHead
 from ..config import GeneratorConfig, parse_generator_config
-from ..factors import FactoredEmbedding, FactoredHead, compress, fsq_features
 from ..generator import Generator, time_first
 from ..tokenizer import Tokenizer
 from . import data, loop
 from .loop import Engine, Settings
 
 CONDITIONS = ("class", "text")
+TABLES = ("fsq", "whole")
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class GeneratorSettings(Settings):
     embedded generator.
 
     ``condition``: ``class``, or ``text`` for token files with captions. ``latent_frames``: the first ones of each token
-    file are modelled (0: all). ``factor_rank`` r makes the token tables ``[vocab, r] @ [r, width]``; None: whole ones.
+    file are modelled (0: all). ``tables``: ``fsq`` for token tables that are linear in features of the codes, or ``whole``.
     """
 
-    steps: int = 2000
-    clips: int = 12000
-    learning_rate: float = 3e-3
+    steps: int = 26000
+    batch: int = 16
+    clips: int = 80000
+    learning_rate: float = 4e-3
     tokenizer: str = "tiny"
-    depth: int = 3
+    depth: int = 4
     tokens_per_frame: int = 16
     class_dropout: float = 0.1
-    factor_rank: int | None = 48
+    tables: str = "fsq"
     condition: str = "class"
     latent_frames: int = 0
 
@@ -69,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each .vft file, the first ones (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--factor-rank", type=lambda text: int(text) or None, default=defaults.factor_rank,
-        help="rank of the token tables, for a small file; 0: whole tables (default %(default)s)",
+        "--tables", choices=TABLES, default=defaults.tables,
+        help="of tokens: linear in features of their codes, or whole (default %(default)s)",
     )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
     settings = GeneratorSettings(
         **loop.common(args), tokenizer=args.tokenizer, depth=args.depth, tokens_per_frame=args.tokens_per_frame,
-        class_dropout=args.class_dropout, factor_rank=args.factor_rank, condition=args.condition,
+        class_dropout=args.class_dropout, tables=args.tables, condition=args.condition,
         latent_frames=args.latent_frames,
     )  # fmt: skip
     return loop.run(args, settings, train)
@@ -93,8 +95,8 @@ def train(
         raise ValueError(f"depth must be at least 1, got {settings.depth}")
     if not 0 <= settings.class_dropout <= 1:
         raise ValueError(f"class_dropout must lie between 0 and 1, got {settings.class_dropout}")
-    if settings.factor_rank is not None and settings.factor_rank < 1:
-        raise ValueError(f"factor_rank must be at least 1, got {settings.factor_rank}")
+    if settings.tables not in TABLES:
+        raise ValueError(f"tables must be one of {', '.join(TABLES)}, got {settings.tables!r}")
     if settings.condition not in CONDITIONS:
         raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {settings.condition!r}")
     if settings.latent_frames < 0:
@@ -138,11 +140,10 @@ class GeneratorTask:
         return clips, tokenizer.codec.latent_shape(max(settings.frames or (config.chunk_size,)), 16, 16)[1]
 
     def _build(self, config: GeneratorConfig) -> Generator:
-        model, rank = Generator(config, "tiny"), self.settings.factor_rank
-        if rank is not None:
-            features = fsq_features(self.tokenizer.config.levels, rank)
-            model.tok_emb = FactoredEmbedding(features, config.width)
-            model.head = FactoredHead(features, config.width)
+        model, levels = Generator(config, "tiny"), self.tokenizer.config.levels
+        if self.settings.tables == "fsq":
+            model.tok_emb = CodebookEmbedding(levels, config.width)
+            model.head = CodebookHead(levels, config.width)
         return model
 
     def _tokens(self, clips: torch.Tensor) -> list[torch.Tensor]:
@@ -169,8 +170,14 @@ class GeneratorTask:
         inputs = [self._corrupted(ids[:-1], seed).to(device) for ids, seed in zip(flat, seeds, strict=True)]
         conditions = [None if drop else c for drop, c in zip(dropped, self._conditions(indices), strict=True)]
         x = self.model.packed(inputs, self.model.starts(conditions), self.model.cross(conditions))
-        each = F.cross_entropy(self.model.head(x).float(), torch.cat(flat).to(device), reduction="none")
+        each = self._cross_entropy(x, torch.cat(flat).to(device))
         return torch.stack([loss.mean() for loss in each.split([len(ids) for ids in flat])]).mean()
+
+    def _cross_entropy(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        head = self.model.head
+        if self.settings.tables == "fsq":
+            return head.cross_entropy(x, ids)
+        return F.cross_entropy(head(x).float(), ids, reduction="none")
 
     def _conditions(self, indices: list[int]) -> list:
         if self.settings.condition == "text":
@@ -188,8 +195,7 @@ class GeneratorTask:
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = self._build(self.model.config)
         averaged.load_state_dict(weights)
-        if self.settings.factor_rank is None:
-            averaged.save(path, torch.float16)
-            return
-        raw = averaged.config.raw | {"factor_rank": self.settings.factor_rank}
-        write_tensors(path, compress(averaged.published()), raw, torch.float16)
+        raw = averaged.config.raw
+        if self.settings.tables == "fsq":
+            raw = raw | {"fsq_levels": list(self.tokenizer.config.levels)}
+        write_tensors(path, averaged.published(), raw, torch.float16)
