@@ -124,6 +124,17 @@ def attention_cpu(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse)
     torch.ops.flexkernels_native.attention_forward(q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse)
 
 
+def attention_backward_cpu(
+    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv
+) -> None:
+    t = LayoutTensors(*layout)
+    sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
+    plan = (t.tiles, t.ptr, t.runs)
+    torch.ops.flexkernels_native.attention_backward(
+        grad_out, q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse, dq, dk, dv
+    )
+
+
 def attention_triton(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
     from .triton import attention as kernels
 
@@ -208,5 +219,5 @@ library.register("attention", "reference", attention_reference)
 library.register("attention", "cpu", attention_cpu)
 library.register("attention", "triton", attention_triton)
 library.register("attention_backward", "reference", attention_backward_blocks)
-library.register("attention_backward", "cpu", attention_backward_blocks)
+library.register("attention_backward", "cpu", attention_backward_cpu)
 library.register("attention_backward", "triton", attention_backward_triton, _backward_unsupported)

@@ -98,4 +98,7 @@ def attention_backward(name: str, dtype: torch.dtype, device: str) -> Case:
 for layout_name in LAYOUTS:
     for short, data_type in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         case(f"attention_{layout_name}_{short}")(partial(attention_forward, layout_name, data_type))
-case("attention_encoder_backward_fp32")(partial(attention_backward, "encoder", torch.float32))
+for layout_name, short, data_type in (
+    ("encoder", "fp32", torch.float32), ("encoder", "bf16", torch.bfloat16), ("decoder", "fp32", torch.float32),
+):  # fmt: skip
+    case(f"attention_{layout_name}_backward_{short}")(partial(attention_backward, layout_name, data_type))

@@ -1,4 +1,4 @@
-// Attention over packed ragged sequences: what a forward takes, and the mask predicate.
+// Attention over packed ragged sequences: what forward and backward take, and the mask predicate.
 #pragma once
 
 #include "dtype.h"
@@ -54,6 +54,13 @@ struct AttentionForward {
   float softmax_scale;
   Dtype dtype;
   char* scratch;  // a thread's own, 64-byte aligned
+};
+
+struct AttentionBackward {
+  AttentionForward forward;  // with its results
+  const void* grad_out;      // [total_q, heads, head_dim]: rows and heads strided
+  int64_t grad_row, grad_head;
+  void *dq, *dk, *dv;  // like q, k, v, contiguous
 };
 
 // item i of [0, tiles * kv_heads): sequence by sequence, key head by key head, query tile by query tile

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu.h"
 
@@ -61,6 +62,16 @@ void clear_gaps(const AttentionForward& p) {
   clear_rows(p, row, p.total_q);
 }
 
+// a contiguous gradient like t, all zeros: what no query reaches stays so
+void* write_gradient(const char* name, const Tensor& grad, const Tensor& t) {
+  check_scalar_type(name, grad, t.scalar_type());
+  check_numel(name, grad, t.numel());
+  check_layout(name, grad, t);
+  void* data = grad.mutable_data_ptr();
+  if (grad.numel() > 0) memset(data, 0, grad.numel() * grad.element_size());
+  return data;
+}
+
 // work of one head's query tile: rows times keys, and a share of what every tile costs
 int64_t tile_work(const AttentionForward& p, int64_t tile) {
   int64_t keys = 64;
@@ -92,30 +103,59 @@ Ints equal_shares(const AttentionForward& p, int64_t parts) {
   return bounds;
 }
 
-// threads that are worth starting: each gets at least 2^18 multiply-adds
+// threads that are worth starting: each gets at least 2^18 multiply-adds of the forward
 int64_t useful_threads(const AttentionForward& p) {
   double work = 0;
   for (int64_t i = 0; i < p.tiles; ++i) work += static_cast<double>(tile_work(p, i)) * p.heads * p.head_dim;
   return std::clamp<int64_t>(static_cast<int64_t>(work / (1 << 18)), 1, torch::stable::get_num_threads());
 }
 
+// work(part, scratch) for every part, `bytes` of aligned scratch each
+template <typename Work>
+void run_parts(int64_t parts, int64_t bytes, const Tensor& like, const Work& work) {
+  constexpr int64_t kAlign = 64;
+  bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+  const Tensor scratch = torch::stable::new_empty(like, {parts * bytes + kAlign}, ScalarType::Byte);
+  char* start = static_cast<char*>(scratch.mutable_data_ptr());
+  start += (kAlign - reinterpret_cast<uintptr_t>(start) % kAlign) % kAlign;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) work(part, start + part * bytes);
+  });
+}
+
 void run_forward(const AttentionForward& p, const Tensor& like) {
   if (p.tiles == 0 || p.heads == 0) return;
   const int64_t threads = useful_threads(p);
-  constexpr int64_t kAlign = 64;
-  const int64_t bytes = (FLEXKERNELS_SELECT(attention_scratch_bytes)(p) + kAlign - 1) / kAlign * kAlign;
-  const Tensor scratch = torch::stable::new_empty(like, {threads * bytes + kAlign}, ScalarType::Byte);
-  char* start = static_cast<char*>(scratch.mutable_data_ptr());
-  start += (kAlign - reinterpret_cast<uintptr_t>(start) % kAlign) % kAlign;
   const Ints bounds = equal_shares(p, threads);
   const auto kernel = FLEXKERNELS_SELECT(attention_forward_kernel);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      AttentionForward own = p;
-      own.scratch = start + part * bytes;
-      kernel(own, bounds[part], bounds[part + 1]);
-    }
+  run_parts(threads, FLEXKERNELS_SELECT(attention_scratch_bytes)(p), like, [&](int64_t part, char* scratch) {
+    AttentionForward own = p;
+    own.scratch = scratch;
+    kernel(own, bounds[part], bounds[part + 1]);
   });
+}
+
+// threads take (sequence, key head) as they become free: no item depends on another
+void run_backward(const AttentionBackward& p, const Tensor& like) {
+  if (p.forward.tiles == 0 || p.forward.heads == 0) return;
+  const int64_t items = p.forward.batch * p.forward.kv_heads;
+  const int64_t threads = std::min(useful_threads(p.forward), items);
+  const auto kernel = FLEXKERNELS_SELECT(attention_backward_kernel);
+  std::atomic<int64_t> next{0};
+  run_parts(threads, FLEXKERNELS_SELECT(attention_backward_scratch_bytes)(p), like, [&](int64_t, char* scratch) {
+    AttentionBackward own = p;
+    own.forward.scratch = scratch;
+    for (int64_t item; (item = next.fetch_add(1)) < items;) kernel(own, item, item + 1);
+  });
+}
+
+// the forward's arguments, with what only values can tell checked too
+AttentionForward checked_args(AttentionForward p, const Tensor& q_frame, const Tensor& k_frame, const Tensor& k_tiles) {
+  check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, q_frame.numel());
+  const int64_t longest = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, k_frame.numel());
+  p.max_keys = static_cast<int>(longest);
+  check_plan(p, k_tiles.size(0));
+  return p;
 }
 
 void attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
@@ -123,15 +163,35 @@ void attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, co
                            const Tensor& k_frame, const Tensor& k_rank, const Tensor& q_tiles, const Tensor& k_ptr,
                            const Tensor& k_tiles, OptionalTensor key_log_weight, int64_t mask, Ints cross,
                            double softmax_scale, const Tensor& out, OptionalTensor lse) {
-  AttentionForward p =
+  const AttentionForward p = checked_args(
       attention_forward_args(q, k, v, cu_seqlens_q, cu_seqlens_k, q_frame, q_rank, k_frame, k_rank, q_tiles, k_ptr,
-                             k_tiles, key_log_weight, mask, cross, softmax_scale, out, lse);
-  check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, q_frame.numel());
-  const int64_t longest = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, k_frame.numel());
-  p.max_keys = static_cast<int>(longest);
-  check_plan(p, k_tiles.size(0));
+                             k_tiles, key_log_weight, mask, cross, softmax_scale, out, lse),
+      q_frame, k_frame, k_tiles);
   clear_gaps(p);
   run_forward(p, q);
+}
+
+void attention_backward_cpu(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& q_frame,
+                            const Tensor& q_rank, const Tensor& k_frame, const Tensor& k_rank, const Tensor& q_tiles,
+                            const Tensor& k_ptr, const Tensor& k_tiles, OptionalTensor key_log_weight, int64_t mask,
+                            Ints cross, double softmax_scale, const Tensor& out, const Tensor& lse, const Tensor& dq,
+                            const Tensor& dk, const Tensor& dv) {
+  AttentionBackward p{};
+  p.forward = checked_args(
+      attention_forward_args(q, k, v, cu_seqlens_q, cu_seqlens_k, q_frame, q_rank, k_frame, k_rank, q_tiles, k_ptr,
+                             k_tiles, key_log_weight, mask, cross, softmax_scale, out, lse),
+      q_frame, k_frame, k_tiles);
+  check_heads("grad_out", grad_out, q);
+  STD_TORCH_CHECK(grad_out.size(0) == q.size(0) && grad_out.size(1) == q.size(1), "grad_out must have q's ", q.size(0),
+                  " rows and ", q.size(1), " heads, got ", grad_out.size(0), " and ", grad_out.size(1));
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_row = grad_out.stride(0);
+  p.grad_head = grad_out.stride(1);
+  p.dq = write_gradient("dq", dq, q);
+  p.dk = write_gradient("dk", dk, k);
+  p.dv = write_gradient("dv", dv, v);
+  run_backward(p, q);
 }
 
 }  // namespace
@@ -142,8 +202,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor q_frame, "
       "Tensor q_rank, Tensor k_frame, Tensor k_rank, Tensor q_tiles, Tensor k_ptr, Tensor k_tiles, "
       "Tensor? key_log_weight, int mask, int[] cross, float softmax_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "Tensor q_frame, Tensor q_rank, Tensor k_frame, Tensor k_rank, Tensor q_tiles, Tensor k_ptr, Tensor k_tiles, "
+      "Tensor? key_log_weight, int mask, int[] cross, float softmax_scale, Tensor out, Tensor lse, Tensor(a!) dq, "
+      "Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&flexkernels::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&flexkernels::attention_backward_cpu));
 }
