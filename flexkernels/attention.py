@@ -124,9 +124,7 @@ def attention_cpu(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse)
     torch.ops.flexkernels_native.attention_forward(q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse)
 
 
-def attention_backward_cpu(
-    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv
-) -> None:
+def attention_backward_cpu(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv) -> None:
     t = LayoutTensors(*layout)
     sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
     plan = (t.tiles, t.ptr, t.runs)

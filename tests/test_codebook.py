@@ -101,8 +101,10 @@ def tensors():
     return full
 
 
-def read(path, tensors, levels=list(LEVELS), dtype=None):
-    checkpoint.write_tensors(path, tensors, RAW | {"fsq_levels": levels}, dtype)
+def read(path, tensors, levels=LEVELS, dtype=None):
+    checkpoint.write_tensors(
+        path, tensors, RAW | {"fsq_levels": list(levels) if isinstance(levels, tuple) else levels}, dtype
+    )
     return vft.Generator.from_pretrained(path)
 
 

@@ -80,6 +80,8 @@ def test_the_command(tmp_path, capsys):
     assert list(result["rate_distortion"]["held-out clips"]) == ["codec", "1", "2", "3"]
     assert result["training_loss"] == {tmp_path.name: [[20, 2.0], [40, 1.5]]} and len(result["control"]) == 3
     assert f"{result['rate_distortion']['bunny.mp4']['3']['psnr']:.2f}" in capsys.readouterr().out
+    assert cli.main([*arguments, "--run", str(tmp_path), str(tmp_path / ".")]) == 2
+    assert "must have different names" in capsys.readouterr().err
     assert cli.main([*arguments[:-1], "1"]) == 2
     assert "clips must be at least 2" in capsys.readouterr().err
 
@@ -92,7 +94,10 @@ def test_a_picture(tmp_path):
 
     rows = {str(k): {"psnr": 10.0 + k, "ssim": 0.5, "gmsd": 0.1} for k in (1, 2)}
     result = {"rate_distortion": {"clips": rows | {"codec": rows["2"]}}, "control": [0.5, 0.1]}
-    evaluation(result | {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}}, tmp_path / "plot.png")
+    evaluation(
+        result | {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}},
+        tmp_path / "plot.png",
+    )
     assert Image.open(tmp_path / "plot.png").size[0] > 800
 
 

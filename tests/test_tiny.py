@@ -47,21 +47,21 @@ def test_tokens_say_something_about_the_clip(tiny):
     assert own > other + 3, (float(own), float(other))
 
 
-def test_the_generator_is_small_and_follows_its_class():
-    """Likelier than with any other class on average, on the ids of clips that it was not trained on."""
+def test_the_generator_is_small_and_knows_its_classes():
+    """On the ids of clips that it was not trained on, the class is the likeliest one most of the time."""
     generator, tokenizer = vft.Generator.from_pretrained("tiny"), vft.Tokenizer.from_pretrained("tiny")
     assert (ASSETS / "tiny_generator.safetensors").stat().st_size < 10_000_000
     assert generator.classes == procedural.FAMILIES and generator.tokenizer == "tiny"
-    count = 24
+    count = 16
     ids = tokenizer.encode_latents(tokenizer.codec.encode(procedural.batch(3_000_000, range(count))))
     flat = torch.stack([time_first(i[:, :16]) for i in ids])
     labels = torch.tensor([procedural.label(3_000_000, i) for i in range(count)])
 
-    def loss(classes) -> torch.Tensor:
-        logits = generator.logits(flat, class_id=classes.tolist())
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat.flatten())
+    def loss(family: int) -> torch.Tensor:
+        logits = generator.logits(flat, class_id=family).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, flat, reduction="none").mean(1)
 
-    own = loss(labels)
+    losses = torch.stack([loss(family) for family in range(len(procedural.FAMILIES))])
     # a uniform guess over 64,000 ids has 11.07
-    assert own < 8
-    assert own < min(loss((labels + shift) % len(procedural.FAMILIES)) for shift in (1, 4))
+    assert losses[labels, torch.arange(count)].mean() < 6.3
+    assert (losses.argmin(0) == labels).float().mean() >= 0.5

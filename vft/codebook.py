@@ -51,8 +51,8 @@ class CodebookHead(CodebookTable):
 
 
 def codebook_cross_entropy(h: torch.Tensor, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """float32 ``[m]``: ``-log softmax(h features^T)[ids]`` of h ``[m, r]``, features ``[vocab, r]`` (without gradient) and
-    ids int64 ``[m]``.
+    """float32 ``[m]``: ``-log softmax(h features^T)[ids]``, for h ``[m, r]``, features ``[vocab, r]`` and ids int64
+    ``[m]``. No gradient flows to the features.
 
     Its gradient is ``softmax(h features^T) features - features[ids]``, and the first term is what attention makes of
     queries h and of the features as keys and values. So one pass of the attention kernel, which also gives the

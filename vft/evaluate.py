@@ -190,15 +190,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
     parser.add_argument(
-        "--run", dest="training_runs", type=Path, nargs="+", default=[], help="folders of training runs, to show their loss"
+        "--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show"
     )
 
 
 def run(args: argparse.Namespace, model: Tokenizer) -> None:
     """Measures as the parsed arguments say; prints a table, writes JSON and a picture.
 
-    Raises ValueError for an argument out of range or a model without a working size, ImportError for a plot without
-    matplotlib.
+    Raises ValueError for an argument out of range, training runs of one name or a model without a working size,
+    ImportError for a plot without matplotlib.
     """
     if args.clips < 2:
         raise ValueError(f"clips must be at least 2, got {args.clips}")
@@ -210,6 +210,8 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
         # a missing matplotlib is an error before the work
         plots.figure(1, 1)
     logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
+    if len(logs) < len(args.training_runs):
+        raise ValueError("folders of training runs must have different names")
     steps = args.steps or model.steps
     keeps = budgets(model.registers)
     result = {

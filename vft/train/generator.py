@@ -32,7 +32,8 @@ class GeneratorSettings(Settings):
     embedded generator.
 
     ``condition``: ``class``, or ``text`` for token files with captions. ``latent_frames``: the first ones of each token
-    file are modelled (0: all). ``tables``: ``fsq`` for token tables that are linear in features of the codes, or ``whole``.
+    file are modelled (0: all). ``tables``: of tokens, ``fsq`` for ones that are linear in features of the codes, or
+    ``whole``.
     """
 
     steps: int = 26000
