@@ -86,6 +86,21 @@ def test_the_command(tmp_path, capsys):
     assert "clips must be at least 2" in capsys.readouterr().err
 
 
+def test_the_command_with_a_generator(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(evaluate.classifier, "train", lambda *_: "judge")
+    monkeypatch.setattr(
+        evaluate,
+        "class_accuracy",
+        lambda g, t, judge, n, **more: given.update(more, judge=judge, n=n) or {"held_out": 1},
+    )
+    arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
+    assert cli.main([*arguments, "--temperature", "0.7"]) == 0
+    assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
+
+
 def test_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
