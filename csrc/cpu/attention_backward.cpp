@@ -17,7 +17,7 @@ struct BackwardBuffers : Buffers {
   float* grad_rows;    // [kBlockRows / kPack, width]
   float* q_rows;       // [kBlockRows / kPack, width]
   float* slope;        // [kBlockRows, kScoreRow]: dP, then dS
-  float* weight_rows;  // [kBlockRows / kPack, kScoreRow]: P, rows packed; the same memory as score where kPack is 1
+  float* weight_rows;  // [kBlockRows / 2, kScoreRow]: P with rows in pairs, where kPack is 2
   float* slope_rows;   // dS, likewise
   float* dq;           // [kBlockRows, width]
   float* shift;        // [kBlockRows]: lse in units of 1 / kUnit
