@@ -97,6 +97,7 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch):
     arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
     assert cli.main([*arguments, "--temperature", "0.7"]) == 0
     assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
+    assert cli.main([*arguments, "--temperature", "-1"]) == 2
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
 

@@ -202,6 +202,8 @@ def run(args: argparse.Namespace, model: Tokenizer) -> None:
     """
     if args.clips < 2:
         raise ValueError(f"clips must be at least 2, got {args.clips}")
+    if not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {args.temperature:g}")
     if model.size is None:
         raise ValueError(f"model {model.name!r} must have a working size")
     for path in [args.output, *([args.plot] if args.plot else [])]:
