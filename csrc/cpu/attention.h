@@ -52,16 +52,6 @@ inline vi load(const int32_t* p) {
   return v;
 }
 
-inline vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
 // the second one where either is NaN
 inline vf largest(vf a, vf b) {
 #if defined(__AVX512F__)

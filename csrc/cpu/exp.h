@@ -1,21 +1,10 @@
-// exp on vectors, and an explicit fused multiply-add. Internal linkage, as in simd.h.
+// exp on vectors. Internal linkage, as in simd.h.
 #pragma once
 
 #include "simd.h"
 
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
-
-// a * b + c, rounded once where the ISA level has the instruction
-inline vf fma_vf(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // p * 2^n for a whole n; overflows to infinity and underflows through the subnormals
 inline vf scale_vf(vf p, vf n) {
@@ -43,16 +32,16 @@ inline __attribute__((always_inline)) void exp_vfs(vf (&x)[N]) {
     x[k] = x[k] > 89.0f ? vf{} + 89.0f : x[k];
     x[k] = x[k] < -104.0f ? vf{} - 104.0f : x[k];
   }
-  for (int k = 0; k < N; ++k) n[k] = fma_vf(x[k], vf{} + 1.44269504f, vf{} + kRound) - kRound;
+  for (int k = 0; k < N; ++k) n[k] = fma(x[k], vf{} + 1.44269504f, vf{} + kRound) - kRound;
   // ln2 in two parts, the first short enough for n * part to be exact
-  for (int k = 0; k < N; ++k) r[k] = fma_vf(n[k], vf{} - 0.693359375f, x[k]);
-  for (int k = 0; k < N; ++k) r[k] = fma_vf(n[k], vf{} + 2.12194440e-4f, r[k]);
+  for (int k = 0; k < N; ++k) r[k] = fma(n[k], vf{} - 0.693359375f, x[k]);
+  for (int k = 0; k < N; ++k) r[k] = fma(n[k], vf{} + 2.12194440e-4f, r[k]);
   for (int k = 0; k < N; ++k) p[k] = vf{} + kTaylor[0];
 #pragma GCC unroll 5
   for (int c = 1; c < 6; ++c) {
-    for (int k = 0; k < N; ++k) p[k] = fma_vf(p[k], r[k], vf{} + kTaylor[c]);
+    for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k], vf{} + kTaylor[c]);
   }
-  for (int k = 0; k < N; ++k) p[k] = fma_vf(p[k], r[k] * r[k], r[k]) + 1.0f;
+  for (int k = 0; k < N; ++k) p[k] = fma(p[k], r[k] * r[k], r[k]) + 1.0f;
   for (int k = 0; k < N; ++k) x[k] = scale_vf(p[k], n[k]);
 }
 

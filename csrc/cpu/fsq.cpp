@@ -8,16 +8,6 @@
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
 
-inline vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
 // level / half as the division rounds it: a product with the reciprocal, corrected by its remainder (Markstein)
 inline vf quotient(vf level, vf half, vf reciprocal) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))

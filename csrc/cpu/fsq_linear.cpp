@@ -7,16 +7,6 @@
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
 
-inline vf fma(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
 inline float sum_lanes(vf v) {
   typedef float v4 __attribute__((vector_size(16)));
   v4 parts[W / 4];

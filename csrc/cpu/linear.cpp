@@ -21,16 +21,6 @@ constexpr int kStrip = 2, kMostRows = 4;
 // bytes between the weights in use and those asked for meanwhile, at least
 constexpr int64_t kAhead = 8192;
 
-ALWAYS_INLINE vf multiply_add(vf a, vf b, vf sum) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return sum + a * b;
-#endif
-}
-
 typedef float v4 __attribute__((vector_size(16)));
 
 // the sum of lanes l, l + 4, l + 8, ...
@@ -57,7 +47,7 @@ struct Step {
   static constexpr int kColumns = W, kParts = 1;
   using Operand = vf;
   static ALWAYS_INLINE void load_weights(const T* p, Operand (&w)[kParts]) { w[0] = load(p); }
-  static ALWAYS_INLINE vf add(Operand w, Operand x, vf sum) { return multiply_add(w, x, sum); }
+  static ALWAYS_INLINE vf add(Operand w, Operand x, vf sum) { return fma(w, x, sum); }
   template <typename X>
   static void load_x(const X* p, Operand (&x)[kParts]) {
     x[0] = load(p);
@@ -103,7 +93,7 @@ struct Step<bf16> {
     w[0] = (vf)(pairs << 16);
     w[1] = (vf)(pairs & 0xffff0000u);
   }
-  static ALWAYS_INLINE vf add(Operand w, Operand x, vf sum) { return multiply_add(w, x, sum); }
+  static ALWAYS_INLINE vf add(Operand w, Operand x, vf sum) { return fma(w, x, sum); }
   static void load_x(const bf16* p, Operand (&x)[kParts]) { load_weights(p, x); }
 };
 #endif

@@ -158,7 +158,7 @@ FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row, Modulatio
     const vf base = io.load_from(x + i);
     if (!y) return base;
     const vf other = io.load_from(y + i);
-    return put<kStream>(io, sum + i, table.gate ? fma_vf(io.load_from(table.gate + i), other, base) : base + other);
+    return put<kStream>(io, sum + i, table.gate ? fma(io.load_from(table.gate + i), other, base) : base + other);
   };
   if (!p.out) {
     for_vectors(0, d, [&](int64_t i, auto io) { value(i, io); });
@@ -178,7 +178,7 @@ FLEXKERNELS_INLINE void forward_row(const NormForward& p, int64_t row, Modulatio
   X* out = static_cast<X*>(p.out) + row * d;
   for_vectors(0, d, [&](int64_t i, auto io) {
     const vf normed = (io.load_from(v + i) - stats.mean) * stats.rstd, by = factor(table.scale, p.kind, i, io);
-    put<kStream>(io, out + i, table.shift ? fma_vf(normed, by, io.load_from(table.shift + i)) : normed * by);
+    put<kStream>(io, out + i, table.shift ? fma(normed, by, io.load_from(table.shift + i)) : normed * by);
   });
 }
 
@@ -242,9 +242,9 @@ FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
     row_sums(d, sums, [&](int64_t i, auto io, vf(&partial)[3]) {
       const vf c = kept(io, io.load_from(v + i) - mean);
       const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
-      partial[0] = fma_vf(c, c, partial[0]);
+      partial[0] = fma(c, c, partial[0]);
       partial[1] += a;
-      partial[2] = fma_vf(a, c, partial[2]);
+      partial[2] = fma(a, c, partial[2]);
     });
     rstd = rstd_of(sums[0], d, p.eps);
     if (layer) mean_a = per * sums[1];
@@ -258,7 +258,7 @@ FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
     vf dv = {};
     if (grad_out) {
       const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
-      dv = rstd * fma_vf(mean - io.load_from(v + i), vf{} + along, a - mean_a);
+      dv = rstd * fma(mean - io.load_from(v + i), vf{} + along, a - mean_a);
     }
     if (grad_sum) dv += io.load_from(grad_sum + i);
     if (grad_x) io.store_to(grad_x + i, dv);

@@ -38,6 +38,17 @@ inline vf load(const float* p) {
 
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
+// a * b + c, rounded once where the ISA level has the instruction
+inline __attribute__((always_inline)) vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // the compiler converts between these two in halves on AVX2
 inline vu widen(vh v) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
