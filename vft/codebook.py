@@ -86,14 +86,15 @@ def fsq_features(levels: tuple[int, ...]) -> torch.Tensor:
     other. Ids near each other are alike.
     """
     codes = flexkernels.fsq_dequantize(torch.arange(torch.Size(levels).numel()), levels).double()
+    # every level stands in as many ids, so what is orthonormal over levels is so over ids
+    single = [code.unique(return_inverse=True) for code in codes.T]
     columns = []
     for degree in range(1, max(levels)):
-        for code, size in zip(codes.T, levels, strict=True):
-            if degree < size:
-                powers = code[:, None] ** torch.arange(degree + 1)
+        for values, level in single:
+            if degree < len(values):
                 # the last column of Q: orthogonal to all lower degrees; its sign is the power's
-                q, r = torch.linalg.qr(powers)
-                columns.append(q[:, -1] * r[-1, -1].sign() * len(code) ** 0.5)
+                q, r = torch.linalg.qr(values[:, None] ** torch.arange(degree + 1))
+                columns.append((q[:, -1] * r[-1, -1].sign() * len(values) ** 0.5)[level])
     columns += [a * b for a, b in combinations(columns[: len(levels)], 2)]
     return torch.stack(columns, 1).float()
 

@@ -110,10 +110,10 @@ def cross_entropy(dtype: torch.dtype, device: str) -> Case:
         exact = with_gradient(lambda h, f, ids: torch.nn.functional.cross_entropy(h @ f.T, ids), wide, table.double())
         return accurate(with_gradient(ours), with_gradient(peers.cross_entropy), exact)
 
-    contenders = {"eager formula": peers.cross_entropy, **compiled(peers.cross_entropy, device)}
+    losses = {"eager formula": peers.cross_entropy, **compiled(peers.cross_entropy, device)}
+    contenders = {name: partial(with_gradient, loss) for name, loss in losses.items()}
     # logits, and their product with the table
     flops = 2 * 2 * len(h) * features.numel()
-    contenders = {name: partial(with_gradient, loss) for name, loss in contenders.items()}
     note = f"{len(features):,} ids, loss and gradient"
     return Case(dtype, list(h.shape), partial(with_gradient, ours), contenders, check, 2 * size(h, table), flops, note)
 

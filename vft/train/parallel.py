@@ -106,8 +106,8 @@ def spread(task, group: Group) -> nn.Module:
     """The task's :class:`Loss` over the group; FSDP replaces the model's parameters by their shards."""
     loss = Loss(task)
     if group.mode == "ddp":
-        # a batch without a dropped condition leaves the null parameters unused
-        return DistributedDataParallel(loss, find_unused_parameters=True)
+        # a batch without a dropped condition leaves the null parameters unused; buffers are constants
+        return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
     if group.mode == "fsdp":
         mesh = dist.init_device_mesh(group.device.type, (group.size,))
         for unit in _units(task.model):
