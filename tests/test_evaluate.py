@@ -102,19 +102,28 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch):
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
 
 
-def test_a_picture(tmp_path):
+def test_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    from vft.plots import evaluation
+    from vft import plots
 
+    lines, save = {}, plots._save
+
+    def look(page, output):
+        lines.update({axis.get_title(): len(axis.lines) for axis in page.axes})
+        save(page, output)
+
+    monkeypatch.setattr(plots, "_save", look)
     rows = {str(k): {"psnr": 10.0 + k, "ssim": 0.5, "gmsd": 0.1} for k in (1, 2)}
     result = {"rate_distortion": {"clips": rows | {"codec": rows["2"]}}, "control": [0.5, 0.1]}
-    evaluation(
+    plots.evaluation(
         result | {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}},
         tmp_path / "plot.png",
     )
     assert Image.open(tmp_path / "plot.png").size[0] > 800
+    assert (lines["Training loss, a"], lines["Training loss, b"]) == (2, 2)
+    assert lines["PSNR, dB"] == 2 and "Class accuracy of clips" in lines
 
 
 def test_a_classifier_learns():
