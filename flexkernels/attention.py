@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from . import checks, legacy, library
+from . import checks, legacy
 from .attention_backward import attention_backward_blocks, frames_of
 from .layout import MASKS, LayoutTensors, SequenceLayout, plan_tiles
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, legacy, library
+from . import checks, legacy
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256

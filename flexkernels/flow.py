@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks, legacy, library
+from . import checks, legacy
 from .flow_math import (
     GUIDANCE_APG,
     GUIDANCE_CFG,

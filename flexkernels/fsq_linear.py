@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from . import checks, legacy, library
+from . import checks, legacy
 from .fsq import (
     IDS,
     _basis,

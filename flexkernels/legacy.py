@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .library import BACKENDS, NAMESPACE, _library as _libraries, _unavailable, _wrong_device, current_backend
+from .library import BACKENDS, NAMESPACE, _unavailable, _wrong_device, current_backend
+from .library import _library as _libraries
 
 _library = _libraries[NAMESPACE]
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -82,5 +83,3 @@ def _refusal(op: str, name: str, device: torch.device, args) -> str | None:
     if reason is None and row.unsupported is not None:
         reason = row.unsupported(*args)
     return reason
-
-

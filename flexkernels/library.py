@@ -64,7 +64,7 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
-        jvp: Callable | None | str = "reference",
+        jvp: Callable | str | None = "reference",
     ):
         self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
@@ -108,13 +108,19 @@ class Op:
         library, qualified = _library[space], f"{space}::{self.name}"
         library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(self.name, self._select, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=library)
+        torch.library.register_fake(qualified, functools.partial(self._fake, fake), lib=library)
         # in-place ops take no tensor that needs a gradient
         if "!" not in schema:
             torch.library.register_autograd(
                 qualified, backward or self._no_gradient, setup_context=setup_context, lib=library
             )
         return getattr(getattr(torch.ops, space), self.name).default
+
+    def _fake(self, fake, *args):
+        # tensors of meta beside others come here too
+        if len({arg.device for arg in args if isinstance(arg, torch.Tensor)}) > 1:
+            self.check(*args)
+        return fake(*args)
 
     def _no_gradient(self, ctx, *grads):
         raise NotImplementedError(f"flexkernels.{self.name} has no derivative of this order")

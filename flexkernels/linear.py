@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, legacy, library
+from . import checks, legacy
 
 MAX_ROWS = 16
 INT8_LARGEST = 127

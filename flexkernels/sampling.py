@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from . import checks, legacy, library
+from . import checks, legacy
 
 MAX_VOCAB = 2**18
 MASS_BITS = 40

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, legacy, library
+from . import checks, legacy
 from .decode import (
     _check_caches,
     _check_range,

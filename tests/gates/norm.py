@@ -1,9 +1,10 @@
 import torch
 
-from flexkernels.norm import LAYER, RMS, partial_sums
 from flexkernels.triton import norm
 
 from .record import Recorder
+
+LAYER, RMS = False, True
 
 KERNELS = {
     "norm_forward_kernel",
@@ -23,19 +24,17 @@ def launches():
     for d, dtype, table_dtype in ((8192, torch.float32, torch.float32), (1792, torch.bfloat16, torch.float32)):
         x, table = torch.zeros(4, d, dtype=dtype), torch.zeros(2, 6 * d, dtype=table_dtype)[:, :d]
         stats, grad, offsets = torch.zeros(4, 2), torch.zeros(2, d), torch.tensor([0, 4, 4])
-        norm.norm_forward_triton(x, x, table, table, table, segment, 1e-5, LAYER, x, x)
-        norm.norm_backward_triton(x, x, x, table, table, segment, 1e-5, LAYER, x, x, stats)
-        partial = partial_sums(x, offsets)
-        norm.norm_sums_triton(x, x, x, x, stats, segment, order, offsets, grad, grad, grad, partial)
-        norm.swiglu_triton(x, x[:, : d // 2].contiguous())
-        norm.swiglu_backward_triton(x[:, : d // 2].contiguous(), x, x)
+        norm.launch_forward(x, x, table, table, table, segment, 1e-5, LAYER, x, x)
+        norm.launch_backward(x, x, x, table, table, segment, 1e-5, LAYER, x, x, stats)
+        norm.launch_sums(x, x, x, x, stats, segment, order, offsets, grad, grad, grad)
+        norm.launch_swiglu(x, x[:, : d // 2].contiguous())
+        norm.launch_swiglu_backward(x[:, : d // 2].contiguous(), x, x)
     # a wide row of an RMS norm with its residual; a gated residual by itself; an odd width
     x, weight, offsets = torch.zeros(4, 384, dtype=torch.float16), torch.zeros(1, 384), torch.tensor([0, 4])
-    norm.norm_forward_triton(x, x, None, None, weight, None, 1e-6, RMS, x, x)
-    norm.norm_backward_triton(x, None, x, None, weight, None, 1e-6, RMS, x, None, torch.zeros(4, 2))
-    partial = partial_sums(x, offsets)
-    norm.norm_sums_triton(x, x, x, None, torch.zeros(4, 2), None, None, offsets, None, None, weight, partial)
+    norm.launch_forward(x, x, None, None, weight, None, 1e-6, RMS, x, x)
+    norm.launch_backward(x, None, x, None, weight, None, 1e-6, RMS, x, None, torch.zeros(4, 2))
+    norm.launch_sums(x, x, x, None, torch.zeros(4, 2), None, None, offsets, None, None, weight)
     x, table = torch.zeros(4, 17), torch.zeros(2, 17)
-    norm.norm_forward_triton(x, x, table, None, None, segment, 0.0, LAYER, x, None)
-    norm.norm_backward_triton(None, x, None, table, None, segment, 0.0, LAYER, None, x, None)
+    norm.launch_forward(x, x, table, None, None, segment, 0.0, LAYER, x, None)
+    norm.launch_backward(None, x, None, table, None, segment, 0.0, LAYER, None, x, None)
     return found
