@@ -1,7 +1,7 @@
 """Where ops are defined: an `Op` is one row with everything that belongs to it, and chooses who serves a call.
 
-`flexkernels.<op>` calls its Op, which calls `torch.ops.flexkernels.<op>`. On a CPU or a CUDA device that is the C++ op of
-csrc/ops, which checks, allocates and launches: one dispatch. What needs more takes its own road:
+`flexkernels.<op>` calls its Op, which calls `torch.ops.flexkernels.<op>`. On a CPU or a CUDA device that is the C++ op
+of csrc/ops, which checks, allocates and launches: one dispatch. What needs more takes its own road:
 
     a gradient                  the autograd formula registered on the op, whose backward is an Op too
     torch.compile, FakeTensor   the same op, by its `fake`
