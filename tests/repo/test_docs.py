@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import flexkernels
 from vft.demo import CLIP
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SOURCES = [ROOT / "setup.py", *ROOT.glob("flexkernels/**/*.py"), *ROOT.glob("vft/**/*.py"), *ROOT.glob("csrc/*.cpp")]
 # the info string of a block that needs other packages: ```python no-run

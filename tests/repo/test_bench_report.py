@@ -4,15 +4,15 @@ import ast
 import copy
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 from vft import measure
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = ROOT / "bench"
 STORED = BENCH / "results" / "cpu_epyc_avx512.json"
 CASE = "sample_logits_plain_fp32"
 FIELDS = {
