@@ -23,10 +23,8 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    """The modules of bench/ by name, imported as its scripts import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
+    """The modules of bench/ by name, imported as its scripts import each other (pythonpath in pyproject.toml)."""
+    return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
 
 
 @pytest.fixture
