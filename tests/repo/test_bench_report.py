@@ -4,15 +4,15 @@ import ast
 import copy
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 from vft import measure
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = ROOT / "bench"
 STORED = BENCH / "results" / "cpu_epyc_avx512.json"
 CASE = "sample_logits_plain_fp32"
 FIELDS = {
@@ -23,10 +23,8 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def bench():
-    """The modules of bench/ by name, imported as its scripts import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)
-        return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
+    """The modules of bench/ by name, imported as its scripts import each other (pythonpath in pyproject.toml)."""
+    return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
 
 
 @pytest.fixture

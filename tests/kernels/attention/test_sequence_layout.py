@@ -1,18 +1,16 @@
 """SequenceLayout: masks against their definitions and the published dense masks, and the planner."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TOKENIZERS
 from safetensors.torch import load_file
 
 from flexkernels import SequenceLayout, _native
 from flexkernels.layout import CROSS_FRAME, MASKS, TilePlan, plan_ref
 
-DATA = Path(__file__).parent / "data" / "tokenizer"
 lengths = st.integers(0, 5)
 sequences = st.lists(st.tuples(lengths, lengths), max_size=4)
 batches = st.lists(sequences, max_size=4)
@@ -66,7 +64,7 @@ def test_visible_is_the_definition(case):
 
 @pytest.mark.parametrize(("name", "mask"), [("enc_mask", "frame_causal_prefix"), ("dec_mask", "frame_causal")])
 def test_published_masks(name, mask):
-    want = load_file(DATA / "base" / "debug.safetensors")[name].bool()
+    want = load_file(TOKENIZERS / "base" / "debug.safetensors")[name].bool()
     assert torch.equal(SequenceLayout([[(16, 16)] * 5], mask).visible(), want)
 
 

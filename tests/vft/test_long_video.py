@@ -3,24 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from small_tokenizer import small
 
 import vft
 from vft import video
-from vft.config import make_config, parse_config
 from vft.video import cut_chunks
-
-
-def small(size=32):
-    torch.manual_seed(0)
-    config = make_config(
-        encoder_width=64, encoder_depth=1, decoder_width=64, decoder_depth=1, registers=4, grid=16, codec="linear",
-        size=size,
-    )  # fmt: skip
-    return vft.Tokenizer(parse_config(config), "small").eval().requires_grad_(False)
 
 
 def file_of(path, frames, size=48):
@@ -116,7 +106,7 @@ def test_headline_shape(tmp_path):
 MEMORY = """
 import resource, sys
 import torch
-from test_long_video import small
+from small_tokenizer import small
 from vft import video
 
 torch.set_num_threads(1)
@@ -145,7 +135,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         still = torch.full((1, 256, 256, 3), 90, dtype=torch.uint8)
         video.write_video(tmp_path / f"{frames}.mkv", (still for _ in range(frames)), 25, quality=51)
     # one pool of memory for all threads; from elsewhere, so that the installed package is meant and not this folder
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", MEMORY, tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel of the package, exactly as it is launched, for GPUs that need not be present.
 
-    python tests/triton_gate.py cuda-90 hip-gfx942
+    python tests/support/triton_gate.py cuda-90 hip-gfx942
 
 prints JSON: the kernels' names, and for each target a list of: name, shared (bytes), spills (bytes or registers; null
 without an assembler).

@@ -3,24 +3,23 @@
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from paths import TOKENIZERS
 from safetensors.torch import load_file, save_file
 
 import vft
 from vft import checkpoint
 from vft.config import make_config, parse_config
 
-DATA = Path(__file__).parent / "data" / "tokenizer"
 KEY = "encoder.module_dict.enc_to_latents.proj.bias"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copy(DATA / "base" / "config.json", tmp_path)
-    shutil.copy(DATA / "weights.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(TOKENIZERS / "base" / "config.json", tmp_path)
+    shutil.copy(TOKENIZERS / "weights.safetensors", tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -92,7 +91,7 @@ def places(tree, path=()):
 
 def test_damaged_configs_never_raise_anything_else():
     """Every entry in turn dropped or replaced by something of another kind."""
-    whole = json.loads((DATA / "base" / "config.json").read_text())
+    whole = json.loads((TOKENIZERS / "base" / "config.json").read_text())
     for path in places(whole):
         for value in (None, "x", -1, [], {}, "drop"):
             config = copy.deepcopy(whole)
@@ -189,7 +188,7 @@ def test_a_missing_module_is_named(folder, module):
 
 
 def test_parsing_leaves_the_config_alone():
-    config = json.loads((DATA / "base" / "config.json").read_text())
+    config = json.loads((TOKENIZERS / "base" / "config.json").read_text())
     before = copy.deepcopy(config)
     parse_config(config)
     assert config == before

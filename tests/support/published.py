@@ -7,14 +7,12 @@ import copy
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
+from paths import TOKENIZERS
 from torch import nn
 
 from vft.vae import LinearCodec
-
-DATA = Path(__file__).parent / "data" / "tokenizer"
 
 
 def use_checkout(variable: str) -> str | None:
@@ -58,7 +56,7 @@ def video_config(
     case: str = "base", *, width: int | None = None, depth: int | None = None, registers: int = 16
 ) -> dict:
     """The configuration of a golden case, with other sizes where they are given."""
-    config = json.loads((DATA / case / "config.json").read_text())["video_flex_tok"]
+    config = json.loads((TOKENIZERS / case / "config.json").read_text())["video_flex_tok"]
     for side in ("encoder", "decoder"):
         for name, entry in config[side]["module_dict"].items():
             if width and "dim" in entry:

@@ -4,10 +4,11 @@ import contextlib
 import json
 import shutil
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from golden_generator import CASES, conditions, io
+from paths import GENERATORS
 from safetensors.torch import load_file, save_file
 
 import flexkernels
@@ -15,25 +16,12 @@ import vft
 from vft import checkpoint, decoding
 from vft.config import parse_generator_config
 
-DATA = Path(__file__).parent / "data" / "generator"
-CASES = ("ar_class", "ar_text")
 FRAMES = 5
 
 
 @cache
 def load(case, **options):
-    return vft.Generator.from_pretrained(DATA / case, **dict(options))
-
-
-@cache
-def io(case):
-    return load_file(DATA / case / "io.safetensors")
-
-
-def conditions(case, rows=slice(None)):
-    if case == "ar_class":
-        return {"class_id": io(case)["class_id"][rows]}
-    return {"text_emb": io(case)["text_emb"][rows], "text_mask": io(case)["text_mask"][rows]}
+    return vft.Generator.from_pretrained(GENERATORS / case, **dict(options))
 
 
 def guided(gen, ids, guidance, **condition):
@@ -316,7 +304,7 @@ def test_int8_weights(case):
 def test_round_trip_under_published_names(case, tmp_path):
     gen = load(case)
     gen.save(tmp_path / "one.safetensors")
-    stored, want = load_file(tmp_path / "one.safetensors"), load_file(DATA / case / "model.safetensors")
+    stored, want = load_file(tmp_path / "one.safetensors"), load_file(GENERATORS / case / "model.safetensors")
     assert stored.keys() == want.keys()
     assert all(torch.equal(stored[name], want[name]) for name in want)
     again = vft.Generator.from_pretrained(tmp_path / "one.safetensors")
@@ -325,8 +313,8 @@ def test_round_trip_under_published_names(case, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copy(DATA / "ar_class" / "config.json", tmp_path)
-    shutil.copy(DATA / "ar_class" / "model.safetensors", tmp_path)
+    shutil.copy(GENERATORS / "ar_class" / "config.json", tmp_path)
+    shutil.copy(GENERATORS / "ar_class" / "model.safetensors", tmp_path)
     return tmp_path
 
 

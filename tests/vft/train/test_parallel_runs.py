@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_worker
 from safetensors.torch import load_file
 from train_worker import SETTINGS, SMALL, generator_settings
 
@@ -26,7 +27,7 @@ def start(folder: Path, ranks: int) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("train_worker.py")), str(folder)]
+    command = [sys.executable, train_worker.__file__, str(folder)]
     environments = [os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen(command, env=environment, **pipes) for environment in environments]

@@ -2,12 +2,13 @@
 
 import re
 import shutil
-from pathlib import Path
+
+from paths import ROOT
 
 from vft import cli
 from vft.demo import CLIP
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def test_python_example(tmp_path, monkeypatch):

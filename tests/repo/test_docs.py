@@ -1,17 +1,17 @@
 """The pages of docs/: their Python runs as it stands, what they quote exists, their tables are those of the results."""
 
-import importlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import render
+from paths import ROOT
 
 import flexkernels
 from vft.demo import CLIP
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 SOURCES = [ROOT / "setup.py", *ROOT.glob("flexkernels/**/*.py"), *ROOT.glob("vft/**/*.py"), *ROOT.glob("csrc/*.cpp")]
 # the info string of a block that needs other packages: ```python no-run
@@ -63,9 +63,6 @@ def test_quoted_errors_are_those_of_the_code():
 
 
 def test_benchmark_tables_are_rendered_from_the_stored_results():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        render = importlib.import_module("render")
     stored = json.loads((ROOT / "bench" / "results" / "cpu_epyc_avx512.json").read_text())
     table = render.markdown(stored)
     assert table in (ROOT / "docs" / "benchmarks.md").read_text()

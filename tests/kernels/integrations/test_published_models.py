@@ -15,9 +15,9 @@ import published
 import pytest
 import standins
 import torch
-from test_generator import conditions
-from test_generator import io as generator_io
-from test_golden import CASES, KEEP, PIPELINES, assert_close, load
+from golden_generator import conditions
+from golden_generator import io as generator_io
+from golden_tokenizer import CASES, KEEP, PIPELINES, assert_close, load
 
 import flexkernels
 

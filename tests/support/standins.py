@@ -8,9 +8,8 @@ import math
 from types import SimpleNamespace
 
 import torch
+from paths import GENERATORS, TOKENIZERS
 from safetensors.torch import load_file
-from test_generator import DATA as GENERATORS
-from test_golden import DATA as TOKENIZERS
 from torch import nn
 
 

@@ -1,10 +1,10 @@
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "speedup.py"
+EXAMPLE = ROOT / "docs" / "examples" / "speedup.py"
 
 
 def run(monkeypatch, *arguments):

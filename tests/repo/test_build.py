@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import flexkernels
 from flexkernels import _native, info, version
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

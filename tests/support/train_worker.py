@@ -1,4 +1,4 @@
-"""One process of a group that tests/test_train_parallel.py starts: trains small models into the folder given."""
+"""One process of a group that test_parallel_runs.py starts: trains small models into the folder given."""
 
 import os
 import sys

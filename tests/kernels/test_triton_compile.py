@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import flexkernels
 
@@ -21,7 +22,7 @@ def test_kernels_compile(target, tmp_path):
     # a process of its own, without the interpreter and with an empty cache
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(flexkernels.__file__).parents[1])}
-    command = [sys.executable, str(Path(__file__).with_name("triton_gate.py")), target]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "triton_gate.py"), target]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     compiled = json.loads(result.stdout.splitlines()[-1])

@@ -1,9 +1,9 @@
-"""flow_update beyond Euler's step, which test_flow.py covers: several states, past velocities, in place, rescale."""
+"""flow_update beyond Euler's step (test_flow_step.py): several states, past velocities, in place, rescale."""
 
 import pytest
 import torch
+from flow_cases import convert, draw, draw_ragged, every_guidance, gradients
 from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, on_every_backend
-from test_flow import convert, draw, draw_ragged, every_guidance, gradients
 
 import flexkernels
 from flexkernels import CFG

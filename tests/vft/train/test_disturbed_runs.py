@@ -42,7 +42,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_killed_run_resumes_with_the_same_losses(tmp_path):
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # from elsewhere, so that the installed package is meant and not this folder
     command = [sys.executable, "-c", WORKER, str(tmp_path / "killed")]

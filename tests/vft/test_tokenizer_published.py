@@ -1,22 +1,10 @@
 """The tokenizer against what the published implementation computes (tests/data/tokenizer: small random models)."""
 
-import json
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_tokenizer import CASES, KEEP, PIPELINES, assert_close, load, samples
 
 import vft
-from vft import checkpoint
-from vft.config import parse_config
-
-DATA = Path(__file__).parent / "data" / "tokenizer"
-CASES = ("base", "flexmask", "fulldec", "early_drop")
-# how far above the published float32-vs-float64 error our float32 results may lie
-MARGIN = 5
-KEEP = (4, 11)
 
 VELOCITIES = {
     "vel_all_0": {},
@@ -31,27 +19,6 @@ BATCHED = {
     "vel_batch_uncond_mixed": {"unconditional": [False, True]},
     "vel_batch_prefix": {"prefix_frames": [1, 2]},
 }
-
-
-@cache
-def load(case):
-    config = parse_config(json.loads((DATA / case / "config.json").read_text()))
-    model = vft.Tokenizer(config, case)
-    checkpoint.load_weights(model, config, load_file(DATA / "weights.safetensors"))
-    io, facts = load_file(DATA / case / "io.safetensors"), json.loads((DATA / case / "io.json").read_text())
-    return model.eval().requires_grad_(False), io, facts
-
-
-def assert_close(case, name, got):
-    _, io, facts = load(case)
-    want = io[name].squeeze(0).double()
-    error = float((got.double() - want).norm() / want.norm())
-    limit = MARGIN * facts["float32_vs_float64"][name]["rel_l2"]
-    assert error <= limit, f"{case} {name}: relative error {error:.2e}, at most {limit:.2e}"
-
-
-def samples(io, name):
-    return [io[f"{name}_{i}"].squeeze(0) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,9 +80,6 @@ def pipeline_arguments(settings, io):
         arguments["prefix"] = [io["latents_0"][0][:, :1]]
         arguments["prefix_mode"] = settings.get("cond_type", "clean")
     return arguments
-
-
-PIPELINES = list(json.loads((DATA / "base" / "io.json").read_text())["pipelines"])
 
 
 @pytest.mark.parametrize("case", CASES)
