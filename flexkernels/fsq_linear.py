@@ -98,9 +98,7 @@ def fsq_embed_ref(
     token_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `fsq_embed` in plain, differentiable PyTorch; it takes float64 too and then computes so."""
-    _check_embed_arguments(
-        ids, levels, weight, bias, positions, position_index, tokens, token_index, REFERENCE_FLOATS
-    )
+    _check_embed_arguments(ids, levels, weight, bias, positions, position_index, tokens, token_index, REFERENCE_FLOATS)
     return _embed_reference(ids, levels, weight, bias, positions, position_index, tokens, token_index)
 
 

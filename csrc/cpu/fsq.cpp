@@ -224,9 +224,7 @@ void quantize_rows(const FsqQuantize& args, int64_t begin, int64_t end) {
       if (codes) memcpy(codes + at, codes_tail, rows * p.dims * sizeof(T));
     }
     if (!p.ids) continue;
-    with_id(p.id_type, [&](auto id) {
-      sum_rows_of(p.dims, weighted, rows, static_cast<decltype(id)*>(p.ids) + row);
-    });
+    with_id(p.id_type, [&](auto id) { sum_rows_of(p.dims, weighted, rows, static_cast<decltype(id)*>(p.ids) + row); });
   }
 }
 

@@ -59,8 +59,8 @@ void check_values(const char* name, const Tensor& t, int64_t low, int64_t high) 
     least = std::min(least, values[i]);
     most = std::max(most, values[i]);
   }
-  STD_TORCH_CHECK(static_cast<int64_t>(least) >= low && static_cast<int64_t>(most) <= high, name,
-                  " must lie between ", low, " and ", high, ", got ", least, " to ", most);
+  STD_TORCH_CHECK(static_cast<int64_t>(least) >= low && static_cast<int64_t>(most) <= high, name, " must lie between ",
+                  low, " and ", high, ", got ", least, " to ", most);
 }
 
 inline void check_ids(const Tensor& ids, IdType type, int64_t codebook) {

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import checks, fsq_math
+from flexkernels import fsq_math
 from flexkernels.fsq_math import IDS, Form
 
 PUBLISHED = [8, 8, 8, 5, 5, 5]
