@@ -295,6 +295,37 @@ def test_no_gradient_through_ids_alone():
     assert codes is None and not ids.requires_grad
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", [fsq_math.PAPER, *VARIANTS], ids=str)
+def test_forward_mode_is_straight_through_too(form, dtype):
+    z = draw(33, PUBLISHED, dtype)
+    z[3, 0] = math.nan
+    tangent, grad = torch.randn(2, 33, 6).to(dtype)
+    run = lambda z: flexkernels.fsq_quantize(z, PUBLISHED, **form._asdict())[0]  # noqa: E731
+    codes, forward = torch.func.jvp(run, (z,), (tangent,))
+    assert torch.equal(codes, run(z))
+    # without the row of the NaN, whose derivative is NaN
+    z, tangent, grad, forward = (t[4:] for t in (z, tangent, grad, forward))
+    leaf = z.requires_grad_()
+    run(leaf).backward(grad)
+    both = (leaf.grad.double() * tangent.double()).sum(), (grad.double() * forward.double()).sum()
+    torch.testing.assert_close(*both, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=1e-3)
+    assert forward.abs().max() > 0
+
+
+def test_second_derivative():
+    z, grad = draw(20, PUBLISHED).requires_grad_(), torch.randn(20, 6)
+
+    def second(function, z):
+        (first,) = torch.autograd.grad(function(z), z, grad.to(z), create_graph=True)
+        return torch.autograd.grad(first.square().sum(), z)[0]
+
+    found = second(lambda z: flexkernels.fsq_quantize(z, PUBLISHED)[0], z)
+    exact = second(lambda z: fsq_math.smooth(z, PUBLISHED), z.detach().double().requires_grad_())
+    assert exact.abs().max() > 0
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
 # dispatch, tracing
 
 

@@ -239,6 +239,49 @@ def test_every_id_makes_the_way_there_and_back(place):
                 assert torch.equal(flexkernels.fsq_quantize(z, PUBLISHED, ids_dtype=ids_dtype)[1].long(), ids)
 
 
+def test_forward_mode():
+    arguments = draw_project(9, 20, PUBLISHED)
+    tangents = tuple(torch.randn_like(a) for a in arguments)
+    run = lambda *a: flexkernels.fsq_project_quantize(*a, PUBLISHED, return_codes=True)[1]  # noqa: E731
+
+    def formula(hidden, weight, bias):
+        return fsq_math.smooth(F.linear(F.layer_norm(hidden, (20,)), weight, bias), PUBLISHED)
+
+    codes, found = torch.func.jvp(run, arguments, tangents)
+    assert torch.equal(codes, run(*arguments))
+    torch.testing.assert_close(found, torch.func.jvp(formula, arguments, tangents)[1], rtol=1e-4, atol=1e-5)
+    given = draw_embed(9, 20)
+    weight, ids = given["weight"], given["ids"]
+    embed = lambda w: flexkernels.fsq_embed(ids, PUBLISHED, w)  # noqa: E731
+    out, found = torch.func.jvp(embed, (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(out, embed(weight))
+    torch.testing.assert_close(found, embed(torch.ones_like(weight)))
+
+
+def test_second_derivatives_are_right_or_refused():
+    leaves = [a.requires_grad_() for a in draw_project(9, 20, PUBLISHED)]
+    grad = torch.randn(9, 6)
+
+    def second(function, leaves):
+        first = torch.autograd.grad(function(*leaves), leaves, grad.to(leaves[0]), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    def formula(hidden, weight, bias):
+        return fsq_math.smooth(F.linear(F.layer_norm(hidden, (20,)), weight, bias), PUBLISHED)
+
+    run = lambda *a: flexkernels.fsq_project_quantize(*a, PUBLISHED, return_codes=True)[1]  # noqa: E731
+    exact = second(formula, [a.detach().double().requires_grad_() for a in leaves])
+    for found, expected in zip(second(run, leaves), exact, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    given = moved(draw_embed(9, 20), grad=True)
+    (first,) = torch.autograd.grad(
+        flexkernels.fsq_embed(levels=PUBLISHED, **given).square().sum(), given["weight"], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="fsq_embed_backward has no derivative of this order"):
+        torch.autograd.grad(first.sum(), given["weight"])
+
+
 # tracing
 
 
