@@ -28,8 +28,9 @@
   static __thread
 #define threadIdx (emu::thread_idx())
 #define blockIdx (emu::block_idx())
-#define blockDim (emu::block_dim())
-#define gridDim (emu::grid_dim())
+// constant while a kernel runs, so that the compiler does not ask the hooks about them
+extern const dim3 blockDim __asm__("emu_block_dim");
+extern const dim3 gridDim __asm__("emu_grid_dim");
 constexpr int warpSize = 32;
 
 // --- runtime
@@ -206,10 +207,13 @@ EMU_INLINE float emu_rough(double x, unsigned bits = 1) {
   const float y = static_cast<float>(x);
   return isfinite(y) ? emu_bits<float>(emu_bits<unsigned>(y) & ~((1u << bits) - 1)) : y;
 }
-EMU_INLINE float __expf(float a) { return emu_rough(exp2(static_cast<double>(a * 1.4426950408889634f))); }
-EMU_INLINE float __exp2f(float a) { return emu_rough(exp2(static_cast<double>(a))); }
-EMU_INLINE float __log2f(float a) { return emu_rough(log2(static_cast<double>(a))); }
-EMU_INLINE float __logf(float a) { return __log2f(a) * 0.6931471805599453f; }
+EMU_INLINE float emu_expf(float a) { return emu_rough(exp2(static_cast<double>(a * 1.4426950408889634f))); }
+EMU_INLINE float emu_log2f(float a) { return emu_rough(log2(static_cast<double>(a))); }
+EMU_INLINE float emu_logf(float a) { return emu_log2f(a) * 0.6931471805599453f; }
+// the C library has functions of these names
+#define __expf emu_expf
+#define __log2f emu_log2f
+#define __logf emu_logf
 EMU_INLINE float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f ? 0.0f : a * emu_rough(1.0 / b); }
 
 // --- global memory
@@ -300,8 +304,8 @@ EMU_INLINE T emu_shuffle(unsigned mask, T value, int source, int low, int high) 
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
-  const bool keeps = source < low || source > high;
-  bits = emu::shuffle(mask, bits, keeps ? emu_lane() : source, keeps);
+  // out of range: its own value
+  bits = emu::shuffle(mask, bits, source < low || source > high ? emu_lane() : source);
   memcpy(&value, &bits, sizeof value);
   return value;
 }

@@ -25,8 +25,6 @@ const char* run(const Grid& grid, void (*body)(void*), void* context);
 // of the thread that runs
 uint3 thread_idx() __attribute__((const));
 uint3 block_idx() __attribute__((const));
-dim3 block_dim() __attribute__((const));
-dim3 grid_dim() __attribute__((const));
 unsigned cluster_rank();
 unsigned cluster_size();
 
@@ -63,8 +61,8 @@ void cluster_wait();
 
 // --- lanes of a warp meet
 void sync_warp(unsigned mask);
-// the value of lane `source`; `keeps`: out of range, its own value
-uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, bool keeps);
+// the value of lane `source`
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned source);
 unsigned ballot(unsigned mask, bool predicate);
 unsigned match(unsigned mask, uint64_t value, bool all, int* equal);
 enum Reduction { kAdd, kMin, kMax, kMinSigned, kMaxSigned, kBitAnd, kBitOr, kBitXor };
