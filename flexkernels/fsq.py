@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 
 # dtypes of ids, and how many ids each takes
 IDS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1, torch.uint16: 2**16}
@@ -251,7 +251,7 @@ def _quantize_impl(z, levels, codes, ids, ids_dtype, symmetric=False, clamp=Fals
     if z.numel() == 0:
         return out_codes, out_ids
     dims, form = len(levels), Form(symmetric, clamp)
-    library.launch(
+    legacy.launch(
         "fsq_quantize",
         z.contiguous().view(-1, dims),
         thresholds(tuple(levels), z.device, form),
@@ -298,7 +298,7 @@ def _dequantize_impl(ids, levels, dtype, symmetric=False):
         return out
     if checks.values_are_checked(ids):
         _check_range(ids, math.prod(levels))
-    library.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)), symmetric)
+    legacy.launch("fsq_dequantize", ids.contiguous().view(-1), levels, out.view(-1, len(levels)), symmetric)
     return out
 
 
@@ -312,20 +312,20 @@ def _check_range(ids: torch.Tensor, size: int):
         checks.reject("ids", f"lie between 0 and {size - 1}", f"{low} to {high}")
 
 
-_quantize_op = library.define(
+_quantize_op = legacy.define(
     "fsq_quantize",
     "(Tensor z, int[] levels, bool codes, bool ids, ScalarType ids_dtype, bool symmetric=False, bool clamp=False) "
     "-> (Tensor, Tensor)",
     _quantize_impl,
     _quantize_fake,
 )
-_dequantize_op = library.define(
+_dequantize_op = legacy.define(
     "fsq_dequantize",
     "(Tensor ids, int[] levels, ScalarType dtype, bool symmetric=False) -> Tensor",
     _dequantize_impl,
     _dequantize_fake,
 )
-library.define_autograd("fsq_quantize", _quantize_backward, _quantize_setup)
+legacy.define_autograd("fsq_quantize", _quantize_backward, _quantize_setup)
 
 
 # backends: each fills codes [n, D] (or None) and ids [n] (or None) from z [n, D]
@@ -368,11 +368,11 @@ def fsq_dequantize_triton(ids, levels, codes, symmetric):
     fsq.fsq_dequantize_triton(ids, levels, codes, code_table(tuple(levels), ids.device, symmetric))
 
 
-library.register("fsq_quantize", "reference", fsq_quantize_reference)
-library.register("fsq_quantize", "cpu", fsq_quantize_native)
-library.register("fsq_quantize", "triton", fsq_quantize_triton)
-library.register("fsq_quantize", "cuda", fsq_quantize_native)
-library.register("fsq_dequantize", "reference", fsq_dequantize_reference)
-library.register("fsq_dequantize", "cpu", fsq_dequantize_native)
-library.register("fsq_dequantize", "triton", fsq_dequantize_triton)
-library.register("fsq_dequantize", "cuda", fsq_dequantize_native)
+legacy.register("fsq_quantize", "reference", fsq_quantize_reference)
+legacy.register("fsq_quantize", "cpu", fsq_quantize_native)
+legacy.register("fsq_quantize", "triton", fsq_quantize_triton)
+legacy.register("fsq_quantize", "cuda", fsq_quantize_native)
+legacy.register("fsq_dequantize", "reference", fsq_dequantize_reference)
+legacy.register("fsq_dequantize", "cpu", fsq_dequantize_native)
+legacy.register("fsq_dequantize", "triton", fsq_dequantize_triton)
+legacy.register("fsq_dequantize", "cuda", fsq_dequantize_native)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from . import checks, library
+from . import checks, legacy
 from .fsq import (
     IDS,
     _basis,
@@ -209,7 +209,7 @@ def _project(hidden, weight, bias, eps) -> torch.Tensor:
 def _project_impl(hidden, weight, bias, levels, eps, codes, ids_dtype):
     out_codes, ids = _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype)
     if ids.numel():
-        library.launch(
+        legacy.launch(
             "fsq_project_quantize",
             hidden.contiguous(),
             weight.float().contiguous(),
@@ -256,14 +256,14 @@ def _project_backward(ctx, grad_codes, _):
     return grad_x.to(hidden.dtype), (grad_z.t() @ y).to(weight.dtype), grad_bias, None, None, None, None
 
 
-_project_op = library.define(
+_project_op = legacy.define(
     "fsq_project_quantize",
     "(Tensor hidden, Tensor weight, Tensor? bias, int[] levels, float eps, bool codes, ScalarType ids_dtype) "
     "-> (Tensor, Tensor)",
     _project_impl,
     _project_fake,
 )
-library.define_autograd("fsq_project_quantize", _project_backward, _project_setup)
+legacy.define_autograd("fsq_project_quantize", _project_backward, _project_setup)
 
 
 # fsq_embed
@@ -274,7 +274,7 @@ def _embed_impl(ids, levels, weight, bias, positions, position_index, tokens, to
     if ids.numel():
         _check_indices(ids, levels, positions, position_index, tokens, token_index)
     if out.numel():
-        library.launch(
+        legacy.launch(
             "fsq_embed",
             ids.contiguous(),
             levels,
@@ -348,7 +348,7 @@ def _embed_backward_fake(grad, ids, levels, position_index, token_index, positio
     return tuple(grad.new_empty(shape) for shape in shapes)
 
 
-_embed_op = library.define(
+_embed_op = legacy.define(
     "fsq_embed",
     "(Tensor ids, int[] levels, Tensor weight, Tensor? bias, Tensor? positions, Tensor? position_index, "
     "Tensor? tokens, Tensor? token_index) -> Tensor",
@@ -356,14 +356,14 @@ _embed_op = library.define(
     _embed_fake,
 )
 # an op of its own, since a compiler would turn its sums into atomic additions in any order
-_embed_backward_op = library.define(
+_embed_backward_op = legacy.define(
     "fsq_embed_backward",
     "(Tensor grad, Tensor ids, int[] levels, Tensor? position_index, Tensor? token_index, SymInt positions, "
     "SymInt tokens) -> (Tensor, Tensor, Tensor, Tensor)",
     _embed_backward_impl,
     _embed_backward_fake,
 )
-library.define_autograd("fsq_embed", _embed_backward, _embed_setup)
+legacy.define_autograd("fsq_embed", _embed_backward, _embed_setup)
 
 
 # backends: each fills codes [n, D] (or None) and ids [n], or out [n, width]; weights and biases are float32
@@ -410,11 +410,11 @@ def fsq_embed_triton(*args):
     fsq_linear.fsq_embed_triton(*args)
 
 
-library.register("fsq_project_quantize", "reference", fsq_project_quantize_reference)
-library.register("fsq_project_quantize", "cpu", fsq_project_quantize_native)
-library.register("fsq_project_quantize", "triton", fsq_project_quantize_triton)
-library.register("fsq_project_quantize", "cuda", fsq_project_quantize_native)
-library.register("fsq_embed", "reference", fsq_embed_reference)
-library.register("fsq_embed", "cpu", fsq_embed_native)
-library.register("fsq_embed", "triton", fsq_embed_triton)
-library.register("fsq_embed", "cuda", fsq_embed_native)
+legacy.register("fsq_project_quantize", "reference", fsq_project_quantize_reference)
+legacy.register("fsq_project_quantize", "cpu", fsq_project_quantize_native)
+legacy.register("fsq_project_quantize", "triton", fsq_project_quantize_triton)
+legacy.register("fsq_project_quantize", "cuda", fsq_project_quantize_native)
+legacy.register("fsq_embed", "reference", fsq_embed_reference)
+legacy.register("fsq_embed", "cpu", fsq_embed_native)
+legacy.register("fsq_embed", "triton", fsq_embed_triton)
+legacy.register("fsq_embed", "cuda", fsq_embed_native)

@@ -9,6 +9,8 @@ import torch
 # without a GPU the Triton kernels run in the interpreter; Triton reads this once, when a kernel file is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# what the C++ ops allocate
+os.environ.setdefault("FLEXKERNELS_POISON", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

@@ -12,6 +12,8 @@
 namespace flexkernels::cuda {
 
 // each queues its kernel on `stream` (a cudaStream_t) of the current device; std::runtime_error when that fails
+// fills memory with 0xff bytes
+void poison(void* data, int64_t bytes, void* stream);
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void fsq_project_launch(const FsqProject& p, void* stream);
