@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 
 #include "runtime.h"
 
@@ -51,12 +53,14 @@ struct Object {
 };
 
 std::map<uintptr_t, Region> regions;
-std::vector<Variable> variables;  // by offset
-Region* last_region;
+std::recursive_mutex region_lock;  // tensors are made by any thread
+std::vector<Variable> variables;   // by offset
+std::atomic<Region*> last_region;
 
 template <typename T>
 T* reserve(size_t count) {
-  void* p = mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   return static_cast<T*>(p);
 }
@@ -219,7 +223,9 @@ void for_cells(uintptr_t p, size_t bytes, Body body) {
 // the allocation, or null for the object's own variables
 Region* check_global(uintptr_t p, size_t bytes, Access kind, const void* at) {
   auto inside = [&](const Region& r) { return p >= r.base && p + bytes <= r.base + r.bytes; };
-  if (last_region && inside(*last_region)) return last_region;
+  Region* last = last_region;
+  if (last && inside(*last)) return last;
+  const std::lock_guard<std::recursive_mutex> guard(region_lock);
   auto after = regions.upper_bound(p);
   if (after != regions.begin() && inside((--after)->second)) return last_region = &after->second;
   for (const auto& [from, to] : object().segments) {
@@ -239,8 +245,8 @@ bool check_shared(uintptr_t p, size_t bytes, Access kind, const void* at) {
   const bool inside = offset >= dynamic ? offset + bytes <= dynamic + machine->grid.shared
                                         : variables.empty() || variable_at(offset, bytes);
   if (!inside) {
-    fail(at, "%s %zu bytes outside of every shared variable: %s (%zu bytes of dynamic shared memory)", verb(kind), bytes,
-         shared_name(offset).c_str(), machine->grid.shared);
+    fail(at, "%s %zu bytes outside of every shared variable: %s (%zu bytes of dynamic shared memory)", verb(kind),
+         bytes, shared_name(offset).c_str(), machine->grid.shared);
   }
   return true;
 }
@@ -253,7 +259,8 @@ void access(const void* address, size_t bytes, Access kind, const void* at) {
   if (p - reinterpret_cast<uintptr_t>(self->stack) < kStack) return;
   const bool shared = check_shared(p, bytes, kind, at);
   Region* region = shared ? nullptr : check_global(p, bytes, kind, at);
-  for_cells(p, bytes, [&](Cell& cell, uintptr_t at_byte, unsigned mask) { touch(cell, at_byte, mask, kind, at, shared); });
+  for_cells(p, bytes,
+            [&](Cell& cell, uintptr_t at_byte, unsigned mask) { touch(cell, at_byte, mask, kind, at, shared); });
   if (kind == kRead || kind == kAtomicRead) return;
   ++machine->progress;
   if (!region || region->writers.empty()) return;
@@ -263,7 +270,8 @@ void access(const void* address, size_t bytes, Access kind, const void* at) {
 
 void access_pending(void* p, size_t bytes, const void* at) {
   access(p, bytes, kWrite, at);
-  for_cells(reinterpret_cast<uintptr_t>(p), bytes, [](Cell& cell, uintptr_t, unsigned) { cell.write.clock = kPending; });
+  for_cells(reinterpret_cast<uintptr_t>(p), bytes,
+            [](Cell& cell, uintptr_t, unsigned) { cell.write.clock = kPending; });
 }
 
 void access_complete(void* p, size_t bytes, uint32_t number, uint32_t clock, const void* at) {
@@ -363,8 +371,9 @@ void mbarrier_arrive(uint64_t* p, int bytes) {
 bool mbarrier_test(uint64_t* p, unsigned parity) {
   Mbarrier& barrier = mbarrier_at(p, CALLER);
   if ((barrier.phase & 1) == parity) return yield(CALLER), false;
-  if (barrier.complete) learn(*self, join({{self->known, self->block->cluster->number, self->index, self->clock},
-                                           {barrier.complete, self->block->cluster->number, self->index, 0}}));
+  if (barrier.complete)
+    learn(*self, join({{self->known, self->block->cluster->number, self->index, self->clock},
+                       {barrier.complete, self->block->cluster->number, self->index, 0}}));
   return true;
 }
 
@@ -397,12 +406,14 @@ void complete_bulk(size_t which) {
 extern "C" {
 
 void emu_region(void* base, size_t bytes, const char* name, int output) {
+  const std::lock_guard<std::recursive_mutex> guard(region_lock);
   const uintptr_t p = reinterpret_cast<uintptr_t>(base);
   regions[p] = {p, bytes, name, std::vector<uint32_t>(output ? bytes : 0), nullptr};
   last_region = nullptr;
 }
 
 void emu_forget(void* base) {
+  const std::lock_guard<std::recursive_mutex> guard(region_lock);
   regions.erase(reinterpret_cast<uintptr_t>(base));
   last_region = nullptr;
 }
@@ -418,8 +429,8 @@ const char* emu_unwritten(void* base) {
   text = region.kernel ? kernel_name(region.kernel) + ": " : "no kernel wrote " + region.name;
   const auto nearest = from == writers.begin() ? to : from - 1;
   if (nearest != writers.end()) {
-    text += line_of(at_of(*nearest)) + ": the stores end beside bytes " + std::to_string(from - writers.begin()) + " to " +
-            std::to_string(to - writers.begin() - 1) + " of " + region.name + ", which nothing wrote";
+    text += line_of(at_of(*nearest)) + ": the stores end beside bytes " + std::to_string(from - writers.begin()) +
+            " to " + std::to_string(to - writers.begin() - 1) + " of " + region.name + ", which nothing wrote";
   }
   return text.c_str();
 }

@@ -54,7 +54,8 @@ __global__ void staged(const float* x, float* out, int n) {
 }
 
 template <typename... Args>
-const char* run(unsigned grid, unsigned block, unsigned shared, void (*kernel)(Args...), typename Same<Args>::type... args) {
+const char* run(unsigned grid, unsigned block, unsigned shared, void (*kernel)(Args...),
+                typename Same<Args>::type... args) {
   static std::string error;
   try {
     launch({"planted", grid, block, nullptr, shared}, kernel, args...);

@@ -477,7 +477,8 @@ static std::unique_ptr<Cluster> admit(uint32_t number) {
     block->rank = rank;
     block->live = machine->threads;
     block->copy_clock = 1;
-    block->index = {origin.x + rank % shape.x, origin.y + rank / shape.x % shape.y, origin.z + rank / shape.x / shape.y};
+    block->index = {origin.x + rank % shape.x, origin.y + rank / shape.x % shape.y,
+                    origin.z + rank / shape.x / shape.y};
     take_slot(block.get());
     block->threads.resize(machine->threads);
     block->warps.resize((machine->threads + 31) / 32);

@@ -53,7 +53,7 @@ struct Thread {
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> groups;
   int vote;
-  unsigned phase;      // of the cluster's barrier when the thread arrived there
+  unsigned phase;  // of the cluster's barrier when the thread arrived there
   KnownPtr arrived_with;
 };
 

@@ -35,7 +35,8 @@ struct Word {
 
 // all 32 lanes must be there
 void check_full(const Meeting& m) {
-  if (m.arrived != kAll) fail(m.at[__builtin_ctz(m.arrived)], "calls %s in a warp of which lanes have returned", m.what);
+  if (m.arrived != kAll)
+    fail(m.at[__builtin_ctz(m.arrived)], "calls %s in a warp of which lanes have returned", m.what);
 }
 
 float half_to_float(uint32_t h) {
@@ -101,7 +102,8 @@ struct Matrices {
 
 void transpose(Meeting& m, int which) {
   uint16_t full[8][8];
-  for (unsigned lane = 0; lane < 32; ++lane) memcpy(&full[lane / 4][lane % 4 * 2], &of<Matrices>(m, lane).words[which], 4);
+  for (unsigned lane = 0; lane < 32; ++lane)
+    memcpy(&full[lane / 4][lane % 4 * 2], &of<Matrices>(m, lane).words[which], 4);
   for (unsigned lane = 0; lane < 32; ++lane) {
     const unsigned row = lane / 4, column = lane % 4 * 2;
     of<Matrices>(m, lane).words[which] = full[column][row] | static_cast<uint32_t>(full[column + 1][row]) << 16;
@@ -128,47 +130,59 @@ void finish_ldmatrix(Meeting& m) {
 }  // namespace
 
 void sync_warp(unsigned mask) {
-  meet("__syncwarp()", mask, self, [](Meeting& m) {
-    std::vector<Share> shares;
-    each_lane(m, [&](unsigned lane) { shares.push_back(share(of<Thread>(m, lane))); });
-    const KnownPtr known = join(shares);
-    each_lane(m, [&](unsigned lane) { learn(of<Thread>(m, lane), known); });
-  }, CALLER);
+  meet(
+      "__syncwarp()", mask, self,
+      [](Meeting& m) {
+        std::vector<Share> shares;
+        each_lane(m, [&](unsigned lane) { shares.push_back(share(of<Thread>(m, lane))); });
+        const KnownPtr known = join(shares);
+        each_lane(m, [&](unsigned lane) { learn(of<Thread>(m, lane), known); });
+      },
+      CALLER);
 }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source) {
   Shuffle mine{value, 0, source};
-  meet("a shuffle", mask, &mine, [](Meeting& m) {
-    each_lane(m, [&](unsigned lane) {
-      Shuffle& s = of<Shuffle>(m, lane);
-      if (!(m.arrived >> s.source & 1)) {
-        fail(m.at[lane], "(lane %u) shuffles from lane %u, which has returned or is not in the mask 0x%08x", lane, s.source,
-             m.mask);
-      }
-      s.result = of<Shuffle>(m, s.source).value;
-    });
-  }, CALLER);
+  meet(
+      "a shuffle", mask, &mine,
+      [](Meeting& m) {
+        each_lane(m, [&](unsigned lane) {
+          Shuffle& s = of<Shuffle>(m, lane);
+          if (!(m.arrived >> s.source & 1)) {
+            fail(m.at[lane], "(lane %u) shuffles from lane %u, which has returned or is not in the mask 0x%08x", lane,
+                 s.source, m.mask);
+          }
+          s.result = of<Shuffle>(m, s.source).value;
+        });
+      },
+      CALLER);
   return mine.result;
 }
 
 unsigned ballot(unsigned mask, bool predicate) {
   Word mine{predicate, 0, 0};
-  meet("a vote", mask, &mine, [](Meeting& m) {
-    unsigned votes = 0;
-    each_lane(m, [&](unsigned lane) { votes |= static_cast<unsigned>(of<Word>(m, lane).value) << lane; });
-    each_lane(m, [&](unsigned lane) { of<Word>(m, lane).result = votes; });
-  }, CALLER);
+  meet(
+      "a vote", mask, &mine,
+      [](Meeting& m) {
+        unsigned votes = 0;
+        each_lane(m, [&](unsigned lane) { votes |= static_cast<unsigned>(of<Word>(m, lane).value) << lane; });
+        each_lane(m, [&](unsigned lane) { of<Word>(m, lane).result = votes; });
+      },
+      CALLER);
   return mine.result;
 }
 
 unsigned match(unsigned mask, uint64_t value, bool all, int* equal) {
   Word mine{value, 0, 0};
-  meet(all ? "__match_all_sync" : "__match_any_sync", mask, &mine, [](Meeting& m) {
-    each_lane(m, [&](unsigned lane) {
-      Word& word = of<Word>(m, lane);
-      each_lane(m, [&](unsigned other) { word.result |= (of<Word>(m, other).value == word.value) << other; });
-    });
-  }, CALLER);
+  meet(
+      all ? "__match_all_sync" : "__match_any_sync", mask, &mine,
+      [](Meeting& m) {
+        each_lane(m, [&](unsigned lane) {
+          Word& word = of<Word>(m, lane);
+          each_lane(m, [&](unsigned other) { word.result |= (of<Word>(m, other).value == word.value) << other; });
+        });
+      },
+      CALLER);
   if (!all) return mine.result;
   *equal = mine.result == mask;
   return *equal ? mask : 0;
@@ -176,26 +190,44 @@ unsigned match(unsigned mask, uint64_t value, bool all, int* equal) {
 
 unsigned reduce(unsigned mask, unsigned value, Reduction what) {
   Word mine{value, 0, static_cast<int>(what)};
-  meet("a reduction", mask, &mine, [](Meeting& m) {
-    const unsigned first = __builtin_ctz(m.arrived);
-    unsigned total = of<Word>(m, first).value;
-    each_lane(m, [&](unsigned lane) {
-      if (lane == first) return;
-      const unsigned x = of<Word>(m, lane).value;
-      const int a = static_cast<int>(total), b = static_cast<int>(x);
-      switch (of<Word>(m, first).flag) {
-        case kAdd: total += x; break;
-        case kMin: total = x < total ? x : total; break;
-        case kMax: total = x > total ? x : total; break;
-        case kMinSigned: total = b < a ? x : total; break;
-        case kMaxSigned: total = b > a ? x : total; break;
-        case kBitAnd: total &= x; break;
-        case kBitOr: total |= x; break;
-        default: total ^= x;
-      }
-    });
-    each_lane(m, [&](unsigned lane) { of<Word>(m, lane).result = total; });
-  }, CALLER);
+  meet(
+      "a reduction", mask, &mine,
+      [](Meeting& m) {
+        const unsigned first = __builtin_ctz(m.arrived);
+        unsigned total = of<Word>(m, first).value;
+        each_lane(m, [&](unsigned lane) {
+          if (lane == first) return;
+          const unsigned x = of<Word>(m, lane).value;
+          const int a = static_cast<int>(total), b = static_cast<int>(x);
+          switch (of<Word>(m, first).flag) {
+            case kAdd:
+              total += x;
+              break;
+            case kMin:
+              total = x < total ? x : total;
+              break;
+            case kMax:
+              total = x > total ? x : total;
+              break;
+            case kMinSigned:
+              total = b < a ? x : total;
+              break;
+            case kMaxSigned:
+              total = b > a ? x : total;
+              break;
+            case kBitAnd:
+              total &= x;
+              break;
+            case kBitOr:
+              total |= x;
+              break;
+            default:
+              total ^= x;
+          }
+        });
+        each_lane(m, [&](unsigned lane) { of<Word>(m, lane).result = total; });
+      },
+      CALLER);
   return mine.result;
 }
 

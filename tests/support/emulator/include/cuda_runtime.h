@@ -185,9 +185,14 @@ EMU_INLINE unsigned max(int a, unsigned b) { return max(static_cast<unsigned>(a)
 EMU_INLINE unsigned max(unsigned a, int b) { return max(a, static_cast<unsigned>(b)); }
 #undef EMU_MINMAX
 
-EMU_INLINE float __fadd_rn(float a, float b) { return a + b; }
-EMU_INLINE float __fsub_rn(float a, float b) { return a - b; }
-EMU_INLINE float __fmul_rn(float a, float b) { return a * b; }
+// rounded where they stand: no compiler makes them part of a fused multiply-add
+EMU_INLINE float emu_rounded(float a) {
+  __asm__("" : "+x"(a));
+  return a;
+}
+EMU_INLINE float __fadd_rn(float a, float b) { return emu_rounded(emu_rounded(a) + emu_rounded(b)); }
+EMU_INLINE float __fsub_rn(float a, float b) { return emu_rounded(emu_rounded(a) - emu_rounded(b)); }
+EMU_INLINE float __fmul_rn(float a, float b) { return emu_rounded(a * b); }
 EMU_INLINE float __fdiv_rn(float a, float b) { return a / b; }
 EMU_INLINE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 EMU_INLINE float __frcp_rn(float a) { return 1 / a; }
