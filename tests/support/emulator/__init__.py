@@ -28,8 +28,12 @@ ROOT = HERE.parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"flexkernels-emulator-{os.getuid()}"
 SOURCES = (ROOT / "csrc" / "sources.txt").read_text().split()
 # csrc/ops, whose CUDA form takes CPU tensors with FLEXKERNELS_EMULATOR; transformer and attention have no CUDA kernels
-OPS = ["ops/norm.cpp"] or [
-    name for name in SOURCES if name.startswith("ops/") and not name.startswith(("ops/attention", "ops/transformer"))
+OPS = [
+    name
+    for name in SOURCES
+    if name.startswith("ops/")
+    and "FLEXKERNELS_OPS(m) {" in (ROOT / "csrc" / name).read_text()
+    and not name.startswith(("ops/attention", "ops/transformer"))
 ]
 RUNTIME = [HERE / name for name in ("runtime.cpp", "memory.cpp", "warp.cpp")]
 
