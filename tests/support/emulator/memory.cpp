@@ -408,6 +408,10 @@ extern "C" {
 void emu_region(void* base, size_t bytes, const char* name, int output) {
   const std::lock_guard<std::recursive_mutex> guard(region_lock);
   const uintptr_t p = reinterpret_cast<uintptr_t>(base);
+  // what overlaps it has been freed
+  auto old = regions.lower_bound(p);
+  if (old != regions.begin() && std::prev(old)->first + std::prev(old)->second.bytes > p) --old;
+  while (old != regions.end() && old->first < p + bytes) old = regions.erase(old);
   regions[p] = {p, bytes, name, std::vector<uint32_t>(output ? bytes : 0), nullptr};
   last_region = nullptr;
 }
