@@ -24,6 +24,13 @@ __device__ __forceinline__ void store_sums(float* to, const float (&v)[kPack<X>]
   }
 }
 
+// a = grad_out * factor, rounded here: joined with the subtraction of a's mean it would not cancel in a row of one
+// element
+template <bool RMS>
+__device__ __forceinline__ float times_factor(float grad_out, float factor) {
+  return __fmul_rn(grad_out, RMS ? factor : 1.0f + factor);
+}
+
 // SUM: grad_sum is there; GATE: gate and y too. T threads at most
 template <typename X, int T, bool RMS, bool SUM, bool GATE>
 __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant__ NormGradients p, int64_t run) {
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       v[j] = active ? v[j] - mean[0] : 0.0f;
-      const float a = out[j] * (RMS ? factor[j] : 1.0f + factor[j]);
+      const float a = times_factor<RMS>(out[j], factor[j]);
       three[0] += a;
       three[1] = fmaf(a, v[j], three[1]);
       three[2] = fmaf(v[j], v[j], three[2]);
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       v[j] *= rstd;
-      dv[j] = rstd * (out[j] * (RMS ? factor[j] : 1.0f + factor[j]) - mean_a - v[j] * mean_ax);
+      dv[j] = rstd * (times_factor<RMS>(out[j], factor[j]) - mean_a - v[j] * mean_ax);
       sum_shift[j] += out[j];
       sum_scale[j] = fmaf(out[j], v[j], sum_scale[j]);
     }
@@ -140,7 +147,9 @@ __global__ void __launch_bounds__(kAnyThreads) rows_kernel(const __grid_constant
   const X* v = static_cast<const X*>(p.v);
   const M *gate = table_row<M>(p.gate, s), *scale = table_row<M>(p.scale, s);
   const float per = 1.0f / static_cast<float>(p.d), one = p.kind == kLayerNorm ? 1.0f : 0.0f;
-  const auto a_of = [&](int64_t i) { return to_float(grad_out[base + i]) * (scale ? one + to_float(scale[i]) : 1.0f); };
+  const auto a_of = [&](int64_t i) {
+    return __fmul_rn(to_float(grad_out[base + i]), scale ? one + to_float(scale[i]) : 1.0f);
+  };
   float mean[1] = {0}, square[1] = {0}, two[2] = {0, 0}, rstd = 0;
   if (grad_out) {
     if (p.kind == kLayerNorm) {
