@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import Change
+from flexkernels.integrations import Change
+
+from .. import decoding
+from ..config import GeneratorConfig, parse_generator_config
+from ..generator import Generator
 from .engine import replace_attribute
 
 PARTS = ("tok_emb", "pos_emb", "sos", "cls_emb", "ctx_in", "ctx_null", "blocks", "norm", "head", "sample")
@@ -50,11 +54,9 @@ class Sampler:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> None:
-        import vft
-
         self.cuda_graph = cuda_graph
         with torch.device("meta"):
-            self.generator = vft.Generator(_config(model), type(model).__name__).eval()
+            self.generator = Generator(_config(model), type(model).__name__).eval()
         check(self.generator, model)
         self.model = model
         self.dtype = model.sos.dtype if dtype is None else dtype
@@ -92,8 +94,6 @@ class Sampler:
         At temperature 0 the ids are the published ones; else they are other draws from the same distribution, seeded by
         one number from `generator`.
         """
-        from vft import decoding
-
         model = self._prepared()
         length = length or model.config.seq_len
         conditions = self._conditions(model, n, class_id, text_emb, text_mask)
@@ -162,9 +162,7 @@ def adopt(generator, model: nn.Module, dtype: torch.dtype, shared: bool) -> None
         setattr(generator.get_submodule(owner), leaf, parameter)
 
 
-def _config(model: nn.Module):
-    from vft.config import parse_generator_config
-
+def _config(model: nn.Module) -> GeneratorConfig:
     block = model.blocks[0]
     classes = 0 if model.cls_emb is None else model.cls_emb.num_embeddings - 1
     text = model.ctx_in is not None
