@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
 from vft.tokens import VideoTokens
 from vft.video import contact_sheet, preprocess, psnr, read_video, to_uint8, write_video
