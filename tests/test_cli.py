@@ -11,7 +11,7 @@ from PIL import Image
 
 import flexkernels
 from flexkernels import info as installation
-from vft import Tokenizer, cli, demo, video
+from vft import Tokenizer, cli, demo, metrics, video
 from vft.config import make_config, parse_config
 from vft.tokens import VideoTokens
 
@@ -104,7 +104,7 @@ def test_reconstruct_prints_the_psnr_of_its_output(tmp_path, model, capsys):
     out = capsys.readouterr().out
     source = video.read_video(CLIP, 64).frames
     printed = float(re.search(r"PSNR: ([\d.]+) dB", out)[1])
-    assert printed == pytest.approx(video.psnr(video.read_video(path).frames, source), abs=0.5)
+    assert printed == pytest.approx(metrics.frames_psnr(video.read_video(path).frames, source), abs=0.5)
     assert "9 x 4 = 36 tokens, 72 bytes" in out
 
 
@@ -122,7 +122,7 @@ def test_demo(tmp_path, model, capsys):
     # the panels of the movie, scaled back, are what was measured
     panels = [video.resize(movie.frames[:, 8:200, x : x + 192], 64, 64) for x in (8, 208, 408, 608)]
     for row, panel in zip(rows, panels[1:], strict=True):
-        assert float(row[4]) == pytest.approx(video.psnr(panel, panels[0]), abs=1.5)
+        assert float(row[4]) == pytest.approx(metrics.frames_psnr(panel, panels[0]), abs=1.5)
     assert "CC BY 3.0" in out
 
 

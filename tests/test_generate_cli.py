@@ -91,14 +91,14 @@ def test_all_registers_that_fit_are_the_default(tmp_path, folder):
 
 
 def test_captions_from_a_file(tmp_path, folder):
-    argv = ["--model", "@text", "--tokens-only", "-k", "3", "--temperature", "0", "-o", tmp_path / "a.vft"]
-    assert run(folder, *argv, "--text-emb", "@captions") == 0
+    argv = ["--model", "@text", "--tokens-only", "-k", "3", "--temperature", "0"]
+    assert run(folder, *argv, "--text-emb", "@captions", "-o", tmp_path / "a.vft") == 0
     emb, mask = text.load_embeddings(folder / "captions.safetensors")
     gen = vft.Generator.from_pretrained(folder / "text.safetensors")
     want = gen.generate(text_emb=emb, text_mask=mask, tokens_per_frame=3, temperature=0)
     for i in range(2):
         assert torch.equal(VideoTokens.load(tmp_path / f"a-{i}.vft").ids, want[i])
-    assert run(folder, *argv, "--text-emb", "@one", "--n", "2") == 0
+    assert run(folder, *argv, "--text-emb", "@one", "--n", "2", "-o", tmp_path / "b.vft") == 0
 
 
 class FakeEncoder:
@@ -187,9 +187,9 @@ def test_a_caption_through_an_encoder(tmp_path, folder, monkeypatch, capsys):
         (["--model", "@class", "--class-name", "0", "--frames", "6", "-k", "8"], "at most seq_len = 40, got 6 * 8"),
         (["--model", "@class", "--class-name", "0", "--frames", "1", "-k", "9"], "at most the tokenizer's 8, got 9"),
         (["--model", "@class", "--class-name", "0", "-k", "0"], "must be at least 1, got 0"),
-        (["--model", "@class", "--class-name", "0", "--top-p", "1.5"], "top_p must lie in (0, 1], got 1.5"),
+        (["--model", "@class", "--class-name", "0", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["--model", "@class", "--class-name", "0", "--top-k", "0"], "top_k must be at least 1, got 0"),
-        (["--model", "@class", "--class-name", "0", "--temperature", "-1"], "temperature must be finite"),
+        (["--model", "@class", "--class-name", "0", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
         (["--model", "@class", "--class-name", "0", "-o", "OUT.txt"], "must end in .mp4"),
         (["--model", "@class", "--class-name", "0", "--tokens-only"], "must end in .vft"),
         (["--model", "@class", "--class-name", "0", "-o", "OUT/none/a.mp4"], "does not exist"),

@@ -30,13 +30,13 @@ def knows(model: Any) -> bool:
     return all(hasattr(block, name) for name in ("n1", "attn", "xattn", "n2", "ffn")) and hasattr(block.attn, "qkv")
 
 
-def accelerate(model: Any, *, dtype: torch.dtype | None = None, cuda_graph: bool = False) -> Change:
+def accelerate(model: Any, *, dtype: torch.dtype | None = None, cuda_graph: bool | None = None) -> Change:
     """``sample`` draws by ``vft.Generator``'s decoding.
 
     Args:
         dtype: None computes in the weights' dtype without a second copy, whatever dtype ``sample`` is given; another
             dtype computes over a copy cast to it. Autocast has no effect inside.
-        cuda_graph: replay the step as a CUDA graph.
+        cuda_graph: replay the step as a CUDA graph; None: on a GPU.
 
     Raises ValueError for a model that a generator's configuration cannot say.
     """
@@ -53,7 +53,7 @@ class Sampler:
     The matrices w1 and w3 of a gated MLP lie side by side in the generator's w13; the model's become views of it.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool | None) -> None:
         self.cuda_graph = cuda_graph
         with torch.device("meta"):
             self.generator = Generator(_config(model), type(model).__name__).eval()
@@ -97,15 +97,15 @@ class Sampler:
         model = self._prepared()
         length = length or model.config.seq_len
         conditions = self._conditions(model, n, class_id, text_emb, text_mask)
-        request = decoding.Request.checked(
-            model.config, conditions, frames=length, tokens_per_frame=1, prompt=None, guided=cfg != 1.0
-        )
         seed = 0 if temperature <= 0 else int(torch.randint(2**62, (), generator=generator, device=_home(generator)))
-        sampler = decoding.check_sampler(
-            max(temperature, 0.0), min(top_k, model.config.vocab) or None, top_p if top_p < 1 else None, None, cfg, seed
+        sampling = decoding.Sampling(
+            max(temperature, 0.0), top_k or None, top_p if top_p < 1 else None, guidance=cfg, seed=seed
+        )
+        request = decoding.Request.checked(
+            model.config, conditions, frames=length, tokens_per_frame=1, prompt=None, guided=sampling.guided
         )
         with torch.autocast(model.device.type, enabled=False):
-            *_, ids = decoding.levels(model, request, sampler, seed, self.cuda_graph)
+            *_, ids = decoding.levels(model, request, sampling, self.cuda_graph)
         return ids.reshape(n, length)
 
     def _prepared(self):
