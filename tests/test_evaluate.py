@@ -83,7 +83,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main([*arguments, "--run", str(tmp_path), str(tmp_path / ".")]) == 2
     assert "must have different names" in capsys.readouterr().err
     assert cli.main([*arguments[:-1], "1"]) == 2
-    assert "clips must be at least 2" in capsys.readouterr().err
+    assert "must be at least 2, got 1" in capsys.readouterr().err
 
 
 def test_the_command_with_a_generator(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexkernels import sample_logits
+from flexkernels import backend, sample_logits
 
 from .capture import capture
 from .config import GeneratorConfig
@@ -81,9 +81,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _integer("seed", self.seed, 0)
-        # the op checks its own arguments; from no rows it draws nothing
+        # the op checks its own arguments; from no rows it draws nothing, wherever the model's logits will be
         none = torch.empty(0, 1)
-        sample_logits(none, uncond_logits=none, **self.options())
+        with backend("reference"):
+            sample_logits(none, uncond_logits=none, **self.options())
 
     @property
     def guided(self) -> bool:
