@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vft
-from vft import VideoTokens, checkpoint, cli, generation, text, video
+from vft import VideoTokens, checkpoint, cli, decoding, generation, text, video
 from vft.config import make_config, parse_config, parse_generator_config
 
 FAST = ["--steps", "1", "--guidance", "none"]
@@ -61,6 +61,39 @@ def test_videos_of_a_class(tmp_path, folder, capsys):
     assert sheet.height > 9 * 128
     assert "3 videos of 17 frames, 5 x 5 = 25 tokens each" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "out.png"]
+
+
+def test_only_what_is_named_is_replaced(tmp_path, folder, capsys):
+    argv = ["--model", "@class", "--class-name", "zumba", "-k", "1", "--frames", "1", *FAST]
+    for name in ("keep.png", "keep.mp4", "keep-1.vft"):
+        (tmp_path / name).write_text("mine")
+    assert run(folder, *argv, "-o", tmp_path / "keep.mp4") == 2
+    assert f"exists and was not named: --sheet {tmp_path}/keep.png replaces it" in capsys.readouterr().err
+    assert run(folder, *argv, "-o", tmp_path / "keep.vft", "--tokens-only", "--n", "2") == 2
+    assert "keep-1.vft' exists and was not named: give another -o" in capsys.readouterr().err
+    assert {p.read_text() for p in tmp_path.iterdir()} == {"mine"} and len(list(tmp_path.iterdir())) == 3
+    for name in ("other.txt", "none/other.png"):
+        assert run(folder, *argv, "-o", tmp_path / "keep.mp4", "--sheet", tmp_path / name) == 2
+    assert run(folder, *argv, "-o", tmp_path / "keep.mp4", "--sheet", tmp_path / "keep.png") == 0
+    assert Image.open(tmp_path / "keep.png").height > 128
+    assert len(video.read_video(tmp_path / "keep.mp4").frames) == 1 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_inputs_are_never_outputs(tmp_path, folder, capsys):
+    caption = shutil.copy(folder / "one.safetensors", tmp_path / "a.vft")
+    argv = ["--model", "@text", "--text-emb", caption, "--tokens-only", "-k", "1", "-o", caption]
+    assert run(folder, *argv) == 2 and "than the input" in capsys.readouterr().err
+
+
+def test_graphs_are_left_to_the_device(tmp_path, folder, capsys, monkeypatch):
+    seen, levels = [], decoding.levels
+    monkeypatch.setattr(decoding, "levels", lambda *a: (seen.append(a[-1]), levels(*a))[1])
+    argv = ["--model", "@class", "--class-name", "0", "--tokens-only", "-k", "1", "-o", tmp_path / "a.vft"]
+    for options in ([], ["--no-cuda-graph"]):
+        assert run(folder, *argv, "--device", "cpu", *options) == 0
+    assert seen == [None, False]
+    assert run(folder, *argv, "--device", "cpu", "--cuda-graph") == 2
+    assert "cuda_graph must be off on cpu" in capsys.readouterr().err
 
 
 def test_token_files_hold_what_the_library_generates(tmp_path, folder, capsys):
@@ -169,6 +202,7 @@ def test_a_caption_through_an_encoder(tmp_path, folder, monkeypatch, capsys):
     [
         (["--model", "@class"], "class_id must be given"),
         (["--model", "@class", "--class-name", "doing yogi"], "is not known: did you mean 'doing yoga'?"),
+        (["--model", "@class", "--class-name", "foo"], "the classes are doing yoga, archery, zumba"),
         (["--model", "@class", "--class-name", "3"], "class_id must lie in 0..2, got 3"),
         (["--model", "@class", "--text", "a cat"], "conditioned on classes: give --class-name"),
         (["--model", "@class", "--text-emb", "@captions"], "conditioned on classes: give --class-name"),
@@ -222,7 +256,7 @@ def test_the_embedded_generator_is_the_default(tmp_path, folder, capsys, monkeyp
 
 def test_info(folder, capsys):
     for name, words in (
-        ("class", ["generator", "3 classes", "40 tokens", "64 ids", "tok.safetensors"]),
+        ("class", ["generator", "3 classes", "doing yoga, archery, zumba", "40 tokens", "64 ids", "tok.safetensors"]),
         ("text", ["768"]),
     ):
         assert cli.main(["info", str(folder / f"{name}.safetensors")]) == 0
