@@ -49,6 +49,7 @@ class Op:
         through the op raises NotImplementedError.
     jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
         unless given. None raises NotImplementedError.
+    plain: the reference serves whatever backend is asked for: of an op only so that a compiler leaves it as it is.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Op:
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         jvp: Callable | str | None = "reference",
+        plain: bool = False,
     ):
         self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
         self.unsupported = unsupported or {}
+        self.plain = plain
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
             self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
@@ -128,6 +131,8 @@ class Op:
     def _select(self, *args):
         """The op on the forced backend, or on the first of the device's that serves the call."""
         self.check(*args)
+        if self.plain:
+            return _contiguous(self.reference(*args))
         device = _device(args)
         names = self.orders.get(device.type, ("reference",)) if _forced == "auto" else (_forced,)
         reasons = []

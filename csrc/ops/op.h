@@ -85,11 +85,18 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& like) {
   for (int64_t d = 0; d < like.dim(); ++d) check_size(name, t, d, like.size(d));
 }
 
-inline Dtype float_dtype(const char* name, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
+inline Dtype float_dtype(const char* name, ScalarType type) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
                   " must have dtype float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
   return type == ScalarType::Float ? Dtype::f32 : type == ScalarType::Half ? Dtype::f16 : Dtype::bf16;
+}
+
+inline Dtype float_dtype(const char* name, const Tensor& t) { return float_dtype(name, t.scalar_type()); }
+
+// whether to look at numbers inside tensors: on the CPU; on a GPU, where it waits, under FLEXKERNELS_CHECK=1
+inline bool values_are_checked() {
+  const char* set = kCuda ? getenv("FLEXKERNELS_CHECK") : "1";
+  return set && *set && *set != '0';
 }
 
 // data
@@ -127,6 +134,15 @@ inline Tensor dense_rows(const Tensor& t) {
 inline OptionalTensor dense_rows(const OptionalTensor& t) {
   if (t) return dense_rows(*t);
   return t;
+}
+
+// a contiguous tensor in the host's memory
+inline Tensor on_host(const Tensor& t) {
+  return kCuda ? torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU)) : t;
+}
+
+inline Tensor on_device_of(const Tensor& like, const Tensor& t) {
+  return kCuda ? torch::stable::to(t, like.device()) : t;
 }
 
 inline int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
@@ -220,14 +236,13 @@ inline void poison(const Tensor& t) { memset(t.mutable_data_ptr(), 0xff, bytes_o
 
 // new memory, uninitialised, on the device of `like`. FLEXKERNELS_POISON=1 fills it with NaN, so that tests see what no
 // kernel wrote. One call of the C shim: torch::stable::new_empty goes through the dispatcher by name.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
   static const bool poisoned = [] {
     const char* set = getenv("FLEXKERNELS_POISON");
     return set && *set && *set != '0';
   }();
-  int64_t strides[8], running = 1;
-  const int64_t* sizes = size.begin();
-  const int64_t dim = static_cast<int64_t>(size.size());
+  // the most that a tensor has
+  int64_t strides[64], running = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = running;
     running *= sizes[d];
@@ -242,6 +257,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
   prefer_huge_pages(out);
   if (poisoned && running > 0) poison(out);
   return out;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
+  return empty(like, size.begin(), static_cast<int64_t>(size.size()), type);
 }
 
 }  // namespace flexkernels

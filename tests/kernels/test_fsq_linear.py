@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, need
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import fsq
+from flexkernels import fsq_math
 
 PUBLISHED = [8, 8, 8, 5, 5, 5]
 LEVEL_SETS = [PUBLISHED, [2], [3, 2], [256, 255, 17], [7] * 16, [5] * 7]
@@ -32,9 +34,9 @@ def exact_z(hidden, weight, bias, eps=1e-5):
 def assert_same_but_at_thresholds(codes, arguments, levels):
     """Codes are those of z in float64, but where it is within rounding of a threshold; such z are few."""
     z = exact_z(*arguments)
-    expected, _ = fsq.fsq_quantize_ref(z.float(), levels, ids=False)
+    expected, _ = flexkernels.fsq_quantize_ref(z.float(), levels, ids=False)
     differ = codes.float() != expected.to(codes.dtype).float()
-    thresholds = fsq.thresholds(tuple(levels), torch.device("cpu")).double()
+    thresholds = fsq_math.thresholds(tuple(levels), torch.device("cpu")).double()
     distance = (z.unsqueeze(-1) - thresholds).abs().amin(-1)
     # terms of the sum, each rounded to float32 a few times
     terms = F.linear(F.layer_norm(arguments[0].double(), arguments[0].shape[1:]).abs(), arguments[1].double().abs())
@@ -82,7 +84,7 @@ def test_project_far_from_zero(place):
     arguments = hidden + 3000, weight, bias
     _, codes = project(place, arguments, PUBLISHED, return_codes=True)
     z, eps = exact_z(*arguments), 1e-3
-    low, high = (fsq.fsq_quantize_ref((z + shift).float(), PUBLISHED, ids=False)[0] for shift in (-eps, eps))
+    low, high = (flexkernels.fsq_quantize_ref((z + shift).float(), PUBLISHED, ids=False)[0] for shift in (-eps, eps))
     assert ((codes == low) | (codes == high)).all()
 
 
@@ -113,7 +115,7 @@ def test_project_gradients(place):
     def formula(dtype):
         inputs = [a.to(dtype).requires_grad_() for a in arguments]
         z = F.linear(F.layer_norm(inputs[0], (40,), eps=1e-5), *inputs[1:])
-        value = fsq._bound(z, tuple(PUBLISHED)) / torch.tensor([level // 2 for level in PUBLISHED])
+        value = fsq_math.bound(z, tuple(PUBLISHED)) / torch.tensor([level // 2 for level in PUBLISHED])
         return torch.autograd.grad(value, inputs, grad.to(dtype))
 
     for leaf, plain, exact in zip(leaves, formula(torch.float32), formula(torch.float64), strict=True):
@@ -125,7 +127,7 @@ def test_project_gradients(place):
 
 def draw_embed(rows, width, levels=PUBLISHED, dtype=torch.float32, tables=True):
     arguments = {
-        "ids": torch.randint(fsq.math.prod(levels), (rows,)),
+        "ids": torch.randint(math.prod(levels), (rows,)),
         "weight": torch.randn(width, len(levels)).to(dtype),
         "bias": torch.randn(width).to(dtype),
     }
@@ -229,12 +231,55 @@ def test_every_id_makes_the_way_there_and_back(place):
         with flexkernels.backend(place[0]):
             codes = flexkernels.fsq_embed(ids, PUBLISHED, torch.eye(6, dtype=dtype, device=place[1]))
             assert torch.equal(codes, flexkernels.fsq_dequantize(ids, PUBLISHED, dtype=dtype))
-            half, offset, shift = fsq._bound_terms(tuple(PUBLISHED), codes)
+            half, offset, shift = fsq_math.bound_terms(tuple(PUBLISHED), codes)
             levels = torch.tensor([level // 2 for level in PUBLISHED], device=place[1])
             # a code is the value before rounding, so atanh leads back to a z of the same level
             z = (torch.atanh(((codes.float() * levels).round() + offset) / half) - shift).to(dtype)
             for ids_dtype in (torch.int64, torch.int32):
                 assert torch.equal(flexkernels.fsq_quantize(z, PUBLISHED, ids_dtype=ids_dtype)[1].long(), ids)
+
+
+def test_forward_mode():
+    arguments = draw_project(9, 20, PUBLISHED)
+    tangents = tuple(torch.randn_like(a) for a in arguments)
+    run = lambda *a: flexkernels.fsq_project_quantize(*a, PUBLISHED, return_codes=True)[1]  # noqa: E731
+
+    def formula(hidden, weight, bias):
+        return fsq_math.smooth(F.linear(F.layer_norm(hidden, (20,)), weight, bias), PUBLISHED)
+
+    codes, found = torch.func.jvp(run, arguments, tangents)
+    assert torch.equal(codes, run(*arguments))
+    torch.testing.assert_close(found, torch.func.jvp(formula, arguments, tangents)[1], rtol=1e-4, atol=1e-5)
+    given = draw_embed(9, 20)
+    weight, ids = given["weight"], given["ids"]
+    embed = lambda w: flexkernels.fsq_embed(ids, PUBLISHED, w)  # noqa: E731
+    out, found = torch.func.jvp(embed, (weight,), (torch.ones_like(weight),))
+    torch.testing.assert_close(out, embed(weight))
+    torch.testing.assert_close(found, embed(torch.ones_like(weight)))
+
+
+def test_second_derivatives_are_right_or_refused():
+    leaves = [a.requires_grad_() for a in draw_project(9, 20, PUBLISHED)]
+    grad = torch.randn(9, 6)
+
+    def second(function, leaves):
+        first = torch.autograd.grad(function(*leaves), leaves, grad.to(leaves[0]), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    def formula(hidden, weight, bias):
+        return fsq_math.smooth(F.linear(F.layer_norm(hidden, (20,)), weight, bias), PUBLISHED)
+
+    run = lambda *a: flexkernels.fsq_project_quantize(*a, PUBLISHED, return_codes=True)[1]  # noqa: E731
+    exact = second(formula, [a.detach().double().requires_grad_() for a in leaves])
+    for found, expected in zip(second(run, leaves), exact, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    given = moved(draw_embed(9, 20), grad=True)
+    (first,) = torch.autograd.grad(
+        flexkernels.fsq_embed(levels=PUBLISHED, **given).square().sum(), given["weight"], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="fsq_embed_backward has no derivative of this order"):
+        torch.autograd.grad(first.sum(), given["weight"])
 
 
 # tracing

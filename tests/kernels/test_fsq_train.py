@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICE, FLOATS, inductor, interpreted, needs_gpu, on_every_backend
 
 import flexkernels
-from flexkernels import fsq
+from flexkernels import fsq_math
 
 PUBLISHED = [8, 8, 8, 5, 5, 5]
 train, train_ref = flexkernels.fsq_quantize_train, flexkernels.fsq_quantize_train_ref
@@ -17,7 +17,7 @@ def draw(*shape, dtype=torch.float32):
 
 def smooth(z):
     half_width = torch.tensor([level // 2 for level in PUBLISHED], device=z.device)
-    return (fsq._bound(z.float(), tuple(PUBLISHED)) / half_width).to(z.dtype)
+    return (fsq_math.bound(z.float(), tuple(PUBLISHED)) / half_width).to(z.dtype)
 
 
 def test_without_noise_it_is_fsq_quantize():
