@@ -1,5 +1,7 @@
 """Video files in and out (PyAV), and the step between 8-bit frames and what a model takes."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -8,12 +10,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
+from vft.deferred import Image, ImageDraw, ImageFont, av
 from vft.files import replacing
 
 DEFAULT_FPS = 25.0
@@ -21,10 +22,6 @@ PATCH = 16
 
 # text that FFmpeg draws as a video, and lists of other files, which may lie on the network
 _REFUSED = {"tty", "hls", "dash", "concat", "sdp", "image2", "rtsp", "rtp"}
-_READ_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": ",".join(sorted(av.formats_available - _REFUSED)),
-}
 OUTPUT_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 
 
@@ -177,6 +174,11 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         return VideoInfo(container.format.name, codec.name, codec.height, codec.width, stream.frames, _rate(stream))
 
 
+def _read_options() -> dict[str, str]:
+    formats = av.formats_available - _REFUSED
+    return {"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(formats))}
+
+
 @contextmanager
 def _opened(path) -> Iterator[tuple]:
     """Open a file and find its video stream; FFmpeg's errors become VideoError inside the block too."""
@@ -187,7 +189,7 @@ def _opened(path) -> Iterator[tuple]:
         raise VideoError(f"{name}: the file is empty")
     try:
         # "file:" because a colon in the name would otherwise end a protocol
-        with av.open(f"file:{name}", options=_READ_OPTIONS, metadata_errors="ignore") as container:
+        with av.open(f"file:{name}", options=_read_options(), metadata_errors="ignore") as container:
             pictures = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & pictures), None)
             if stream is None:
@@ -389,14 +391,6 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     if torch.isnan(video).any():
         raise ValueError("video must be free of NaN")
     return video.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all values of two uint8 tensors of one shape; inf where they are equal."""
-    if frames.shape != reference.shape:
-        raise ValueError(f"frames must have the reference's shape {list(reference.shape)}, got {list(frames.shape)}")
-    error = (frames.to(torch.float64) - reference.to(torch.float64)).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def contact_sheet(

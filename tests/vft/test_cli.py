@@ -1,8 +1,13 @@
+import argparse
+import io
 import os
+import pkgutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,11 @@ from PIL import Image
 
 import flexkernels
 from flexkernels import info as installation
-from vft import Tokenizer, cli, demo, video
+from flexkernels import library
+from vft import Tokenizer, cli, commands, demo, metrics, video
+from vft.commands import options
 from vft.config import make_config, parse_config
+from vft.solver import SOLVERS
 from vft.tokens import VideoTokens
 
 FAST = ["--steps", "1", "--guidance", "none"]
@@ -104,7 +112,7 @@ def test_reconstruct_prints_the_psnr_of_its_output(tmp_path, model, capsys):
     out = capsys.readouterr().out
     source = video.read_video(CLIP, 64).frames
     printed = float(re.search(r"PSNR: ([\d.]+) dB", out)[1])
-    assert printed == pytest.approx(video.psnr(video.read_video(path).frames, source), abs=0.5)
+    assert printed == pytest.approx(metrics.frames_psnr(video.read_video(path).frames, source), abs=0.5)
     assert "9 x 4 = 36 tokens, 72 bytes" in out
 
 
@@ -122,7 +130,7 @@ def test_demo(tmp_path, model, capsys):
     # the panels of the movie, scaled back, are what was measured
     panels = [video.resize(movie.frames[:, 8:200, x : x + 192], 64, 64) for x in (8, 208, 408, 608)]
     for row, panel in zip(rows, panels[1:], strict=True):
-        assert float(row[4]) == pytest.approx(video.psnr(panel, panels[0]), abs=1.5)
+        assert float(row[4]) == pytest.approx(metrics.frames_psnr(panel, panels[0]), abs=1.5)
     assert "CC BY 3.0" in out
 
 
@@ -236,6 +244,55 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, model, tokens_file, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", ["encode", "decode", "reconstruct"])
+def test_an_input_is_never_the_output(tmp_path, model, tokens_file, capsys, command):
+    source = tmp_path / "a.mp4"
+    shutil.copy(tokens_file if command == "decode" else CLIP, source)
+    before = source.read_bytes()
+    (tmp_path / "link.mp4").symlink_to(source)
+    argv = [command, source, "--model", model] + (FAST if command != "encode" else [])
+    for output in (source, tmp_path / "link.mp4", f"{tmp_path}/../{tmp_path.name}/a.mp4"):
+        assert "must be another file than the input" in failure(capsys, [*argv, "-o", output])
+    assert source.read_bytes() == before
+
+
+def test_a_model_is_never_the_output(tmp_path, model, capsys):
+    copied = Path(shutil.copy(model, tmp_path / "m.safetensors"))
+    assert "than the input" in failure(capsys, ["encode", CLIP, "--model", copied, "-o", copied])
+    assert "than the input" in failure(capsys, ["eval", "--model", copied, "-o", copied])
+    assert copied.read_bytes() == Path(model).read_bytes()
+
+
+def test_standard_input_and_output(tmp_path, model, tokens_file, monkeypatch, capfdbinary):
+    command = [sys.executable, "-m", "vft", "encode", "-", "-o", "-", "--model", model]
+    with open(CLIP, "rb") as clip:
+        done = subprocess.run(command, stdin=clip, capture_output=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout == Path(tokens_file).read_bytes()
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(done.stdout[:140])))
+    assert cli.main(["decode", "-", "-o", f"{tmp_path}/a.mp4", "--model", model, *FAST]) == 2
+    assert b"standard input: the first register is not complete" in capfdbinary.readouterr().err
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(done.stdout)))
+    assert cli.main(["decode", "-", "-o", f"{tmp_path}/a.mp4", "--model", model, *FAST]) == 0
+    assert len(video.read_video(tmp_path / "a.mp4").frames) == 33
+
+
+def test_other_outputs_are_files(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "output '-' must be a file" in failure(capsys, ["eval", "-o", "-", "--model", model])
+    assert "must end in .mp4" in failure(capsys, ["reconstruct", CLIP, "-o", "-", "--model", model])
+    assert not os.listdir(tmp_path)
+
+
+def test_the_demo_replaces_only_in_a_folder_that_is_named(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo.png").write_text("mine")
+    error = failure(capsys, ["demo", "--model", model, *FAST])
+    assert "output 'demo.png' exists and was not named: give a folder with -o" in error
+    assert os.listdir(tmp_path) == ["demo.png"] and Path("demo.png").read_text() == "mine"
+    assert cli.main(["demo", "-o", ".", "--model", model, *FAST]) == 0
+    assert Path("demo.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_tokens_of_another_model_are_not_decoded_by_the_default(tmp_path, tokens_file, capsys):
     assert "made by the model 'small'" in failure(capsys, ["decode", tokens_file, "-o", tmp_path / "a.mp4"])
 
@@ -255,6 +312,45 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vft {flexkernels.__version__}\n"
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_package_is_the_command():
+    done = python("-m", "vft", "--version")
+    assert done.returncode == 0 and done.stdout == f"vft {flexkernels.__version__}\n"
+    assert python("-m", "vft", "fly").returncode == 2
+
+
+@pytest.mark.parametrize("argv", ["--help", "--version", "decode --help", "encode in.mp4 -k 0", "eval -o a.json"])
+def test_arguments_are_read_without_torch_and_fast(argv):
+    code = """if True:
+        import sys, time
+        from vft import cli
+        cli._run = lambda args: print("ran")
+        code = cli.main(sys.argv[1:])
+        print(code, "torch" in sys.modules, time.process_time())
+    """
+    done = python("-c", code, *argv.split())
+    exit_code, torch_imported, seconds = done.stdout.split()[-3:]
+    assert exit_code == ("2" if "-k 0" in argv else "0") and torch_imported == "False", done
+    assert ("ran\n" in done.stdout) == ("eval" in argv)
+    # of this process, whatever else the machine does
+    assert float(seconds) < 0.6
+
+
+def test_names_that_stand_twice_are_the_same():
+    assert tuple(SOLVERS) == options.SOLVERS and options.BACKENDS == library.BACKENDS
+    parser = argparse.ArgumentParser()
+    options.add_video_output(parser)
+    assert all(suffix in parser.format_help() for suffix in video.OUTPUT_FORMATS)
+
+
+def test_every_command_has_a_file():
+    modules = {m.name for m in pkgutil.iter_modules(commands.__path__)}
+    assert modules == {*cli.COMMANDS, "options"}
 
 
 def test_a_reader_that_leaves_is_no_error():

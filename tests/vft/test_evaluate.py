@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vft
-from vft import cli, evaluate
+from vft import cli, evaluate, metrics
 from vft.config import make_config, parse_config
 from vft.train import classifier, procedural
 
@@ -19,29 +19,29 @@ SMALL = make_config(
 def test_psnr_of_a_known_error():
     reference = torch.zeros(2, 3, 2, 4, 4)
     video = reference + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1, 1)
-    torch.testing.assert_close(evaluate.psnr(video, reference), torch.tensor([20.0, 40.0]))
+    torch.testing.assert_close(metrics.psnr(video, reference), torch.tensor([20.0, 40.0]))
 
 
 def test_ssim_of_one_window_is_its_formula():
     x, y = torch.rand(2, 1, 3, 1, 11, 11, dtype=torch.float64) * 2 - 1
-    a, b = (evaluate._luma(z)[0, 0] for z in (x, y))
+    a, b = (metrics._luma(z)[0, 0] for z in (x, y))
     distance = (torch.arange(11) - 5.0).square()
     weight = torch.exp(-(distance[:, None] + distance) / (2 * 1.5**2))
     weight = weight / weight.sum()
     ma, mb = (weight * a).sum(), (weight * b).sum()
     va, vb, cov = ((weight * p * q).sum() for p, q in ((a - ma, a - ma), (b - mb, b - mb), (a - ma, b - mb)))
     want = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
-    torch.testing.assert_close(evaluate.ssim(x, y)[0], want, rtol=1e-4, atol=0)
+    torch.testing.assert_close(metrics.ssim(x, y)[0], want, rtol=1e-4, atol=0)
     with pytest.raises(ValueError, match="at least 11x11"):
-        evaluate.ssim(x[..., :8], y[..., :8])
+        metrics.ssim(x[..., :8], y[..., :8])
 
 
 def test_distances_order_clips():
     clip = procedural.batch(0, [1], 32, 5)
     slight, strong = clip + 0.02 * torch.randn_like(clip), clip + 0.3 * torch.randn_like(clip)
-    assert evaluate.ssim(clip, clip).item() == pytest.approx(1) and evaluate.gmsd(clip, clip).item() == 0
-    assert evaluate.ssim(slight, clip) > evaluate.ssim(strong, clip) + 0.1
-    assert evaluate.gmsd(slight, clip) < evaluate.gmsd(strong, clip) - 0.02
+    assert metrics.ssim(clip, clip).item() == pytest.approx(1) and metrics.gmsd(clip, clip).item() == 0
+    assert metrics.ssim(slight, clip) > metrics.ssim(strong, clip) + 0.1
+    assert metrics.gmsd(slight, clip) < metrics.gmsd(strong, clip) - 0.02
 
 
 def test_budgets():
@@ -83,7 +83,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main([*arguments, "--run", str(tmp_path), str(tmp_path / ".")]) == 2
     assert "must have different names" in capsys.readouterr().err
     assert cli.main([*arguments[:-1], "1"]) == 2
-    assert "clips must be at least 2" in capsys.readouterr().err
+    assert "must be at least 2, got 1" in capsys.readouterr().err
 
 
 def test_the_command_with_a_generator(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_class_accuracy_is_that_of_the_judge():
     result = evaluate.class_accuracy(generator, tokenizer, judge, 6, guidances=(1.0, 3.0), temperature=0.5)
     assert result == {"held_out": 1.0, "reconstructed": 0.0, "generated": 0.0, "guidance 3": 0.0}
     plain, guided, real, seen = judge.seen
-    assert evaluate.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
+    assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
 
 
 def test_the_classifier_needs_whole_latent_frames():

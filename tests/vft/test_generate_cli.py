@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vft
-from vft import VideoTokens, checkpoint, cli, generation, text, video
+from vft import VideoTokens, checkpoint, cli, decoding, generation, text, video
 from vft.config import make_config, parse_config, parse_generator_config
 
 FAST = ["--steps", "1", "--guidance", "none"]
@@ -63,6 +63,39 @@ def test_videos_of_a_class(tmp_path, folder, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "out.png"]
 
 
+def test_only_what_is_named_is_replaced(tmp_path, folder, capsys):
+    argv = ["--model", "@class", "--class-name", "zumba", "-k", "1", "--frames", "1", *FAST]
+    for name in ("keep.png", "keep.mp4", "keep-1.vft"):
+        (tmp_path / name).write_text("mine")
+    assert run(folder, *argv, "-o", tmp_path / "keep.mp4") == 2
+    assert f"exists and was not named: --sheet {tmp_path}/keep.png replaces it" in capsys.readouterr().err
+    assert run(folder, *argv, "-o", tmp_path / "keep.vft", "--tokens-only", "--n", "2") == 2
+    assert "keep-1.vft' exists and was not named: give another -o" in capsys.readouterr().err
+    assert {p.read_text() for p in tmp_path.iterdir()} == {"mine"} and len(list(tmp_path.iterdir())) == 3
+    for name in ("other.txt", "none/other.png"):
+        assert run(folder, *argv, "-o", tmp_path / "keep.mp4", "--sheet", tmp_path / name) == 2
+    assert run(folder, *argv, "-o", tmp_path / "keep.mp4", "--sheet", tmp_path / "keep.png") == 0
+    assert Image.open(tmp_path / "keep.png").height > 128
+    assert len(video.read_video(tmp_path / "keep.mp4").frames) == 1 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_inputs_are_never_outputs(tmp_path, folder, capsys):
+    caption = shutil.copy(folder / "one.safetensors", tmp_path / "a.vft")
+    argv = ["--model", "@text", "--text-emb", caption, "--tokens-only", "-k", "1", "-o", caption]
+    assert run(folder, *argv) == 2 and "than the input" in capsys.readouterr().err
+
+
+def test_graphs_are_left_to_the_device(tmp_path, folder, capsys, monkeypatch):
+    seen, levels = [], decoding.levels
+    monkeypatch.setattr(decoding, "levels", lambda *a: (seen.append(a[-1]), levels(*a))[1])
+    argv = ["--model", "@class", "--class-name", "0", "--tokens-only", "-k", "1", "-o", tmp_path / "a.vft"]
+    for options in ([], ["--no-cuda-graph"]):
+        assert run(folder, *argv, "--device", "cpu", *options) == 0
+    assert seen == [None, False]
+    assert run(folder, *argv, "--device", "cpu", "--cuda-graph") == 2
+    assert "cuda_graph must be off on cpu" in capsys.readouterr().err
+
+
 def test_token_files_hold_what_the_library_generates(tmp_path, folder, capsys):
     argv = ["--model", "@class", "--class-name", "zumba", "--n", "2", "--seed", "3", "--frames", "2", "--tokens-only"]
     options = ["--top-k", "20", "--top-p", "0.9", "--min-p", "0.01", "--temperature", "0.8", "--token-guidance", "1.5"]
@@ -91,14 +124,14 @@ def test_all_registers_that_fit_are_the_default(tmp_path, folder):
 
 
 def test_captions_from_a_file(tmp_path, folder):
-    argv = ["--model", "@text", "--tokens-only", "-k", "3", "--temperature", "0", "-o", tmp_path / "a.vft"]
-    assert run(folder, *argv, "--text-emb", "@captions") == 0
+    argv = ["--model", "@text", "--tokens-only", "-k", "3", "--temperature", "0"]
+    assert run(folder, *argv, "--text-emb", "@captions", "-o", tmp_path / "a.vft") == 0
     emb, mask = text.load_embeddings(folder / "captions.safetensors")
     gen = vft.Generator.from_pretrained(folder / "text.safetensors")
     want = gen.generate(text_emb=emb, text_mask=mask, tokens_per_frame=3, temperature=0)
     for i in range(2):
         assert torch.equal(VideoTokens.load(tmp_path / f"a-{i}.vft").ids, want[i])
-    assert run(folder, *argv, "--text-emb", "@one", "--n", "2") == 0
+    assert run(folder, *argv, "--text-emb", "@one", "--n", "2", "-o", tmp_path / "b.vft") == 0
 
 
 class FakeEncoder:
@@ -169,6 +202,7 @@ def test_a_caption_through_an_encoder(tmp_path, folder, monkeypatch, capsys):
     [
         (["--model", "@class"], "class_id must be given"),
         (["--model", "@class", "--class-name", "doing yogi"], "is not known: did you mean 'doing yoga'?"),
+        (["--model", "@class", "--class-name", "foo"], "the classes are doing yoga, archery, zumba"),
         (["--model", "@class", "--class-name", "3"], "class_id must lie in 0..2, got 3"),
         (["--model", "@class", "--text", "a cat"], "conditioned on classes: give --class-name"),
         (["--model", "@class", "--text-emb", "@captions"], "conditioned on classes: give --class-name"),
@@ -187,9 +221,9 @@ def test_a_caption_through_an_encoder(tmp_path, folder, monkeypatch, capsys):
         (["--model", "@class", "--class-name", "0", "--frames", "6", "-k", "8"], "at most seq_len = 40, got 6 * 8"),
         (["--model", "@class", "--class-name", "0", "--frames", "1", "-k", "9"], "at most the tokenizer's 8, got 9"),
         (["--model", "@class", "--class-name", "0", "-k", "0"], "must be at least 1, got 0"),
-        (["--model", "@class", "--class-name", "0", "--top-p", "1.5"], "top_p must lie in (0, 1], got 1.5"),
+        (["--model", "@class", "--class-name", "0", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["--model", "@class", "--class-name", "0", "--top-k", "0"], "top_k must be at least 1, got 0"),
-        (["--model", "@class", "--class-name", "0", "--temperature", "-1"], "temperature must be finite"),
+        (["--model", "@class", "--class-name", "0", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
         (["--model", "@class", "--class-name", "0", "-o", "OUT.txt"], "must end in .mp4"),
         (["--model", "@class", "--class-name", "0", "--tokens-only"], "must end in .vft"),
         (["--model", "@class", "--class-name", "0", "-o", "OUT/none/a.mp4"], "does not exist"),
@@ -222,7 +256,7 @@ def test_the_embedded_generator_is_the_default(tmp_path, folder, capsys, monkeyp
 
 def test_info(folder, capsys):
     for name, words in (
-        ("class", ["generator", "3 classes", "40 tokens", "64 ids", "tok.safetensors"]),
+        ("class", ["generator", "3 classes", "doing yoga, archery, zumba", "40 tokens", "64 ids", "tok.safetensors"]),
         ("text", ["768"]),
     ):
         assert cli.main(["info", str(folder / f"{name}.safetensors")]) == 0

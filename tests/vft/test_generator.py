@@ -266,8 +266,7 @@ def test_replayed_steps_give_the_same_ids(case, monkeypatch):
     monkeypatch.setattr(decoding, "BUCKET", 4)
     rows = gen.conditions(**{"class_id": None, "text_emb": None, "text_mask": None, "n": 3, **conditions(case)})
     request = decoding.Request.checked(gen.config, rows, frames=2, tokens_per_frame=[2, 5, 5], prompt=None, guided=True)
-    sampler = decoding.check_sampler(1.0, None, None, None, 2.0, 2)
-    *_, ids = decoding.levels(gen, request, sampler, 2, cuda_graph=True)
+    *_, ids = decoding.levels(gen, request, decoding.Sampling(guidance=2.0, seed=2), cuda_graph=True)
     assert torch.equal(ids, want)
     # (samples, cache bucket): a row drops out after four tokens, the cache is ten long
     assert captured == [(3, 4), (2, 8), (2, 10)]
@@ -378,7 +377,7 @@ def test_real_sizes():
         ({"class_id": 1.5}, "not iterable|class_id must"),
         ({"class_id": torch.zeros(2)}, "class_id must be int"),
         ({"class_id": "clas 2"}, "class 'clas 2' is not known: did you mean 'class 2'"),
-        ({"class_id": "zebra"}, "class 'zebra' is not known: there are 7 classes"),
+        ({"class_id": "zebra"}, "class 'zebra' is not known: the classes are class 0, class 1, .*, class 6$"),
         (
             {"class_id": 1, "text_emb": torch.zeros(1, 2, 48)},
             "text_emb must not be given: this model is conditioned on",
@@ -389,12 +388,12 @@ def test_real_sizes():
         ({"class_id": 1, "tokens_per_frame": 0}, "tokens_per_frame must be at least 1, got 0"),
         ({"class_id": 1, "tokens_per_frame": [1, 2]}, r"one a row \(1\), got 2"),
         ({"class_id": 1, "frames": 9, "tokens_per_frame": 9}, r"at most seq_len = 80, got 9 \* 9"),
-        ({"class_id": 1, "temperature": -1}, "temperature must be finite and at least 0, got -1"),
+        ({"class_id": 1, "temperature": -1}, "temperature must be at least 0, got -1"),
         ({"class_id": 1, "temperature": None}, "temperature must be a number"),
         ({"class_id": 1, "top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"class_id": 1, "top_p": 0}, r"top_p must lie in \(0, 1\], got 0"),
-        ({"class_id": 1, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"class_id": 1, "min_p": 1}, r"min_p must lie in \[0, 1\), got 1"),
+        ({"class_id": 1, "top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"class_id": 1, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"class_id": 1, "min_p": 1}, "min_p must be at least 0 and below 1, got 1"),
         ({"class_id": 1, "guidance": float("nan")}, "guidance must be finite, got nan"),
         ({"class_id": 1, "seed": -1}, "seed must be at least 0, got -1"),
         ({"class_id": 1, "prompt": [[1], [2]]}, r"one a row \(1\), got 2"),

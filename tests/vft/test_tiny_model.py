@@ -6,8 +6,9 @@ import torch
 import vft
 from vft.checkpoint import ASSETS
 from vft.demo import CLIP
-from vft.evaluate import held_out, one_video, psnr
+from vft.evaluate import held_out, one_video
 from vft.generator import time_first
+from vft.metrics import psnr
 from vft.train import procedural
 
 KEEPS = [1, 4, 16, 32]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vft import video
+from vft import metrics, video
 from vft.demo import CLIP
 from vft.files import check_output, replacing
 
@@ -46,7 +46,7 @@ def test_write_then_read_keeps_count_rate_and_picture(tmp_path, suffix, frames, 
     assert back.fps == pytest.approx(fps, rel=1e-9)
     assert (back.height, back.width) == (32, 48)
     # 4:2:0 blurs the colour edges of the square
-    assert video.psnr(back.frames, clip) > 25
+    assert metrics.frames_psnr(back.frames, clip) > 25
 
 
 def test_gif_keeps_frames_that_do_not_change(tmp_path):
@@ -55,7 +55,7 @@ def test_gif_keeps_frames_that_do_not_change(tmp_path):
     video.write_video(tmp_path / "a.gif", clip, 10)
     back = video.read_video(tmp_path / "a.gif")
     assert back.frames.shape == clip.shape and back.fps == 10
-    assert video.psnr(back.frames, clip) > 25
+    assert metrics.frames_psnr(back.frames, clip) > 25
 
 
 def test_odd_sizes_are_padded_by_their_last_row_and_column(tmp_path):
@@ -64,7 +64,7 @@ def test_odd_sizes_are_padded_by_their_last_row_and_column(tmp_path):
     back = video.read_video(tmp_path / "odd.mp4").frames
     assert back.shape == (2, 34, 48, 3)
     padded = np.pad(clip.numpy(), ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
-    assert video.psnr(back, torch.from_numpy(padded)) > 25
+    assert metrics.frames_psnr(back, torch.from_numpy(padded)) > 25
 
 
 def test_mpeg4_where_there_is_no_libx264(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_mpeg4_where_there_is_no_libx264(tmp_path, monkeypatch):
     video.write_video(path, clip, 12)
     assert video.probe_video(path).codec == "mpeg4"
     back = video.read_video(path)
-    assert back.fps == 12 and video.psnr(back.frames, clip) > 25
+    assert back.fps == 12 and metrics.frames_psnr(back.frames, clip) > 25
 
 
 def test_pieces_and_quality(tmp_path):
@@ -90,7 +90,7 @@ def test_reads_odd_sizes_alpha_and_more_than_8_bits(tmp_path, pix_fmt):
     encode_raw(tmp_path / "a.mkv", list(clip.numpy()), pix_fmt=pix_fmt, rate=Fraction(30000, 1001))
     back = video.read_video(tmp_path / "a.mkv")
     assert back.frames.shape == (3, 21, 37, 3) and back.fps == 30000 / 1001
-    assert video.psnr(back.frames, clip) > (80 if pix_fmt == "bgra" else 25)
+    assert metrics.frames_psnr(back.frames, clip) > (80 if pix_fmt == "bgra" else 25)
 
 
 def test_gray_becomes_rgb(tmp_path):
@@ -110,7 +110,7 @@ def test_rotation_metadata_is_applied(tmp_path, degrees):
     back = video.read_video(tmp_path / "a.mp4")
     upright = torch.rot90(clip, degrees // 90, (1, 2))
     assert (back.height, back.width) == tuple(upright.shape[1:3])
-    assert video.psnr(back.frames, upright) > 25
+    assert metrics.frames_psnr(back.frames, upright) > 25
 
 
 def test_size_and_max_frames_are_those_of_fit(tmp_path):
@@ -155,7 +155,7 @@ def test_preprocess_and_to_uint8_are_inverse():
         (lambda: video.preprocess(moving(2, 8, 32)), "at least 16 pixels"),
         (lambda: video.to_uint8(torch.full((3, 1, 4, 4), float("nan"))), "free of NaN"),
         (lambda: video.to_uint8(torch.zeros(2, 3, 1, 4, 4)), "must have shape"),
-        (lambda: video.psnr(moving(2), moving(3)), "reference's shape"),
+        (lambda: metrics.frames_psnr(moving(2), moving(3)), "reference's shape"),
         (lambda: video.contact_sheet([]), "at least 1"),
         (lambda: video.read_video(CLIP, max_frames=0), "max_frames must be at least 1"),
         (lambda: video.read_video(CLIP, size=8), "size must be"),

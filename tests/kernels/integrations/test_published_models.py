@@ -8,8 +8,12 @@ import contextlib
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
 import weakref
 from functools import cache
+from pathlib import Path
 
 import published
 import pytest
@@ -20,6 +24,7 @@ from golden_generator import io as generator_io
 from golden_tokenizer import CASES, KEEP, PIPELINES, assert_close, load
 
 import flexkernels
+from flexkernels import integrations
 
 GENERATORS = ("ar_class", "ar_text")
 
@@ -320,6 +325,59 @@ def test_a_generator_of_other_norms_is_refused():
     model.blocks[0].n1.eps = 1e-5
     with pytest.raises(ValueError, match="norms of eps"):
         flexkernels.accelerate(model)
+
+
+# how flexkernels finds what it does not know
+
+
+def test_flexkernels_does_not_import_vft():
+    sources = Path(flexkernels.__file__).parent.rglob("*.py")
+    assert [s for s in sources if "import vft" in s.read_text() or "from vft" in s.read_text()] == []
+
+
+def test_the_project_announces_the_integrations():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    announced = project["project"]["entry-points"][integrations.GROUP]
+    assert set(announced) == {"videoflextok", "flextok", "semantok"}
+    assert announced.items() <= {point.name: point.value for point in integrations._integrations()}.items()
+
+
+def test_an_integration_is_found_without_an_import_of_vft():
+    code = """
+        import sys
+        import flexkernels, standins
+        model = standins.tokenizer("base")
+        assert "vft.integrations" not in sys.modules
+        flexkernels.accelerate(model)
+        print(type(model.pipeline).__mro__[1].__module__)
+    """
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "vft.integrations.videoflextok", done.stderr
+
+
+def test_an_installed_package_announces_its_own(tmp_path, monkeypatch):
+    (tmp_path / "strange.py").write_text(
+        "from flexkernels.integrations import Change\n"
+        "knows = lambda model: type(model).__name__ == 'Strange'\n"
+        "def accelerate(model, *, much=1):\n"
+        "    model.much = much\n"
+        "    return Change(['much'], [], lambda: delattr(model, 'much'))\n"
+    )
+    metadata = tmp_path / "strange-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{integrations.GROUP}]\nstrange = strange\n")
+    model = type("Strange", (), {})()
+    with pytest.raises(TypeError, match=r"diffusers, .*videoflextok.*; found nothing known in .*Strange"):
+        flexkernels.accelerate(model)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert flexkernels.accelerate(model, much=3).much == 3
+    assert "much" not in vars(flexkernels.restore(model))
+    with pytest.raises(TypeError, match="options of strange must be among much, got more"):
+        flexkernels.accelerate(model, more=1)
 
 
 # the published code itself

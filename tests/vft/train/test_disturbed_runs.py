@@ -115,6 +115,13 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
         assert reason in error and error.count("\n") == 1
 
 
+def test_a_model_of_somebody_else_is_left(tmp_path):
+    (tmp_path / state.MODEL).write_text("mine")
+    with pytest.raises(OSError, match=r"holds a model\.safetensors that no training made"):
+        train(tmp_path, SETTINGS, config=SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == [state.MODEL] and (tmp_path / state.MODEL).read_text() == "mine"
+
+
 def test_other_settings_and_models_are_named(tmp_path):
     train(tmp_path, replace(SETTINGS, steps=1), config=SMALL)
     with pytest.raises(ValueError, match=r"made with batch 4 \(now 2\), frames \[5, 17\] \(now \[5\]\)"):

@@ -120,3 +120,12 @@ def test_the_command(tmp_path, tokenizer):
     assert cli.main([*argv, "--depth", "1", "-k", "3", "--class-dropout", "0.2", "--tables", "whole"]) == 0
     gen = vft.Generator.from_pretrained(tmp_path / "run" / "model.safetensors")
     assert (gen.config.depth, gen.config.seq_len) == (1, 15)
+
+
+def test_a_run_of_the_other_kind_is_named(tmp_path, tokenizer, capsys):
+    options = ["-o", str(tmp_path), "--steps", "1", "--batch", "1", "--clips", "1"]
+    generator = ["train", "generator", *options, "--tokenizer", tokenizer, "--depth", "1", "-k", "1"]
+    assert cli.main(generator) == 0
+    assert cli.main(["train", "tokenizer", *options]) == 2
+    error = f"vft: error: the run in {tmp_path} trains a generator, not a tokenizer: give another folder with -o\n"
+    assert capsys.readouterr().err == error

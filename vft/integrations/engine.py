@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import flexkernels
 
+from ..checkpoint import published_name
+from ..config import TokenizerConfig, parse_config
+from ..layers import Merged
+from ..solver import evaluations, sample, schedule
+from ..tokenizer import Tokenizer
 from .module_dict import Keys, Reader, describe
 
 
-def share(model: nn.Module, config, encoder: bool):
+def share(model: nn.Module, config: TokenizerConfig, encoder: bool) -> Tokenizer:
     """A ``vft.Tokenizer`` whose parameters are the published model's own Parameter objects, or only its decoder's.
 
     Raises ValueError naming a parameter that is missing, has another shape, or would not be used.
     """
-    import vft
-    from vft.checkpoint import published_name
-
     with torch.device("meta"):
-        tokenizer = vft.Tokenizer(config, type(model).__name__)
+        tokenizer = Tokenizer(config, type(model).__name__)
     if not encoder:
         tokenizer.encoder = nn.Identity()
     sides = ("encoder.", "decoder.") if encoder else ("decoder.",)
@@ -72,8 +73,6 @@ class Engine:
         self, model: nn.Module, readers: Mapping[str, Reader], *, encoder: bool, dtype: torch.dtype | None,
         compat: Iterable[str], collapse: bool,
     ) -> None:  # fmt: skip
-        from vft.config import parse_config
-
         self.keys = Keys.of(model, encoder)
         self.config = parse_config(describe(model, readers, encoder))
         self.decoder, self.regularizer = model.decoder, model.regularizer
@@ -109,8 +108,6 @@ class Engine:
             self._undo.pop()()
 
     def _separate(self) -> None:
-        from vft.layers import Merged
-
         for module in self.tokenizer.modules():
             if isinstance(module, Merged):
                 module.separate()
@@ -162,7 +159,7 @@ class Engine:
         noise: list of samples; prefix: list of clean first frames ``[1, C, k, H, W]`` or None. Guidance takes its norms
         over T, H and W of each channel of a video, but over C, H and W of an image. Returns a list of float32 samples.
         """
-        from vft.solver import evaluations, sample, schedule
+        from tqdm import tqdm
 
         self._check_mode(self.decoder)
         latents = self._samples("noise", noise)

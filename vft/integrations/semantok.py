@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import Change
+from flexkernels.integrations import Change
+
+from .. import decoding
+from ..config import GeneratorConfig, parse_generator_config
+from ..generator import Generator
 from .engine import replace_attribute
 
 PARTS = ("tok_emb", "pos_emb", "sos", "cls_emb", "ctx_in", "ctx_null", "blocks", "norm", "head", "sample")
@@ -26,13 +30,13 @@ def knows(model: Any) -> bool:
     return all(hasattr(block, name) for name in ("n1", "attn", "xattn", "n2", "ffn")) and hasattr(block.attn, "qkv")
 
 
-def accelerate(model: Any, *, dtype: torch.dtype | None = None, cuda_graph: bool = False) -> Change:
+def accelerate(model: Any, *, dtype: torch.dtype | None = None, cuda_graph: bool | None = None) -> Change:
     """``sample`` draws by ``vft.Generator``'s decoding.
 
     Args:
         dtype: None computes in the weights' dtype without a second copy, whatever dtype ``sample`` is given; another
             dtype computes over a copy cast to it. Autocast has no effect inside.
-        cuda_graph: replay the step as a CUDA graph.
+        cuda_graph: replay the step as a CUDA graph; None: on a GPU.
 
     Raises ValueError for a model that a generator's configuration cannot say.
     """
@@ -49,12 +53,10 @@ class Sampler:
     The matrices w1 and w3 of a gated MLP lie side by side in the generator's w13; the model's become views of it.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool) -> None:
-        import vft
-
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, cuda_graph: bool | None) -> None:
         self.cuda_graph = cuda_graph
         with torch.device("meta"):
-            self.generator = vft.Generator(_config(model), type(model).__name__).eval()
+            self.generator = Generator(_config(model), type(model).__name__).eval()
         check(self.generator, model)
         self.model = model
         self.dtype = model.sos.dtype if dtype is None else dtype
@@ -92,20 +94,18 @@ class Sampler:
         At temperature 0 the ids are the published ones; else they are other draws from the same distribution, seeded by
         one number from `generator`.
         """
-        from vft import decoding
-
         model = self._prepared()
         length = length or model.config.seq_len
         conditions = self._conditions(model, n, class_id, text_emb, text_mask)
-        request = decoding.Request.checked(
-            model.config, conditions, frames=length, tokens_per_frame=1, prompt=None, guided=cfg != 1.0
-        )
         seed = 0 if temperature <= 0 else int(torch.randint(2**62, (), generator=generator, device=_home(generator)))
-        sampler = decoding.check_sampler(
-            max(temperature, 0.0), min(top_k, model.config.vocab) or None, top_p if top_p < 1 else None, None, cfg, seed
+        sampling = decoding.Sampling(
+            max(temperature, 0.0), top_k or None, top_p if top_p < 1 else None, guidance=cfg, seed=seed
+        )
+        request = decoding.Request.checked(
+            model.config, conditions, frames=length, tokens_per_frame=1, prompt=None, guided=sampling.guided
         )
         with torch.autocast(model.device.type, enabled=False):
-            *_, ids = decoding.levels(model, request, sampler, seed, self.cuda_graph)
+            *_, ids = decoding.levels(model, request, sampling, self.cuda_graph)
         return ids.reshape(n, length)
 
     def _prepared(self):
@@ -162,9 +162,7 @@ def adopt(generator, model: nn.Module, dtype: torch.dtype, shared: bool) -> None
         setattr(generator.get_submodule(owner), leaf, parameter)
 
 
-def _config(model: nn.Module):
-    from vft.config import parse_generator_config
-
+def _config(model: nn.Module) -> GeneratorConfig:
     block = model.blocks[0]
     classes = 0 if model.cls_emb is None else model.cls_emb.num_embeddings - 1
     text = model.ctx_in is not None

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from flexkernels.flow import APG, CFG
+from flexkernels import APG, CFG
+from flexkernels.integrations import Change, is_a
 
-from . import Change, is_a
+from ..solver import COMPAT
 from .engine import Engine
 from .module_dict import READERS
 
@@ -54,8 +55,6 @@ def accelerate(
 
 def install(model: Any, readers, pipeline: type, level: int, *, compat: Iterable[str], **options) -> Change:
     """Puts an engine behind a FlexTok or VideoFlexTok model; ``pipeline`` is the class that samples at level 2."""
-    from vft.solver import COMPAT
-
     compat = (compat,) if isinstance(compat, str) else tuple(compat)
     if level not in LEVELS:
         raise ValueError(f"level must be 1 or 2, got {level!r}")

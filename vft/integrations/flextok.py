@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from flexkernels.flow import APG, CFG
+from flexkernels import APG, CFG
+from flexkernels.integrations import Change, is_a
 
-from . import Change, is_a
 from .module_dict import READERS, SCHEMA, Reader
 from .videoflextok import Pipeline, install
 
