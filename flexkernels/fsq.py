@@ -183,24 +183,29 @@ def _quantize_reference(z, levels, codes, ids, ids_dtype, symmetric, clamp):
 def quantize_jvp(z, levels, codes, ids, ids_dtype, symmetric, clamp):
     form = Form(symmetric, clamp)
     out_codes, out_ids = fsq_math.quantize(z, levels, ids_dtype, form, codes, ids)
-    if codes:
-        # the rounded value with the derivative of the smooth one; the code of a NaN is not NaN
-        smooth = fsq_math.smooth(z.float(), levels, form)
-        slope = torch.where(smooth.isnan(), 0, smooth - smooth.detach())
-        out_codes = (out_codes.float() + slope).to(z.dtype)
-    return out_codes, out_ids
+    return with_slope(out_codes, z, levels, form) if codes else out_codes, out_ids
+
+
+def with_slope(codes, z, levels, form=PAPER, where=True) -> torch.Tensor:
+    """`codes` with the derivative of those before rounding, if only at the components `where`."""
+    smooth = fsq_math.smooth(z.float(), levels, form)
+    # zeros; a NaN's code is none
+    slope = torch.where(smooth.isnan().logical_not() & where, smooth - smooth.detach(), 0)
+    return (codes.float() + slope).to(z.dtype)
 
 
 def _tables(levels, symmetric, clamp):
+    """Thresholds, the codes of the levels (empty where they follow from a division), and what tanh adds to z."""
     device = torch.device("cpu")
-    table = fsq_math.code_table(tuple(levels), device, symmetric)
     limits = fsq_math.thresholds(tuple(levels), device, Form(symmetric, clamp))
-    return limits, limits.new_empty(0) if table is None else table
+    table = fsq_math.code_table(tuple(levels), device, symmetric)
+    _, _, shift = fsq_math.bound_terms(levels, limits)
+    return limits, limits.new_empty(0) if table is None else table, shift
 
 
 def _tables_fake(levels, symmetric, clamp):
     shape = len(levels), max(levels)
-    return torch.empty(shape[0], shape[1] - 1), torch.empty(shape if symmetric else 0)
+    return torch.empty(shape[0], shape[1] - 1), torch.empty(shape if symmetric else 0), torch.empty(shape[0])
 
 
 # ops
@@ -228,7 +233,7 @@ _dequantize_op = library.Op(
 # C++ asks for them once for each level set, and keeps them
 library.Op(
     "fsq_tables",
-    "(int[] levels, bool symmetric, bool clamp) -> (Tensor, Tensor)",
+    "(int[] levels, bool symmetric, bool clamp) -> (Tensor, Tensor, Tensor)",
     check=lambda levels, symmetric, clamp: None,
     reference=_tables,
     fake=_tables_fake,

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .sampling import philox
+
 # dtypes of ids, and how many ids each takes
 IDS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1, torch.uint16: 2**16}
 MAX_LEVEL = 256
@@ -94,6 +96,51 @@ def dequantize(ids, levels, dtype=torch.float32, symmetric=False):
     ids = ids.to(torch.int64)
     digits = [ids // step % level for step, level in zip(basis(levels), levels, strict=True)]
     return code_of(torch.stack(digits, -1).float(), levels, symmetric).to(dtype)
+
+
+# what the second word of a counter says the random numbers are for
+OF_SAMPLES, OF_TOKENS = 0, 1
+
+
+def train(
+    z, levels, seed, seeds, offset, offsets, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype,
+    quantize=quantize, dequantize=dequantize,
+):  # fmt: skip
+    """Codes, ids and, where ids may be drawn, whether each is (else empty); fsq_train.py has the formula."""
+    z = z.detach()
+    codes, ids = quantize(z, levels, ids_dtype)
+    replaced = ids.new_empty(0, dtype=torch.bool)
+    if sample is None:
+        # one number serves all tokens of a sample
+        sample = torch.arange(z.shape[0], device=z.device).view(-1, *[1] * (z.dim() - 2))
+    counters = [
+        torch.full((), value, dtype=torch.int64, device=z.device) if tensor is None else tensor
+        for value, tensor in ((seed, seeds), (offset, offsets))
+    ]
+    dropped, applied, where, _ = _words(*counters, sample.to(torch.int64), OF_SAMPLES)
+    if drop_p > 0:
+        codes = torch.where((dropped < _chance(drop_p)).unsqueeze(-1), smooth(z.float(), levels).to(z.dtype), codes)
+    if corrupt_p > 0:
+        place = torch.arange(ids.numel(), device=z.device).view(ids.shape)
+        chance, high, low, _ = _words(*counters, place, OF_TOKENS)
+        least, span = _chance(min_corrupt_p), _chance(corrupt_p) - _chance(min_corrupt_p)
+        replaced = (applied < _chance(apply_p)) & (chance < least + ((where >> 1) * span >> 31))
+        # 63 random bits
+        drawn = ((high >> 1 << 32) | low) % math.prod(levels)
+        codes = torch.where(replaced.unsqueeze(-1), dequantize(drawn, levels, z.dtype), codes)
+        ids = torch.where(replaced, drawn, ids.to(torch.int64)).to(ids_dtype)
+    return codes, ids, replaced
+
+
+def _words(seed: torch.Tensor, offset: torch.Tensor, index: torch.Tensor, purpose: int) -> list[torch.Tensor]:
+    """Four words of 32 random bits, int64 like `index`, for each number there."""
+    counter = [index & 0xFFFFFFFF, (index >> 32) * 2 + purpose, offset & 0xFFFFFFFF, (offset >> 32) & 0xFFFFFFFF]
+    return philox(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, counter)
+
+
+def _chance(probability: float) -> int:
+    """32 random bits lie below it with this probability."""
+    return round(probability * 2**32)
 
 
 # tables

@@ -8,17 +8,12 @@ Random numbers are integers of a counter-based generator, compared with integers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from . import checks, fsq_math
-from .fsq import check_quantize, fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
-from .sampling import philox
-
-# what the counter's second word says the numbers are for
-SAMPLES, TOKENS = 0, 1
+from . import checks, fsq_math, library
+from .fsq import check_quantize, straight_through, with_slope
 
 
 def fsq_quantize_train(
@@ -46,12 +41,17 @@ def fsq_quantize_train(
     corrupt_p, min_corrupt_p: share of a sample's tokens that get a random id and its codes: uniform between the two,
         drawn once a sample; None makes it corrupt_p. apply_p: probability that a sample is corrupted at all.
 
+    Ids, and the codes that are rounded, are the same on every device, bit by bit. Codes that are not rounded are those
+    of the tanh of z's device: the same bits in every call there, and within 2**-20 of those of another device before
+    they are rounded to z's dtype.
+
     Gradient: that of bound(z) / (L // 2), zero where a token was replaced.
     Raises TypeError or ValueError as `fsq_quantize` does, and for probabilities outside [0, 1].
     Source: FlexTok (arXiv 2502.13967), whose FSQ has these two regularisers.
     """
-    settings = _check(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype)
-    return _noisy(z, *settings, ids_dtype, fsq_quantize, fsq_dequantize)
+    arguments = _arguments(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype)
+    codes, ids, _ = _train_op(*arguments)
+    return codes, ids
 
 
 def fsq_quantize_train_ref(
@@ -67,13 +67,22 @@ def fsq_quantize_train_ref(
     apply_p: float = 1.0,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fsq_quantize_train` over `fsq_quantize_ref`: the same results bit by bit, without a gradient of rounding."""
-    settings = _check(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype)
-    return _noisy(z, *settings, ids_dtype, fsq_quantize_ref, fsq_dequantize_ref)
+    """The specification of `fsq_quantize_train` in plain PyTorch, without a gradient; bit by bit the same on the CPU."""
+    arguments = _arguments(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype)
+    _check(*arguments)
+    codes, ids, _ = fsq_math.train(*arguments)
+    return codes, ids
 
 
-def _check(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype):
-    """levels, seed and offset as tensors, sample, and the four probabilities."""
+def _arguments(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype):
+    """Those of the op: a counter is a number, or a tensor beside a 0."""
+    seed, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed, None)
+    offset, offsets = (0, offset) if isinstance(offset, torch.Tensor) else (offset, None)
+    least = corrupt_p if min_corrupt_p is None else min_corrupt_p
+    return z, levels, seed, seeds, offset, offsets, sample, drop_p, corrupt_p, least, apply_p, ids_dtype
+
+
+def _check(z, levels, seed, seeds, offset, offsets, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype):
     check_quantize(z, levels, ids_dtype=ids_dtype)
     if z.dim() < 2:
         checks.reject("z", "have a dimension of samples or tokens before the last", f"shape {list(z.shape)}")
@@ -81,62 +90,64 @@ def _check(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, ap
         checks.tensor("sample", sample, checks.INTEGERS)
         checks.shape("sample", sample, z.shape[:-1])
         checks.same_device("sample", sample, "z", z)
-    min_corrupt_p = corrupt_p if min_corrupt_p is None else min_corrupt_p
     names = "drop_p", "corrupt_p", "min_corrupt_p", "apply_p"
-    chances = tuple(map(_check_chance, names, (drop_p, corrupt_p, min_corrupt_p, apply_p)))
-    if chances[2] > chances[1]:
-        checks.reject("min_corrupt_p", f"be at most corrupt_p, {chances[1]}", chances[2])
-    return levels, _counter("seed", seed, z), _counter("offset", offset, z), sample, *chances
+    for name, value in zip(names, (drop_p, corrupt_p, min_corrupt_p, apply_p), strict=True):
+        if checks.at_least(name, value, 0) > 1:
+            checks.reject(name, "be at most 1", value)
+    if min_corrupt_p > corrupt_p:
+        checks.reject("min_corrupt_p", f"be at most corrupt_p, {corrupt_p}", min_corrupt_p)
+    _check_counter("seed", seed, seeds, z)
+    _check_counter("offset", offset, offsets, z)
 
 
-def _check_chance(name: str, value) -> float:
-    value = checks.at_least(name, value, 0)
-    if value > 1:
-        checks.reject(name, "be at most 1", value)
-    return value
-
-
-def _counter(name: str, value, z: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        checks.tensor(name, value, (torch.int64,), 0)
-        checks.same_device(name, value, "z", z)
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def _check_counter(name: str, value, tensor, z: torch.Tensor):
+    if tensor is not None:
+        checks.tensor(name, tensor, (torch.int64,), 0)
+        checks.same_device(name, tensor, "z", z)
+    elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         checks.reject(name, "be an int or an int64 tensor", type(value).__name__, TypeError)
-    if not -(2**63) <= value < 2**63:
+    elif not -(2**63) <= value < 2**63:
         checks.reject(name, "fit in 64 bits", value)
-    return torch.full((), value, dtype=torch.int64, device=z.device)
 
 
-def _noisy(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype, quantize, dequantize):
-    codes, ids = quantize(z, levels, ids_dtype=ids_dtype)
-    if drop_p == 0 and corrupt_p == 0:
-        return codes, ids
-    if sample is None:
-        # one number serves all tokens of a sample
-        sample = torch.arange(z.shape[0], device=z.device).view(-1, *[1] * (z.dim() - 2))
-    dropped, applied, where, _ = _words(seed, offset, sample.to(torch.int64), SAMPLES)
-    if drop_p > 0:
-        smooth = fsq_math.smooth(z.float(), levels).to(z.dtype)
-        codes = torch.where((dropped < _threshold(drop_p)).unsqueeze(-1), smooth, codes)
-    if corrupt_p > 0:
-        place = torch.arange(ids.numel(), device=z.device).view(ids.shape)
-        chance, high, low, _ = _words(seed, offset, place, TOKENS)
-        least, span = _threshold(min_corrupt_p), _threshold(corrupt_p) - _threshold(min_corrupt_p)
-        hit = (applied < _threshold(apply_p)) & (chance < least + ((where >> 1) * span >> 31))
-        # 63 random bits
-        drawn = ((high >> 1 << 32) | low) % math.prod(levels)
-        codes = torch.where(hit.unsqueeze(-1), dequantize(drawn, levels, dtype=z.dtype), codes)
-        ids = torch.where(hit, drawn, ids.to(torch.int64)).to(ids_dtype)
-    return codes, ids
+# shapes and gradients
 
 
-def _words(seed: torch.Tensor, offset: torch.Tensor, index: torch.Tensor, purpose: int) -> list[torch.Tensor]:
-    """Four words of 32 random bits, int64 like `index`, for each number there."""
-    counter = [index & 0xFFFFFFFF, (index >> 32) * 2 + purpose, offset & 0xFFFFFFFF, (offset >> 32) & 0xFFFFFFFF]
-    return philox(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, counter)
+def _fake(z, levels, seed, seeds, offset, offsets, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype):
+    ids = z.new_empty(z.shape[:-1], dtype=ids_dtype)
+    return z.new_empty(z.shape), ids, ids.new_empty(ids.shape if corrupt_p > 0 else (0,), dtype=torch.bool)
 
 
-def _threshold(chance: float) -> int:
-    """32 random bits lie below it with this probability."""
-    return round(chance * 2**32)
+def _setup(ctx, inputs, output):
+    z, ctx.levels = inputs[:2]
+    ctx.corrupted = inputs[8] > 0
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(z, output[2])
+
+
+def _backward(ctx, grad_codes, *_):
+    z, replaced = ctx.saved_tensors
+    if ctx.corrupted:
+        grad_codes = grad_codes.masked_fill(replaced.unsqueeze(-1), 0)
+    return straight_through(grad_codes, z, ctx.levels), *(None,) * 11
+
+
+def _jvp(z, levels, *arguments):
+    codes, ids, replaced = fsq_math.train(z.detach(), levels, *arguments)
+    kept = torch.ones((), dtype=torch.bool, device=z.device) if replaced.shape != ids.shape else ~replaced
+    return with_slope(codes, z, levels, where=kept.unsqueeze(-1)), ids, replaced
+
+
+_train_op = library.Op(
+    "fsq_quantize_train",
+    "(Tensor z, int[] levels, SymInt seed, Tensor? seeds, SymInt offset, Tensor? offsets, Tensor? sample, "
+    "float drop_p, float corrupt_p, float min_corrupt_p, float apply_p, ScalarType ids_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    check=_check,
+    reference=fsq_math.train,
+    fake=_fake,
+    triton="fsq",
+    setup_context=_setup,
+    backward=_backward,
+    jvp=_jvp,
+)

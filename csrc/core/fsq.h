@@ -13,17 +13,18 @@ constexpr int kFsqLinearCount = 32;
 enum class IdType : int { i64, i32, u16 };
 
 struct FsqQuantize {
-  const void* z;            // [n, dims]
-  const float* thresholds;  // [dims, width], ascending, padded with +inf
-  const float* table;       // [dims, width + 1] codes of the levels, or null
-  void* codes;              // [n, dims] or null
-  void* ids;                // [n] or null
+  const void* z;                 // [n, dims]
+  const float* thresholds;       // [dims, width], ascending, padded with +inf
+  const float* host_thresholds;  // the same in the host's memory
+  const float* table;            // [dims, width + 1] codes of the levels, or null
+  void* codes;                   // [n, dims] or null
+  void* ids;                     // [n] or null
   int64_t n;
   int64_t basis[kFsqMaxDims];  // 1, L0, L0*L1, ...
   int64_t codebook;            // product of the levels, 0 without ids
   int dims, width;
-  int half[kFsqMaxDims];  // L // 2
-  Dtype dtype;            // of z and codes
+  int levels[kFsqMaxDims];
+  Dtype dtype;  // of z and codes
   IdType id_type;
 };
 

@@ -34,7 +34,7 @@ void fill_tables(const FsqQuantize& p, QuantizeTables& t) {
   for (int v = 0; v < p.dims; ++v) {
     for (int lane = 0; lane < W; ++lane) {
       const int dim = (v * W + lane) % p.dims;
-      t.half[v][lane] = static_cast<float>(p.half[dim]);
+      t.half[v][lane] = static_cast<float>(p.levels[dim] / 2);
       t.reciprocal[v][lane] = 1.0f / t.half[v][lane];
       t.basis32[v][lane] = static_cast<int32_t>(p.basis[dim]);
       t.basis[v][lane / (W / 2)][lane % (W / 2)] = p.basis[dim];

@@ -73,7 +73,7 @@ void write_row(const FsqProject& p, int64_t row, const float* z) {
   int64_t id = 0;
   for (int d = 0; d < p.dims; ++d) {
     const int level = fsq_level(p.thresholds + static_cast<int64_t>(d) * p.steps, p.steps, z[d]);
-    if (p.codes) from_float(fsq_code(level, p.half[d]), static_cast<T*>(p.codes) + row * p.dims + d);
+    if (p.codes) from_float(fsq_code(level, p.levels[d] / 2), static_cast<T*>(p.codes) + row * p.dims + d);
     id += level * p.basis[d];
   }
   if (p.ids) fsq_store_id(p.ids, p.id_type, row, id);
@@ -82,14 +82,15 @@ void write_row(const FsqProject& p, int64_t row, const float* z) {
 template <typename T, int R>
 void project_block(const FsqProject& p, int64_t row) {
   const T* x = static_cast<const T*>(p.hidden) + row * p.width;
+  const float *weight = static_cast<const float*>(p.weight), *bias = static_cast<const float*>(p.bias);
   float mean[R], squares[R], dots[R][kDims], z[R][kFsqMaxDims];
   for (int r = 0; r < R; ++r) mean[r] = row_mean(x + r * p.width, p.width);
   for (int first = 0; first < p.dims; first += kDims) {
     const int dims = p.dims - first < kDims ? p.dims - first : kDims;
-    project_dims<T, R>(dims, x, mean, p.weight + first * p.width, p.width, squares, dots);
+    project_dims<T, R>(dims, x, mean, weight + first * p.width, p.width, squares, dots);
     for (int r = 0; r < R; ++r) {
       const float scale = 1.0f / __builtin_sqrtf(squares[r] / static_cast<float>(p.width) + p.eps);
-      for (int d = 0; d < dims; ++d) z[r][first + d] = scale * dots[r][d] + (p.bias ? p.bias[first + d] : 0.0f);
+      for (int d = 0; d < dims; ++d) z[r][first + d] = scale * dots[r][d] + (bias ? bias[first + d] : 0.0f);
     }
   }
   for (int r = 0; r < R; ++r) write_row<T>(p, row + r, z[r]);
@@ -102,11 +103,22 @@ void project(const FsqProject& p, int64_t begin, int64_t end) {
   for (; row < end; ++row) project_block<T, 1>(p, row);
 }
 
+// of an id, which the op has looked at
+void codes_of(const FsqEmbed& p, int64_t row, float* codes) {
+  uint64_t id = fsq_load_id(p.ids, p.id_type, row);
+  for (int d = 0; d < p.dims; ++d) {
+    const uint64_t level = static_cast<uint64_t>(p.levels[d]), rest = id / level;
+    codes[d] = fsq_code(static_cast<int>(id - rest * level), p.levels[d] / 2);
+    id = rest;
+  }
+}
+
 template <typename T, typename IO>
 inline void embed_vector(const FsqEmbed& p, const float* codes, const T* position, T* out, int64_t j, IO io) {
   vf sum = {};
-  if (p.bias) sum = io.load_from(p.bias + j);
-  for (int d = 0; d < p.dims; ++d) sum = fma(codes[d] + vf{}, io.load_from(p.weight + d * p.width + j), sum);
+  const float *weight = static_cast<const float*>(p.weight), *bias = static_cast<const float*>(p.bias);
+  if (bias) sum = io.load_from(bias + j);
+  for (int d = 0; d < p.dims; ++d) sum = fma(codes[d] + vf{}, io.load_from(weight + d * p.width + j), sum);
   if (position) sum += io.load_from(position + j);
   io.store_to(out + j, sum);
 }
@@ -122,7 +134,7 @@ void embed(const FsqEmbed& args, int64_t begin, int64_t end) {
       continue;
     }
     float codes[kFsqMaxDims];
-    fsq_codes_of(p, row, codes);
+    codes_of(p, row, codes);
     const int64_t at = p.position_index ? p.position_index[row] : row;
     const T* position = p.positions ? static_cast<const T*>(p.positions) + at * p.width : nullptr;
     int64_t j = 0;

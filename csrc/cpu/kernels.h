@@ -7,6 +7,7 @@
 #include "../core/flow.h"
 #include "../core/fsq.h"
 #include "../core/fsq_linear.h"
+#include "../core/fsq_train.h"
 #include "../core/linear.h"
 #include "../core/norm.h"
 #include "../core/sampling.h"
@@ -15,6 +16,7 @@
   namespace flexkernels::isa {                                                            \
   void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end);             \
   void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end);         \
+  void fsq_train_kernel(const FsqTrain& p, int64_t begin, int64_t end);                   \
   void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end);               \
   int64_t attention_scratch_bytes(const AttentionForward& p);                             \
   void attention_forward_kernel(const AttentionForward& p, int64_t begin, int64_t end);   \

@@ -5,6 +5,7 @@
 #include "../core/flow.h"
 #include "../core/fsq.h"
 #include "../core/fsq_linear.h"
+#include "../core/fsq_train.h"
 #include "../core/linear.h"
 #include "../core/norm.h"
 #include "../core/sampling.h"
@@ -15,7 +16,9 @@ namespace flexkernels::cuda {
 // fills memory with 0xff bytes
 void poison(void* data, int64_t bytes, void* stream);
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
+void fsq_quantize_any_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
+void fsq_train_launch(const FsqTrain& p, void* stream);
 void fsq_project_launch(const FsqProject& p, void* stream);
 void fsq_embed_launch(const FsqEmbed& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);

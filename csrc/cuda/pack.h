@@ -10,7 +10,7 @@ namespace flexkernels::cuda {
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <typename T, int N>
-struct alignas(sizeof(T) * N < 16 ? alignof(T) : 16) Pack {
+struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 

@@ -42,12 +42,6 @@ inline int64_t checked_codebook(const Levels& levels, IdType type, int64_t* basi
   return product;
 }
 
-// of ids that are given: any of the three types holds some of them
-inline int64_t checked_codebook(const Levels& levels) {
-  int64_t basis[kFsqMaxDims];
-  return checked_codebook(levels, IdType::i64, basis);
-}
-
 // every value of a contiguous tensor lies in [low, high]; on a GPU looked at on request
 template <typename T>
 void check_values(const char* name, const Tensor& t, int64_t low, int64_t high) {
@@ -73,8 +67,9 @@ struct FsqTables {
   Levels levels;
   bool symmetric, clamp;
   int32_t device;
-  Tensor thresholds;
+  Tensor thresholds, host_thresholds;
   OptionalTensor codes;
+  Tensor shift;  // float32 [dims] in the host's memory: what tanh takes is z + shift
 
   int width() const { return static_cast<int>(*std::max_element(levels.begin(), levels.end())) - 1; }
 };
@@ -99,12 +94,56 @@ inline const FsqTables& fsq_tables(const Levels& levels, bool symmetric, bool cl
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("flexkernels::fsq_tables", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor thresholds = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor codes = torch::stable::detail::to<Tensor>(stack[1]);
+  const Tensor shift = torch::stable::detail::to<Tensor>(stack[2]);
   const auto here = [&](const Tensor& t) { return on_device_of(like, t); };
-  FsqTables made{levels, symmetric, clamp, device, here(thresholds), std::nullopt};
+  FsqTables made{levels, symmetric, clamp, device, here(thresholds), thresholds, std::nullopt, shift};
   if (codes.numel() > 0) made.codes = here(codes);
   const std::lock_guard<std::mutex> lock(mutex);
   if (const FsqTables* found = find()) return *found;
   return known->emplace_back(std::move(made));
+}
+
+// a result of the first `dim` dimensions of `like`, then one of `last` where that is not 0
+inline Tensor empty_rows(const Tensor& like, int64_t dim, int64_t last, ScalarType type) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().begin() + dim);
+  if (last > 0) sizes.push_back(last);
+  return empty(like, sizes.data(), static_cast<int64_t>(sizes.size()), type);
+}
+
+// z checked, results made (empty where not wanted), and what kernels take of them; without rows args.n is 0
+struct FsqCall {
+  FsqQuantize args;
+  Tensor rows, codes, ids;
+  const FsqTables* tables;
+};
+
+inline FsqCall fsq_call(const Tensor& z, const Levels& levels, bool codes, bool ids, ScalarType ids_dtype,
+                        bool symmetric, bool clamp) {
+  FsqQuantize p{};
+  p.dims = checked_dims(levels);
+  p.dtype = float_dtype("z", z);
+  const int64_t dim = z.dim();
+  STD_TORCH_CHECK(dim > 0 && z.size(dim - 1) == p.dims, "z must have shape [..., ", p.dims, "], got ", dim,
+                  " dimensions and ", z.numel(), " elements");
+  STD_TORCH_CHECK(codes || ids, "codes or ids must be asked for, got neither");
+  p.id_type = checked_id_type("ids_dtype", ids_dtype);
+  if (ids) p.codebook = checked_codebook(levels, p.id_type, p.basis);
+  p.n = z.numel() / p.dims;
+  const ScalarType type = z.scalar_type();
+  FsqCall call{p, as_contiguous(z), codes ? empty_rows(z, dim, 0, type) : empty(z, {0}, type),
+               ids ? empty_rows(z, dim - 1, 0, ids_dtype) : empty(z, {0}, ids_dtype), nullptr};
+  if (p.n == 0) return call;
+  call.tables = &fsq_tables(levels, symmetric, clamp, z);
+  FsqQuantize& args = call.args;
+  args.width = call.tables->width();
+  std::copy(levels.begin(), levels.end(), args.levels);
+  args.z = call.rows.const_data_ptr();
+  args.thresholds = read<float>(call.tables->thresholds);
+  args.host_thresholds = read<float>(call.tables->host_thresholds);
+  args.table = static_cast<const float*>(data_of(call.tables->codes));
+  args.codes = codes ? call.codes.mutable_data_ptr() : nullptr;
+  args.ids = ids ? call.ids.mutable_data_ptr() : nullptr;
+  return call;
 }
 
 }  // namespace flexkernels

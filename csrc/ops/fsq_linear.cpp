@@ -33,6 +33,12 @@ OptionalTensor as_floats(const OptionalTensor& t) {
   return t;
 }
 
+// on a GPU in packs of 16 bytes from its first element on: a row's place in memory chooses no kernel
+Tensor aligned_contiguous(const Tensor& t) {
+  const Tensor rows = as_contiguous(t);
+  return kCuda && reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? torch::stable::clone(rows) : rows;
+}
+
 std::tuple<Tensor, Tensor> fsq_project_quantize(const Tensor& hidden, const Tensor& weight, OptionalTensor bias,
                                                 const Levels& levels, double eps, bool codes, ScalarType ids_dtype) {
   FsqProject p{};
@@ -50,14 +56,16 @@ std::tuple<Tensor, Tensor> fsq_project_quantize(const Tensor& hidden, const Tens
   const Tensor out_codes = codes ? empty(hidden, {p.n, p.dims}, type) : empty(hidden, {0}, type);
   const Tensor ids = empty(hidden, {p.n}, ids_dtype);
   if (p.n == 0) return {out_codes, ids};
-  const Tensor rows = as_contiguous(hidden), weights = as_floats(weight);
-  bias = as_floats(bias);
+  // kernels of a GPU read weights of any dtype
+  const Tensor rows = aligned_contiguous(hidden), weights = kCuda ? aligned_contiguous(weight) : as_floats(weight);
+  bias = kCuda ? as_contiguous(bias) : as_floats(bias);
   const FsqTables& tables = fsq_tables(levels, false, false, hidden);
   p.steps = tables.width();
-  for (int d = 0; d < p.dims; ++d) p.half[d] = static_cast<int>(levels[d] / 2);
+  std::copy(levels.begin(), levels.end(), p.levels);
+  p.weight_dtype = float_dtype("weight", weights);
   p.hidden = rows.const_data_ptr();
-  p.weight = read<float>(weights);
-  p.bias = static_cast<const float*>(data_of(bias));
+  p.weight = weights.const_data_ptr();
+  p.bias = data_of(bias);
   p.thresholds = read<float>(tables.thresholds);
   p.codes = codes ? out_codes.mutable_data_ptr() : nullptr;
   p.ids = ids.mutable_data_ptr();
@@ -89,7 +97,7 @@ Tensor fsq_embed(const Tensor& ids, const Levels& levels, const Tensor& weight, 
   FsqEmbed p{};
   p.dims = checked_dims(levels);
   p.id_type = checked_id_type("ids", ids.scalar_type());
-  p.codebook = checked_codebook(levels);
+  p.codebook = checked_codebook(levels, IdType::i64, p.basis);
   check_dim("ids", ids, 1);
   check_dim("weight", weight, 2);
   p.n = ids.numel();
@@ -110,15 +118,15 @@ Tensor fsq_embed(const Tensor& ids, const Levels& levels, const Tensor& weight, 
   if (token_index) check_values<int32_t>("token_index", *token_index, INT32_MIN, tokens->size(0) - 1);
   if (out.numel() == 0) return out;
 
-  // [dims, width]: vectors run along the width
-  const Tensor weights = as_floats(torch::stable::transpose(weight, 0, 1));
-  bias = as_floats(bias);
+  // on the CPU [dims, width]: vectors run along the width
+  const Tensor weights = kCuda ? as_contiguous(weight) : as_floats(torch::stable::transpose(weight, 0, 1));
+  bias = kCuda ? as_contiguous(bias) : as_floats(bias);
   positions = as_contiguous(positions);
   tokens = as_contiguous(tokens);
-  for (int d = 0; d < p.dims; ++d) p.levels[d] = static_cast<int>(levels[d]);
+  std::copy(levels.begin(), levels.end(), p.levels);
   p.ids = rows.const_data_ptr();
-  p.weight = read<float>(weights);
-  p.bias = static_cast<const float*>(data_of(bias));
+  p.weight = weights.const_data_ptr();
+  p.bias = data_of(bias);
   p.positions = data_of(positions);
   p.position_index = static_cast<const int32_t*>(data_of(position_index));
   p.tokens = data_of(tokens);

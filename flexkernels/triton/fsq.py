@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import fsq_math
 from ..fsq_math import Form, basis, code_table, thresholds
 
 BLOCK_QUANTIZE = 256
@@ -150,3 +151,14 @@ def fsq_dequantize_triton(ids, levels, dtype, symmetric):
             num_warps=NUM_WARPS,
         )
     return codes
+
+
+def fsq_quantize_train_triton(*arguments):
+    # the random numbers are PyTorch's: a kernel of its own pays on CUDA, which has one in C++
+    def quantize(z, levels, ids_dtype):
+        return fsq_quantize_triton(z, levels, True, True, ids_dtype, False, False)
+
+    def dequantize(ids, levels, dtype):
+        return fsq_dequantize_triton(ids, levels, dtype, False)
+
+    return fsq_math.train(*arguments, quantize=quantize, dequantize=dequantize)
