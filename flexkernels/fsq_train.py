@@ -67,7 +67,7 @@ def fsq_quantize_train_ref(
     apply_p: float = 1.0,
     ids_dtype: torch.dtype = torch.int64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `fsq_quantize_train` in plain PyTorch, without a gradient; bit by bit the same on the CPU."""
+    """The specification of `fsq_quantize_train` in plain PyTorch, without a gradient; the same bits on the CPU."""
     arguments = _arguments(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype)
     _check(*arguments)
     codes, ids, _ = fsq_math.train(*arguments)

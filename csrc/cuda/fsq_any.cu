@@ -18,10 +18,14 @@ struct Dim {
 };
 
 // the terms as PyTorch computes them on this device
-__device__ Dim dim_of(const FsqQuantize& p, int d) {
-  const float half = static_cast<float>(p.levels[d] / 2), offset = p.levels[d] % 2 ? 0.0f : 0.5f;
-  const float scale = __fmul_rn(static_cast<float>(p.levels[d] - 1), 1.001f) * 0.5f;
-  return {p.basis[d], p.levels[d], half, 1.0f / half, scale, offset, atanhf(__fdiv_rn(offset, scale))};
+__device__ void fill(const FsqQuantize& p, int d, Dim* dim) {
+  dim->basis = p.basis[d];
+  dim->level = p.levels[d];
+  dim->half = static_cast<float>(p.levels[d] / 2);
+  dim->inverse = 1.0f / dim->half;
+  dim->offset = p.levels[d] % 2 ? 0.0f : 0.5f;
+  dim->scale = __fmul_rn(static_cast<float>(p.levels[d] - 1), 1.001f) * 0.5f;
+  dim->shift = atanhf(__fdiv_rn(dim->offset, dim->scale));
 }
 
 // the tile as packs of 16 bytes where both ends are aligned; kRows rows are whole packs
@@ -44,7 +48,7 @@ __global__ void __launch_bounds__(kRows) any_kernel(const __grid_constant__ FsqT
   const int thread = threadIdx.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows, row = first + thread;
   const int rows = p.n - first < kRows ? static_cast<int>(p.n - first) : kRows, count = rows * p.dims;
-  if (thread < p.dims) dims[thread] = dim_of(p, thread);
+  if (thread < p.dims) fill(p, thread, dims + thread);
   for (int i = thread; i < p.dims * p.width; i += kRows) thresholds[i] = p.thresholds[i];
   copy(tile, static_cast<const T*>(p.z) + first * p.dims, count, packed);
   __syncthreads();

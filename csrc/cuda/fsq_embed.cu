@@ -20,12 +20,14 @@ struct Row {
 };
 
 template <typename T>
-__device__ Row<T> row_of(const FsqEmbed& p, int64_t row) {
-  const int64_t token = p.token_index ? p.token_index[row] : -1;
-  if (token >= 0) return {static_cast<const T*>(p.tokens) + token * p.width, true};
-  if (!p.positions) return {nullptr, false};
-  const int64_t at = p.position_index ? p.position_index[row] : row;
-  return {static_cast<const T*>(p.positions) + at * p.width, false};
+__device__ void fill(const FsqEmbed& p, int64_t row, Row<T>* of_row) {
+  const int64_t token = p.token_index ? p.token_index[row] : -1,
+                position = p.position_index ? p.position_index[row] : row;
+  of_row->replaced = token >= 0;
+  if (token >= 0)
+    of_row->source = static_cast<const T*>(p.tokens) + token * p.width;
+  else
+    of_row->source = p.positions ? static_cast<const T*>(p.positions) + position * p.width : nullptr;
 }
 
 // a foreign id gives the codes of 0
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_cons
       const int r = i / DIMS, d = i % DIMS;
       codes[buffer][r][d] = d < p.dims ? code_of(p, first + r, d) : 0.0f;
     }
-    if (threadIdx.x < count) rows[buffer][threadIdx.x] = row_of<T>(p, first + threadIdx.x);
+    if (threadIdx.x < count) fill(p, first + threadIdx.x, &rows[buffer][threadIdx.x]);
     __syncthreads();
     if (!inside) continue;
     T* out = static_cast<T*>(p.out) + first * p.width + column;
