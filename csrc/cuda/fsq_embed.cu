@@ -13,21 +13,15 @@ constexpr int kMaxThreads = 288;
 // threads on a multiprocessor for which the blocks of a launch suffice
 constexpr int kResident = 2 * kMaxThreads;
 
+// what is added to the codes' sum, or stands in its place; null: nothing
 template <typename T>
-struct Row {
-  const T* source;  // what is added to the codes' sum, or stands in its place; null: nothing
-  bool replaced;
-};
-
-template <typename T>
-__device__ void fill(const FsqEmbed& p, int64_t row, Row<T>* of_row) {
-  const int64_t token = p.token_index ? p.token_index[row] : -1,
-                position = p.position_index ? p.position_index[row] : row;
-  of_row->replaced = token >= 0;
-  if (token >= 0)
-    of_row->source = static_cast<const T*>(p.tokens) + token * p.width;
-  else
-    of_row->source = p.positions ? static_cast<const T*>(p.positions) + position * p.width : nullptr;
+__device__ const T* source_of(const FsqEmbed& p, int64_t row, bool* replaced) {
+  const int64_t token = p.token_index ? p.token_index[row] : -1;
+  *replaced = token >= 0;
+  if (token >= 0) return static_cast<const T*>(p.tokens) + token * p.width;
+  if (!p.positions) return nullptr;
+  const int64_t position = p.position_index ? p.position_index[row] : row;
+  return static_cast<const T*>(p.positions) + position * p.width;
 }
 
 // a foreign id gives the codes of 0
@@ -62,7 +56,8 @@ __device__ __forceinline__ void store_columns(T* p, const float (&v)[N]) {
 template <typename T, int N, int DIMS>
 __global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_constant__ FsqEmbed p) {
   __shared__ float codes[2][kRows][DIMS];
-  __shared__ Row<T> rows[2][kRows];
+  __shared__ const T* sources[2][kRows];
+  __shared__ bool replaced[2][kRows];
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   const bool inside = column < p.width;
   float weight[DIMS][N], bias[N];
@@ -81,15 +76,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_cons
       const int r = i / DIMS, d = i % DIMS;
       codes[buffer][r][d] = d < p.dims ? code_of(p, first + r, d) : 0.0f;
     }
-    if (threadIdx.x < count) fill(p, first + threadIdx.x, &rows[buffer][threadIdx.x]);
+    if (threadIdx.x < count) {
+      sources[buffer][threadIdx.x] = source_of<T>(p, first + threadIdx.x, &replaced[buffer][threadIdx.x]);
+    }
     __syncthreads();
     if (!inside) continue;
     T* out = static_cast<T*>(p.out) + first * p.width + column;
 #pragma unroll 4
     for (int r = 0; r < count; ++r) {
-      const Row<T> row = rows[buffer][r];
+      const T* from = sources[buffer][r];
+      const bool instead = replaced[buffer][r];
       float source[N], sum[N];
-      load_columns<N>(row.source + column, row.source, source);
+      load_columns<N>(from + column, from != nullptr, source);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[j] = bias[j];
 #pragma unroll
@@ -99,7 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_cons
         for (int j = 0; j < N; ++j) sum[j] = fmaf(code, weight[d][j], sum[j]);
       }
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] = row.replaced ? source[j] : sum[j] + source[j];
+      for (int j = 0; j < N; ++j) sum[j] = instead ? source[j] : sum[j] + source[j];
       store_columns<N>(out + r * p.width, sum);
     }
   }
