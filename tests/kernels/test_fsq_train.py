@@ -37,7 +37,9 @@ def test_every_backend_makes_the_same_choices(place, dtype):
         codes, ids = train(z.to(place[1]), PUBLISHED, **settings, ids_dtype=torch.uint16)
     expected_codes, expected_ids = train_ref(z, PUBLISHED, **settings, ids_dtype=torch.uint16)
     assert ids.dtype == torch.uint16 and torch.equal(ids.cpu(), expected_ids)
-    torch.testing.assert_close(codes.cpu(), expected_codes, rtol=1e-6, atol=1e-6 if place[1] != "cpu" else 0)
+    # a CUDA kernel has a tanh of its own, in the emulator too
+    foreign = "cuda" in place
+    torch.testing.assert_close(codes.cpu(), expected_codes, rtol=1e-6, atol=1e-6 if foreign else 0)
 
 
 def test_dropout_leaves_whole_samples_unrounded():
