@@ -16,7 +16,7 @@ import torch
 from . import checks, library, norm_math
 from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, checked_segment, residual_sum
 
-# on a GPU one block holds a row in registers
+# a Triton block holds a row in registers
 MAX_WIDTH = 8192
 REFERENCE_FLOATS = (*checks.FLOATS, torch.float64)
 
@@ -371,8 +371,7 @@ def _too_wide(*args) -> str | None:
     return f"rows of {width} elements are longer than {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
-# one block of a GPU holds a row; measured on an H200, Triton's is the faster one there
-_ROW = dict(triton="norm", cuda_order=("triton", "cuda"), unsupported={"triton": _too_wide, "cuda": _too_wide})
+_ROW = dict(triton="norm", unsupported={"triton": _too_wide})
 
 _adaln_norm_op = library.Op(
     "adaln_norm",
@@ -431,7 +430,6 @@ _swiglu_op = library.Op(
     reference=norm_math.swiglu,
     fake=lambda x: x.new_empty((x.shape[0], x.shape[1] // 2)),
     triton="norm",
-    cuda_order=("triton", "cuda"),
     setup_context=_swiglu_setup,
     backward=_swiglu_backward,
 )
@@ -442,5 +440,4 @@ _swiglu_backward_op = library.Op(
     reference=norm_math.swiglu_backward,
     fake=lambda grad_out, x: _empty(x),
     triton="norm",
-    cuda_order=("triton", "cuda"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import checks
 
@@ -58,15 +59,38 @@ def statistics(v, eps, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.rsqrt((wide(v) - mean).square().mean(-1, keepdim=True) + eps)
 
 
+# of each segment tensor: its version and rows when the order was found, and the order
+_orders = WeakTensorKeyDictionary()
+
+
 def segment_order(segment: torch.Tensor | None, rows: int, like: torch.Tensor):
-    """The rows by segment, int64 [n] (None: as they are), and where each segment begins in them, int64 [rows + 1]."""
+    """The rows by segment, int64 [n] (None: as they are), and where each segment begins in them, int64 [rows + 1].
+
+    Found once for a segment tensor that does not change: all blocks and steps of a packing share it.
+    """
     if segment is None:
         ends = torch.zeros(2, dtype=torch.int64, device=like.device)
         ends[1:].fill_(like.shape[0])
         return None, ends
+    if not _remembered(segment):
+        return _find_order(segment, rows)
+    state, order = _orders.get(segment, (None, None))
+    if state != (segment._version, rows):
+        order = _find_order(segment, rows)
+        _orders[segment] = (segment._version, rows), order
+    return order
+
+
+def _remembered(segment) -> bool:
+    """Not while tracing, nor in a capture, whose memory holds values only after a replay."""
+    plain = type(segment) is torch.Tensor and not segment.is_inference() and not torch.compiler.is_compiling()
+    return plain and not (segment.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _find_order(segment, rows):
     # a segment out of range counts as the one that the kernels clamp it to
     by_segment, order = torch.sort(segment.clamp(0, rows - 1), stable=True)
-    starts = torch.arange(rows + 1, dtype=torch.int32, device=like.device)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=segment.device)
     return order, torch.searchsorted(by_segment, starts)
 
 

@@ -12,11 +12,21 @@ namespace {
 // gradients beside that of x, as flexkernels/norm_math.py numbers them
 enum Wanted : int64_t { kGradY = 1, kGradGate = 2, kGradShift = 4, kGradScale = 8 };
 
-// a row on a GPU is one block's; its grid is 32-bit
-void check_grid(int64_t n, int64_t d) {
-  if (!kCuda) return;
-  STD_TORCH_CHECK(n <= INT32_MAX, "rows must be below 2**31, got ", n);
-  STD_TORCH_CHECK(d <= kNormMaxWidth, "rows must have at most ", kNormMaxWidth, " elements, got ", d);
+// the grid of a GPU is 32-bit
+void check_grid(int64_t n) { STD_TORCH_CHECK(!kCuda || n <= INT32_MAX, "rows must be below 2**31, got ", n); }
+
+// dense rows; on a GPU on 16 bytes too where their width allows it, so that the width alone decides which kernel runs
+// and with it the order of its sums
+Tensor kernel_rows(const Tensor& t) {
+  const Tensor rows = dense_rows(t);
+  const int64_t pack = 16 / static_cast<int64_t>(t.element_size());
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 && rows.stride(0) % pack == 0;
+  return !kCuda || aligned || t.size(1) % pack ? rows : torch::stable::clone(as_contiguous(rows));
+}
+
+OptionalTensor kernel_rows(const OptionalTensor& t) {
+  if (t) return kernel_rows(*t);
+  return t;
 }
 
 void check_eps(double eps) {
@@ -35,8 +45,8 @@ void check_segments(const int32_t* segment, int64_t n, int64_t segments) {
 // the modulation tables of one call: all [segments, d] and of one dtype, which the kernels take
 class Tables {
  public:
-  Tables(const Tensor& like, std::initializer_list<std::pair<const char*, const OptionalTensor*>> given) : like_(like) {
-    bool mixed = false;
+  Tables(const Tensor& like, std::initializer_list<std::pair<const char*, const OptionalTensor*>> given)
+      : like_(like), mixed_(false) {
     const Tensor* first = nullptr;
     for (const auto& [name, t] : given) {
       if (!*t) continue;
@@ -44,16 +54,16 @@ class Tables {
       if (!first) first = &**t;
       STD_TORCH_CHECK((*t)->size(0) == first->size(0), name, " must have ", first->size(0), " rows, got ",
                       (*t)->size(0));
-      mixed |= (*t)->scalar_type() != first->scalar_type();
+      mixed_ |= (*t)->scalar_type() != first->scalar_type();
     }
+    any = first;
     segments = first ? first->size(0) : 1;
-    dtype = mixed ? Dtype::f32 : float_dtype("a table", first ? *first : like);
-    any_ = first;
+    dtype = mixed_ ? Dtype::f32 : float_dtype("a table", first ? *first : like);
   }
 
   NormTable take(const OptionalTensor& t) {
     if (!t) return {nullptr, 0};
-    kept_[count_] = dense_rows(
+    kept_[count_] = kernel_rows(
         dtype == Dtype::f32 && t->scalar_type() != ScalarType::Float ? torch::stable::to(*t, ScalarType::Float) : *t);
     const Tensor& rows = *kept_[count_++];
     return {rows.const_data_ptr(), rows.stride(0)};
@@ -70,13 +80,14 @@ class Tables {
     }
     STD_TORCH_CHECK(segment || segments == 1, "segment must be given with tables of ", segments, " rows, got none");
     STD_TORCH_CHECK(segments > 0 || n == 0, "a table must have at least one row, got none");
-    if (!any_ || !segment) return nullptr;
+    if (!any || !segment) return nullptr;
     segment_ = as_contiguous(*segment);
     const int32_t* data = read<int32_t>(*segment_);
     check_segments(data, n, segments);
     return data;
   }
 
+  bool any;
   int64_t segments;
   Dtype dtype;
 
@@ -90,7 +101,7 @@ class Tables {
   }
 
   const Tensor& like_;
-  bool any_;
+  bool mixed_;
   OptionalTensor kept_[3], segment_;
   int count_ = 0;
 };
@@ -102,7 +113,7 @@ void forward(const Tensor& x, const OptionalTensor& y, const OptionalTensor& gat
   NormForward p{};
   p.n = x.size(0);
   p.d = x.size(1);
-  check_grid(p.n, p.d);
+  check_grid(p.n);
   p.dtype = float_dtype("x", x);
   Tables tables(x, {{"gate", &gate}, {"shift", &shift}, {"scale", &scale}});
   p.segment = tables.take_segment(segment);
@@ -112,8 +123,8 @@ void forward(const Tensor& x, const OptionalTensor& y, const OptionalTensor& gat
   p.gate = tables.take(gate);
   p.shift = tables.take(shift);
   p.scale = tables.take(scale);
-  const Tensor rows = dense_rows(x);
-  const OptionalTensor y_rows = dense_rows(y);
+  const Tensor rows = kernel_rows(x);
+  const OptionalTensor y_rows = kernel_rows(y);
   p.x = rows.const_data_ptr();
   p.x_stride = rows.stride(0);
   p.y = data_of(y_rows);
@@ -203,7 +214,7 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
     if (*t) check_like(name, **t, grad);
   }
   const int64_t n = grad.size(0), d = grad.size(1);
-  check_grid(n, d);
+  check_grid(n);
   const ScalarType type = grad.scalar_type();
   const auto table = [&](int64_t bit) {
     return wanted & bit ? empty(grad, {rows, d}, ScalarType::Float) : nothing(grad, ScalarType::Float);
@@ -229,8 +240,12 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   p.grad_sum = data_of(grad_sum);
   p.v = data_of(v);
   Tables tables(grad, {{"gate", &gate}, {"scale", &scale}});
+  // shift's gradient needs no shift: its rows are told by `rows` alone
+  STD_TORCH_CHECK(!tables.any || tables.segments == rows, "rows must be the tables' ", tables.segments, ", got ", rows);
+  tables.segments = rows;
+  tables.any = true;
   p.segment = tables.take_segment(segment);
-  p.segments = tables.segments;
+  p.segments = rows;
   p.table_dtype = tables.dtype;
   p.gate = tables.take(gate);
   p.scale = tables.take(scale);
@@ -240,36 +255,41 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   p.stats = wanted & kGradScale ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr;
   p.eps = static_cast<float>(eps);
   p.kind = rms ? kRmsNorm : kLayerNorm;
-  if (p.grad_x || p.grad_y) FLEXKERNELS_LAUNCH(norm_backward, p, grad, n, d);
-  if (!(wanted & ~kGradY)) return results;
 
-  STD_TORCH_CHECK(offsets, "offsets must be given where the gradient of a table is wanted, got none");
   NormSums s{};
   s.n = n;
   s.d = d;
   s.segments = rows;
   s.dtype = p.dtype;
-  s.grad_out = p.grad_out;
-  s.dv = grad_out ? p.grad_x : p.grad_sum;
-  s.v = p.v;
-  s.y = data_of(y);
-  s.stats = p.stats;
-  s.segment = p.segment;
-  s.order = read_optional<int64_t>("order", order, ScalarType::Long, n, grad);
-  s.offsets = read_optional<int64_t>("offsets", offsets, ScalarType::Long, rows + 1, grad);
-  check_order(s);
-  const auto sum_of = [&](int i, int64_t bit) {
-    return wanted & bit ? static_cast<float*>(sums[i].mutable_data_ptr()) : nullptr;
-  };
-  s.grad_gate = sum_of(0, kGradGate);
-  s.grad_shift = sum_of(1, kGradShift);
-  s.grad_scale = sum_of(2, kGradScale);
-  // block b of segment i has slot b + i: no two share one, since along the rows b or i rises
-  const int64_t slots = kCuda ? (n + kNormRows - 1) / kNormRows + rows : 0;
+  const bool summed = wanted & ~kGradY;
+  if (summed) {
+    STD_TORCH_CHECK(offsets, "offsets must be given where the gradient of a table is wanted, got none");
+    s.grad_out = p.grad_out;
+    s.dv = grad_out ? p.grad_x : p.grad_sum;
+    s.v = p.v;
+    s.y = data_of(y);
+    s.stats = p.stats;
+    s.segment = p.segment;
+    s.order = read_optional<int64_t>("order", order, ScalarType::Long, n, grad);
+    s.offsets = read_optional<int64_t>("offsets", offsets, ScalarType::Long, rows + 1, grad);
+    check_order(s);
+    const auto sum_of = [&](int i, int64_t bit) {
+      return wanted & bit ? static_cast<float*>(sums[i].mutable_data_ptr()) : nullptr;
+    };
+    s.grad_gate = sum_of(0, kGradGate);
+    s.grad_shift = sum_of(1, kGradShift);
+    s.grad_scale = sum_of(2, kGradScale);
+  }
+#ifdef FLEXKERNELS_CUDA
+  const int64_t slots = summed ? (n + norm_run(n) - 1) / norm_run(n) + rows : 0;
   const Tensor partial = empty(grad, {3, slots, d}, ScalarType::Float);
-  s.partial = kCuda ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
-  const int64_t items = rows * ((d + kNormColumns - 1) / kNormColumns);
-  FLEXKERNELS_LAUNCH(norm_sums, s, grad, items, n * d / items);
+  s.partial = static_cast<float*>(partial.mutable_data_ptr());
+  launch(cuda::norm_backward_launch, NormGradients{p, s}, grad, n);
+#else
+  if (p.grad_x || p.grad_y) FLEXKERNELS_LAUNCH(norm_backward, p, grad, n, d);
+  const int64_t items = summed ? rows * ((d + kNormColumns - 1) / kNormColumns) : 0;
+  if (items) FLEXKERNELS_LAUNCH(norm_sums, s, grad, items, n * d / items);
+#endif
   return results;
 }
 

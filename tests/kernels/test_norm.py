@@ -483,7 +483,7 @@ def test_float64_is_for_the_reference_alone():
 @on_every_backend
 @pytest.mark.parametrize("value", [-1, 2, 2**31 - 1])
 def test_a_segment_out_of_range_is_refused_on_the_cpu(place, value):
-    if place[1] != "cpu":
+    if place[0] == "cuda" or place[1] != "cpu":
         pytest.skip("looking at segments would wait for the GPU")
     segment = torch.tensor([0, 1, value, 0], dtype=torch.int32)
     with pytest.raises((ValueError, RuntimeError), match=f"segment must lie between 0 and 1, got {value}"):
@@ -493,9 +493,52 @@ def test_a_segment_out_of_range_is_refused_on_the_cpu(place, value):
 @on_every_backend
 def test_rows_wider_than_a_block(place):
     arguments = draw("gated_residual_adaln_norm", 2, norm.MAX_WIDTH + 1)
-    if place[0] in ("triton", "cuda"):
+    if place[0] == "triton":
         with pytest.raises(RuntimeError, match="rows of 8193 elements are longer than 8192"):
             call(place, "gated_residual_adaln_norm", arguments)
     else:
         check(place, "gated_residual_adaln_norm", arguments)
         check_gradients(place, "gated_residual_adaln_norm", arguments)
+
+
+@on_every_backend
+@every_op
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"),
+    [(3, 1000, torch.float32), (2, 2304, torch.bfloat16), (2, 4100, torch.float32), (300, 24, torch.float16)],
+)
+def test_every_way_through_a_row(place, name, n, d, dtype):
+    """Several warps a row, more than a block keeps in registers, runs of several rows in the sums of a backward."""
+    if interpreted(place) and d > 1000:
+        pytest.skip("slow in the interpreter, which takes every width the same way")
+    arguments = draw(name, n, d, dtype)
+    check(place, name, arguments)
+    check_gradients(place, name, arguments)
+
+
+@on_every_backend
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_a_row_lies_does_not_change_its_bits(place, name, dtype):
+    arguments = draw(name, 5, 64, dtype)
+    moved = {k: torch.cat([v[:, :1], v], 1)[:, 1:] if v.dim() == 2 else v for k, v in arguments.items()}
+    for one, other in zip(call(place, name, arguments), call(place, name, moved), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_order_of_segments_is_found_once_for_each_packing(monkeypatch):
+    found = []
+    find = norm_math._find_order
+    monkeypatch.setattr(norm_math, "_find_order", lambda *args: found.append(1) or find(*args))
+    segment, x = torch.tensor([1, 0, 1], dtype=torch.int32), torch.randn(3, 4)
+    table = torch.randn(2, 4, requires_grad=True)
+
+    def gradient():
+        return torch.autograd.grad(flexkernels.adaln_norm(x, shift=table, segment=segment).sum(), table)[0]
+
+    assert torch.equal(gradient(), torch.tensor([[1.0], [2.0]]).expand(2, 4))
+    gradient()
+    assert len(found) == 1
+    segment[1] = 1
+    assert torch.equal(gradient(), torch.tensor([[0.0], [3.0]]).expand(2, 4))
+    assert len(found) == 2
