@@ -141,9 +141,6 @@ void forward(const Tensor& x, const OptionalTensor& y, const OptionalTensor& gat
 
 Tensor empty_rows(const Tensor& x) { return empty(x, {x.size(0), x.size(1)}, x.scalar_type()); }
 
-// a result that does not exist is an empty tensor: an op cannot return none
-Tensor nothing(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
-
 void check_rows(const Tensor& x, const OptionalTensor& y, const char* y_name, double eps) {
   check_dim("x", x, 2);
   if (y) check_like(y_name, *y, x);
