@@ -47,6 +47,7 @@ class Op:
     unsupported: {backend: why it cannot serve these arguments, or None where it can}.
     setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
         through the op raises NotImplementedError.
+    inference: a call with a tensor that needs a gradient raises RuntimeError at once.
     jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
         unless given. None raises NotImplementedError.
     """
@@ -64,11 +65,13 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        inference: bool = False,
         jvp: Callable | str | None = "reference",
     ):
         self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
         self.unsupported = unsupported or {}
+        self.inference = inference
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
             self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
@@ -78,6 +81,8 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args):
+        if self.inference and torch.is_grad_enabled() and _requires_grad(args):
+            raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
             return self._overload(args)(*args)

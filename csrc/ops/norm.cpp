@@ -1,6 +1,4 @@
 // The norm ops and SwiGLU.
-#include <math.h>
-
 #include <tuple>
 
 #include "../core/norm.h"
@@ -17,10 +15,6 @@ void check_grid(int64_t n, int64_t d) {
   if (!kCuda) return;
   STD_TORCH_CHECK(n <= INT32_MAX, "rows must be below 2**31, got ", n);
   STD_TORCH_CHECK(d <= kNormMaxWidth, "rows must have at most ", kNormMaxWidth, " elements, got ", d);
-}
-
-void check_eps(double eps) {
-  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 // on a GPU looking at them would wait: the kernels clamp

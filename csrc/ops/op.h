@@ -2,6 +2,7 @@
 // checks tensors, allocates the results, and launches the kernels of its device.
 #pragma once
 
+#include <math.h>
 #include <stdlib.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -78,11 +79,24 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType type
                   torch::headeronly::toString(t.scalar_type()));
 }
 
+inline void check_tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes,
+                         const Tensor& like) {
+  check_scalar_type(name, t, type);
+  check_device(name, t, like);
+  check_dim(name, t, static_cast<int64_t>(sizes.size()));
+  int64_t d = 0;
+  for (const int64_t size : sizes) check_size(name, t, d++, size);
+}
+
 inline void check_like(const char* name, const Tensor& t, const Tensor& like) {
   check_scalar_type(name, t, like.scalar_type());
   check_device(name, t, like);
   check_dim(name, t, like.dim());
   for (int64_t d = 0; d < like.dim(); ++d) check_size(name, t, d, like.size(d));
+}
+
+inline void check_eps(double eps) {
+  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 inline Dtype float_dtype(const char* name, const Tensor& t) {
