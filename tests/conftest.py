@@ -3,6 +3,7 @@
 import os
 import sys
 
+import emulator
 import pytest
 import torch
 
@@ -34,3 +35,16 @@ def fresh_compiler():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def emulated_kernels(request):
+    if request.node.get_closest_marker("emulator") is None:
+        yield
+        return
+    reason = emulator.unavailable()
+    if reason:
+        pytest.skip(f"emulator: {reason}")
+    made_before = [vars(request.module), getattr(request.node, "callspec", None) and request.node.callspec.params]
+    with emulator.emulated_ops(made_before):
+        yield

@@ -483,7 +483,7 @@ def test_float64_is_for_the_reference_alone():
 @on_every_backend
 @pytest.mark.parametrize("value", [-1, 2, 2**31 - 1])
 def test_a_segment_out_of_range_is_refused_on_the_cpu(place, value):
-    if place[1] != "cpu":
+    if place[0] == "cuda" or place[1] != "cpu":
         pytest.skip("looking at segments would wait for the GPU")
     segment = torch.tensor([0, 1, value, 0], dtype=torch.int32)
     with pytest.raises((ValueError, RuntimeError), match=f"segment must lie between 0 and 1, got {value}"):

@@ -23,6 +23,8 @@ def _places():
         reason = flexkernels.available_backends()[name]
         skip = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
         yield pytest.param((name, device), marks=skip, id=f"{name}-{device}")
+    # the CUDA kernels on CPU tensors
+    yield pytest.param(("cuda", "cpu"), marks=pytest.mark.emulator, id="cuda-emulated")
 
 
 # the compiler of torch.compile, which calls one for C++
