@@ -49,6 +49,7 @@ class Op:
     unsupported: {backend: why it cannot serve these arguments, or None where it can}.
     setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
         through the op raises NotImplementedError.
+    inference: a call with a tensor that needs a gradient raises RuntimeError at once.
     jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
         unless given. None raises NotImplementedError.
     plain: the reference serves whatever backend is asked for: of an op only so that a compiler leaves it as it is.
@@ -68,6 +69,7 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        inference: bool = False,
         jvp: Callable | str | None = "reference",
         plain: bool = False,
     ):
@@ -75,7 +77,7 @@ class Op:
         self.check, self.check_values, self.in_place = check, check_values, "!" in schema
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
         self.unsupported = unsupported or {}
-        self.plain = plain
+        self.plain, self.inference = plain, inference
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
             self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
@@ -85,6 +87,8 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args):
+        if self.inference and torch.is_grad_enabled() and _requires_grad(args):
+            raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
             self._refuse_gradient(args)

@@ -1,6 +1,4 @@
 // The norm ops and SwiGLU.
-#include <math.h>
-
 #include <tuple>
 
 #include "../core/norm.h"
@@ -27,10 +25,6 @@ Tensor kernel_rows(const Tensor& t) {
 OptionalTensor kernel_rows(const OptionalTensor& t) {
   if (t) return kernel_rows(*t);
   return t;
-}
-
-void check_eps(double eps) {
-  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 // on a GPU looking at them would wait: the kernels clamp

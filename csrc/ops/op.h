@@ -79,6 +79,15 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType type
                   torch::headeronly::toString(t.scalar_type()));
 }
 
+inline void check_tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes,
+                         const Tensor& like) {
+  check_scalar_type(name, t, type);
+  check_device(name, t, like);
+  check_dim(name, t, static_cast<int64_t>(sizes.size()));
+  int64_t d = 0;
+  for (const int64_t size : sizes) check_size(name, t, d++, size);
+}
+
 inline void check_shape(const char* name, const Tensor& t, const Tensor& like) {
   check_device(name, t, like);
   check_dim(name, t, like.dim());
@@ -96,6 +105,10 @@ inline void check_finite(const char* name, double value) {
 
 inline void check_between(const char* name, double value, double low, double high) {
   STD_TORCH_CHECK(value >= low && value <= high, name, " must lie between ", low, " and ", high, ", got ", value);
+}
+
+inline void check_eps(double eps) {
+  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 inline Dtype float_dtype(const char* name, ScalarType type) {
