@@ -72,6 +72,8 @@ def _run_folder(args: argparse.Namespace) -> int:
 
     from vft import batch
 
+    if "-" in (args.input, args.output):
+        raise ValueError("input and output must be folders with --batch, got '-'")
     rank, world_size = batch.shard()
     local_rank = os.environ.get("LOCAL_RANK")
     if args.device in (None, "cuda") and local_rank is not None and torch.cuda.is_available():
