@@ -153,7 +153,7 @@ def sanitizer(tool: str):
 
 
 def cases() -> list[str]:
-    return ["--device", "cpu", "--only", "sample_logits_plain_fp32"] if STANDIN else ["--device", "cuda"]
+    return ["--device", "cpu", "--only", "kv_append_fp32"] if STANDIN else ["--device", "cuda"]
 
 
 def warm(out: Path, log, seconds: float) -> int:

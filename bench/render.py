@@ -87,7 +87,7 @@ def tiles_table(tiles: list[dict]) -> list[str]:
     lines = ["", "| kernel | class | best tiles | time | speed |", "|---|---|---|---:|---:|"]
     return lines + [
         f"| {kernel} | {name} | {' '.join(f'{k}={v}' for k, v in tile['tiles'].items())} | {duration(tile['ms'])} | "
-        f"{tile['tflop_s']:.0f} TFLOP/s |"
+        + (f"{tile['tflop_s']:.0f} TFLOP/s |" if tile["tflop_s"] else "- |")
         for (kernel, name), tile in best.items()
     ]
 

@@ -31,7 +31,7 @@ def bench():
 def quick(bench, monkeypatch):
     """One small case and ceilings that need no measuring."""
     numbers = {"copy_gb_s": 10.0, "read_gb_s": 10.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 200.0}
-    monkeypatch.setattr(bench["report"], "ceilings", lambda device: numbers)
+    monkeypatch.setattr(bench["report"], "ceilings", lambda device, seconds=1: numbers)
     return ["--only", CASE, "--seconds", "0.05", "--device", "cpu"]
 
 
