@@ -5,3 +5,5 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZERS = ROOT / "tests" / "data" / "tokenizer"
 GENERATORS = ROOT / "tests" / "data" / "generator"
+# registers and shared memory of the Triton kernels, by target: tests/support/triton_gate.py writes it
+REGISTERS = ROOT / "tests" / "data" / "registers.json"
