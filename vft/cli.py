@@ -24,6 +24,8 @@ from vft import batch, bench, checkpoint, demo, evaluate, video
 from vft.files import check_output
 from vft.solver import SOLVERS
 from vft.tokens import MAGIC, VideoTokens
+from vft.video import audio
+from vft.video.options import add_audio_option, add_read_options, print_left_out, shown_warnings
 
 DEFAULT_MODEL = "tiny"
 _TOKENS_SUFFIX = ".vft"
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         backend = flexkernels.backend(args.backend) if args.backend else contextlib.nullcontext()
-        with _terminable(), backend:
+        with _terminable(), backend, shown_warnings():
             code = args.run(args) or 0
         sys.stdout.flush()
         return code
@@ -94,11 +96,19 @@ def encode(args: argparse.Namespace) -> int | None:
     check_output(args.output)
     tokenizer = load_tokenizer(args)
     _check_keep(args.keep, tokenizer.registers)
-    tokens = tokenizer.encode(args.input)
+    tokens = tokenizer.encode(args.input, fps=args.fps, strict=args.strict)
     if args.keep is not None:
         tokens = tokens.truncate(args.keep)
     tokens.save(args.output)
+    _carry_audio(args)
     print(f"{args.output}: {_describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def _carry_audio(args: argparse.Namespace) -> None:
+    if args.audio == "copy":
+        audio.save_audio(args.input, args.output)
+    elif video.probe_video(args.input).audio:
+        print(f"vft: warning: {args.input}: its audio is left out (--audio copy keeps it)", file=sys.stderr)
 
 
 def _encode_folder(args: argparse.Namespace) -> int:
@@ -116,12 +126,22 @@ def _encode_folder(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
             if line and "error" in line:
                 tqdm.write(f"vft: error: {line['file']}: {line['error']}", sys.stderr)
+            for warning in line.get("warnings", ()) if line else ():
+                tqdm.write(f"vft: warning: {line['file']}: {warning}", sys.stderr)
 
         summary = batch.encode_folder(
             tokenizer, args.input, args.output, keep=args.keep, packed=args.packed, readers=args.readers,
-            rank=rank, world_size=world_size, progress=progress,
+            rank=rank, world_size=world_size, fps=args.fps, strict=args.strict, audio=args.audio == "copy",
+            checksum=args.checksum, progress=progress,
         )  # fmt: skip
-    print(f"{args.output}: {summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed")
+    if rank == 0:
+        print_left_out(summary.left_out)
+    if summary.silent:
+        print(
+            f"vft: warning: the audio of {summary.silent} videos is left out (--audio copy keeps it)", file=sys.stderr
+        )
+    counts = f"{summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed"
+    print(f"{args.output}: {counts}" + (f", {len(summary.left_out)} left out" if summary.left_out else ""))
     return 1 if summary.failed else 0
 
 
@@ -133,8 +153,10 @@ def decode(args: argparse.Namespace) -> None:
     if args.model is None and tokens.model != DEFAULT_MODEL:
         raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
     tokenizer = load_tokenizer(args)
-    count = video.write_video(args.output, _decoded(tokenizer, tokens, args), tokens.fps, args.quality)
-    print(f"{args.output}: {count} frames, {tokens.fps:g} fps, from {args.keep or tokens.registers} registers a frame")
+    track = audio.sidecar(args.input) if args.audio == "copy" else None
+    count = video.write_video(args.output, _decoded(tokenizer, tokens, args), tokens.fps, args.quality, track)
+    rate = video.output_rate(args.output, tokens.fps)
+    print(f"{args.output}: {count} frames, {rate:g} fps, from {args.keep or tokens.registers} registers a frame")
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -254,7 +276,8 @@ def _facts(args: argparse.Namespace) -> dict:
     probe = video.probe_video(target)
     return {
         "kind": "video", "container": probe.container, "codec": probe.codec, "size": f"{probe.width}x{probe.height}",
-        "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "bytes": os.path.getsize(target),
+        "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "audio": probe.audio or "none",
+        "bytes": os.path.getsize(target),
     }  # fmt: skip
 
 
@@ -410,14 +433,16 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         return command
 
     command = add("encode", encode, "Turn a video into a .vft file of tokens, or a folder of videos into many.", model)
-    command.add_argument("input", help="video file of any size, rate and length; the centred square is used")
+    command.add_argument("input", help="video file of any size, rate and length, or a folder")
     command.add_argument("-o", "--output", "--out", required=True, help=".vft file, replaced if it exists; a folder")
     command.add_argument("-k", "--keep", type=_at_least(1), help="keep the first K registers of every latent frame")
     command.add_argument("--batch", action="store_true", help="input and output are folders; finished videos are kept")
     command.add_argument("--packed", type=_at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
     command.add_argument("--readers", type=_at_least(1), default=2, help="with --batch: reading threads (default: 2)")
+    add_read_options(command)
     command = add("decode", decode, "Turn a .vft file, whole or cut, into a video.", model, sampler, output)
     command.add_argument("input", help=".vft file")
+    add_audio_option(command, "the track that encode --audio copy kept goes into the video")
     command = add("reconstruct", reconstruct, "Encode and decode a video; print PSNR.", model, sampler, output)
     command.add_argument("input", help="video file")
     command = add("generate", generate, "Generate videos of a class or a caption.", model, sampler, output)

@@ -26,7 +26,7 @@ from .packing import Member
 from .solver import Velocity, evaluations, sample, schedule
 from .tokens import VideoTokens
 from .vae import load_codec
-from .video import Video, cut_chunks, open_video, preprocess
+from .video import Video, cut_chunks, preprocess
 
 # the published sampler; a checkpoint may state its own
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 40, APG(scale=25.0, threshold=0.6, eta=0.0, momentum=0.0)
@@ -230,40 +230,46 @@ class Tokenizer(nn.Module):
         self,
         video: str | os.PathLike | Video | torch.Tensor,
         *,
-        fps: float = 25.0,
+        fps: float | None = None,
         batch: int = 8,
         generator: torch.Generator | None = None,
+        strict: bool = False,
     ) -> VideoTokens | list[VideoTokens]:
         """Tokenizes video of any length, chunk by chunk: memory does not grow with the length of a file.
 
         Args:
             video: a path; a :class:`vft.video.Video`; uint8 ``[T, H, W, 3]``; or float ``[B, 3, T, H, W]`` in
                 [-1, 1] at the working size. Paths and uint8 frames are resized and centre-cropped to ``size``.
-            fps: written into the tokens where the input does not know its rate.
+            fps: frames a second taken from a path (default: its own rate), or those of a tensor (default: 25).
             batch: chunks encoded in one packed call.
             generator: samples the codec's posterior, where it has one; by default its mean is taken.
+            strict: refuse a damaged file, see :func:`vft.video.open_video`.
 
         Returns:
             :class:`VideoTokens`; for a float batch of B > 1, a list of B.
 
-        A length that is not 1 + 16 n is padded with the last frame; ``frames`` keeps the true number.
+        A length that is not 1 + 4 n is padded with the last frame; ``frames`` keeps the true number.
 
         Raises:
             ValueError: an unreadable video, no frames, a wrong shape or type, non-finite values.
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        rate = 25.0 if fps is None else fps
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_stream(c.unbind(1), fps, c.shape[-2:], batch, generator) for c in video]
+            clips = [self._encode_stream(c.unbind(1), rate, c.shape[-2:], batch, generator) for c in video]
             return clips[0] if len(clips) == 1 else clips
         if isinstance(video, (str, os.PathLike)):
-            with open_video(video, self.size) as stream:
+            # PyAV is needed for files alone
+            from .video import open_video
+
+            with open_video(video, self.size, fps=fps, strict=strict) as stream:
                 source = stream.height, stream.width
                 return self._encode_stream(stream.frames, stream.fps, source, batch, generator)
         if isinstance(video, torch.Tensor):
-            video = Video(video, fps, *video.shape[1:3]) if video.dim() == 4 else video
+            video = Video(video, rate, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
         source = video.height, video.width
@@ -272,7 +278,7 @@ class Tokenizer(nn.Module):
     def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
         # frames: uint8 [H, W, 3] or float [3, H, W] each
         count, ids = 0, []
-        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap)
+        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, self.codec.temporal_stride)
         while group := list(islice(cut, batch)):
             count += sum(new for _, new in group)
             ids += self.encode_chunks([chunk for chunk, _ in group], generator)

@@ -37,7 +37,7 @@ class Video:
 class VideoStream:
     """An open video: ``frames`` yields uint8 ``[H, W, 3]`` one by one; the rest is as in :class:`Video`.
 
-    ``warnings`` is complete once all frames have been read.
+    ``warnings`` is complete once all frames have been read; ``audio`` says whether the file has an audio track.
     """
 
     frames: Iterator[torch.Tensor]
@@ -45,6 +45,7 @@ class VideoStream:
     height: int
     width: int
     warnings: list[str] = field(default_factory=list)
+    audio: bool = False
 
 
 def cut_chunks(

@@ -1,4 +1,4 @@
-"""Decoded frames to RGB pictures of one size, by FFmpeg's filters: fields joined, upright, square pixels, SDR, opaque."""
+"""Decoded frames to RGB of one size, by FFmpeg's filters: fields joined, upright, square pixels, SDR, opaque."""
 
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -156,15 +156,10 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _turns(matrix: tuple[int, int, int, int]) -> tuple[list[tuple[str, dict]], bool]:
-    """The filters that show a frame as its matrix says, to the nearest of eight, and whether its sides change places."""
+    """The filters that show a frame as its matrix says, to the nearest of eight; whether its sides change places."""
     a, b, c, d = matrix
     if abs(a) + abs(d) >= abs(b) + abs(c):
         flips = [("hflip", {})] * (a < 0) + [("vflip", {})] * (d < 0)
         return flips, False
-    direction = {
-        (True, True): "cclock_flip",
-        (True, False): "clock",
-        (False, True): "cclock",
-        (False, False): "clock_flip",
-    }
-    return [("transpose", {"dir": direction[b > 0, c > 0]})], True
+    directions = {(True, True): "cclock_flip", (True, False): "clock", (False, True): "cclock"}
+    return [("transpose", {"dir": directions.get((b > 0, c > 0), "clock_flip")})], True

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import webp
-from .container import opened
+from .container import audio_stream, opened
 from .decode import Loss, decoded
 from .frames import Video, VideoError, VideoStream, VideoWarning, check_size, fit
 from .picture import Pictures, whole
@@ -31,8 +31,8 @@ def open_video(
 ) -> Iterator[VideoStream]:
     """Open a video file; its frames are decoded as they are asked for, inside the ``with`` block.
 
-    Frames are those of a uniform grid in time, whatever the file's own timestamps: upright and with square pixels as the
-    file says, fields joined, high dynamic range mapped to SDR, transparent parts over black, 8-bit RGB. See
+    Frames are those of a uniform grid in time, whatever the file's own timestamps: upright and with square pixels as
+    the file says, fields joined, high dynamic range mapped to SDR, transparent parts over black, 8-bit RGB. See
     docs/video.md for each. A still picture is a video of one frame.
 
     Args:
@@ -76,7 +76,9 @@ def open_video(
         pictures = Pictures(first, stream.sample_aspect_ratio, notes.append)
         shown = _sized(map(pictures, chain([first], frames)), size)
         try:
-            yield VideoStream(shown, float(rate), pictures.height, pictures.width, notes)
+            yield VideoStream(
+                shown, float(rate), pictures.height, pictures.width, notes, audio_stream(container) is not None
+            )
         finally:
             notes += loss.describe()
         if warn and notes:

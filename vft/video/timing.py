@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from statistics import median
 
 import av
@@ -46,7 +46,7 @@ def choose_rate(stream, packets: Iterator) -> tuple[Fraction, Iterator]:
 
 def measured_rate(times: list[int], time_base: Fraction) -> Fraction | None:
     """One over the median interval of rising ticks, LOWEST_RATE to MEASURED_LIMIT; None without an interval."""
-    intervals = [b - a for a, b in zip(times, times[1:], strict=False) if b > a]
+    intervals = [b - a for a, b in pairwise(times) if b > a]
     if not intervals:
         return None
     middle = median(intervals)

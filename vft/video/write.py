@@ -35,8 +35,8 @@ def write_video(
 
     The suffix decides the format. ``.mp4``, ``.mov`` and ``.mkv`` hold H.264 (MPEG-4 part 2 where FFmpeg was built
     without libx264) in yuv420p, which plays everywhere but needs even sizes: an odd side is padded by repeating its
-    last row or column. From 720 lines on the colours are coded as BT.709, below as BT.601, in limited range, and tagged
-    so. ``.gif`` has a palette per frame and times in 1/100 s; see :func:`output_rate`. An existing file is replaced once
+    last row or column. From 720 lines on the colours are BT.709, below BT.601, in limited range, and tagged so.
+    ``.gif`` has a palette per frame and times in 1/100 s; see :func:`output_rate`. An existing file is replaced once
     the new one is complete; on any error nothing is left behind.
 
     Args:
