@@ -10,7 +10,7 @@ import av
 
 from vft.files import replacing
 
-from .container import audio_stream, opened_container, video_stream
+from .container import audio_stream, opened_container, packets_of, video_stream
 from .frames import VideoError
 
 SUFFIX = ".mka"
@@ -44,6 +44,10 @@ def save_audio(source: str | os.PathLike, tokens: str | os.PathLike) -> Path | N
     return target
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 class Track:
     """An audio stream, whose times count from ``origin`` seconds."""
 
@@ -72,7 +76,7 @@ class Track:
     def copier(self, output) -> Callable[[float | None], None]:
         """Adds the track to a container; the function copies what lies before a time in seconds (None: all)."""
         target = output.add_stream_from_template(self.stream)
-        packets, held = self.container.demux(self.stream), []
+        packets, held = packets_of(self.container, self.stream, _raise), []
         shift = round(self.origin / self.stream.time_base)
 
         def copy(until: float | None) -> None:

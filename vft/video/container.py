@@ -1,7 +1,7 @@
 """Opening a file: which formats are allowed, which of its streams is the video, and what it says of itself."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     """
     with opened(path) as (container, stream):
         codec, audio = stream.codec_context, audio_stream(container)
-        rate, _ = choose_rate(stream, container.demux(stream))
+        rate, _ = choose_rate(stream, packets_of(container, stream, lambda error: None))
         return VideoInfo(
             container.format.name, codec.name, codec.height, codec.width, stream.frames, float(rate),
             stated_seconds(container, stream), audio.codec_context.name if audio else "",
@@ -80,6 +80,20 @@ def opened_container(path: str | os.PathLike) -> Iterator:
             yield container
     except av.error.FFmpegError as error:
         raise VideoError(f"{name}: not a video, or a damaged one ({error.strerror})") from error
+
+
+def packets_of(container, stream, failed: Callable[[av.error.FFmpegError], None]) -> Iterator:
+    """The packets of a stream; where the file cannot be read on, ``failed`` gets the reason."""
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:
+            # PyAV does not know a stream that begins in the middle of a file: its packet is passed over
+            continue
+        except av.error.FFmpegError as error:
+            failed(error)
+            return
 
 
 def video_stream(container):

@@ -55,9 +55,10 @@ def decoded(stream, packets: Iterable, loss: Loss) -> Iterator[av.VideoFrame]:
     """
     found, origin = False, float((stream.start_time or 0) * stream.time_base)
     # without a packet the decoder gives the frames that it holds
-    for packet in chain(_readable(packets, loss), [None]):
+    for packet in chain(packets, [None]):
         if packet is not None and packet.is_corrupt and loss.cut:
             continue
+        loss.packets += packet is not None and packet.size > 0
         try:
             frames = stream.decode(packet)
         except av.error.EOFError:
@@ -73,12 +74,3 @@ def decoded(stream, packets: Iterable, loss: Loss) -> Iterator[av.VideoFrame]:
     loss.ended = True
     if not found and loss.error is not None:
         raise loss.error
-
-
-def _readable(packets: Iterable, loss: Loss) -> Iterator:
-    try:
-        for packet in packets:
-            loss.packets += packet.size > 0 and not packet.is_corrupt
-            yield packet
-    except av.error.FFmpegError as error:
-        loss.cuts(error)

@@ -94,7 +94,7 @@ class Pictures:
             filters += [scale, ("format", "rgb48le")]
             return _graph(frame, Fraction(1, 25), *filters, table=table)
         if any(component.is_alpha for component in frame.format.components):
-            filters += [("format", "gbrap"), ("premultiply", {"inplace": "1"})]
+            filters += [("format", "gbrap16le"), ("premultiply", {"inplace": "1"})]
         return _graph(frame, Fraction(1, 25), *filters, scale, ("format", "rgb24"))
 
     def _table(self, frame: av.VideoFrame) -> av.VideoFrame | None:

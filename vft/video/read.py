@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import webp
-from .container import audio_stream, opened
+from .container import audio_stream, opened, packets_of
 from .decode import Loss, decoded
 from .frames import Video, VideoError, VideoStream, VideoWarning, check_size, fit
 from .picture import Pictures, whole
@@ -61,12 +61,13 @@ def open_video(
             frames, time_base = webp.frames(path), webp.TIME_BASE
             rate = rate or webp.rate(path) or DEFAULT_RATE
         else:
-            packets, time_base = container.demux(stream), stream.time_base
+            packets, time_base = packets_of(container, stream, loss.cuts), stream.time_base
             if rate is None:
                 rate, packets = choose_rate(stream, packets)
             # without timestamps the time is known only from the beginning on
             if start > 0 and stream.start_time is not None:
-                packets, origin = _sought(container, stream, start), stream.start_time
+                _seek(container, stream, start)
+                packets, origin = packets_of(container, stream, loss.cuts), stream.start_time
             frames = decoded(stream, packets, loss)
         frames = whole(steady(frames, time_base, rate, notes.append, origin), time_base)
         frames = on_grid(frames, time_base, rate, int(start * rate + 1e-6))
@@ -85,11 +86,10 @@ def open_video(
             warnings.warn(f"{os.fspath(path)}: {'; '.join(notes)}", VideoWarning, stacklevel=3)
 
 
-def _sought(container, stream, start: float):
+def _seek(container, stream, start: float) -> None:
     # a format that cannot be searched is read from its beginning
     with suppress(av.error.FFmpegError):
         container.seek(round((float(stream.start_time * stream.time_base) + start) * av.time_base))
-    return container.demux(stream)
 
 
 def _rate(fps: float) -> Fraction:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain, pairwise
-from statistics import median
+from statistics import median_low
 
 import av
 from av.filter import Graph
@@ -49,7 +49,7 @@ def measured_rate(times: list[int], time_base: Fraction) -> Fraction | None:
     intervals = [b - a for a, b in pairwise(times) if b > a]
     if not intervals:
         return None
-    middle = median(intervals)
+    middle = median_low(intervals)
     # times are rounded to ticks, so equal intervals differ by one
     alike = [i for i in intervals if abs(i - middle) <= 1]
     rate = (1 / (Fraction(sum(alike), len(alike)) * time_base)).limit_denominator(1001)
