@@ -29,6 +29,7 @@ import torch
 
 from vft.files import check_output, replacing
 from vft.scan import scan
+from vft.stills import still_groups
 from vft.video import cut_chunks, open_video
 from vft.video.audio import save_audio
 
@@ -232,6 +233,7 @@ class _Job:
     source: tuple[float, int, int] = (0.0, 0, 0)
     frames: int = 0
     ids: list[torch.Tensor] = field(default_factory=list)
+    still: list[list[bool]] = field(default_factory=list)
     error: str | None = None
 
     def fail(self, error: Exception) -> None:
@@ -245,7 +247,7 @@ def _save(job: _Job, output: Path, keep: int, tokenizer) -> dict:
         path = _target(output, job.file)
         try:
             fps, height, width = job.source
-            tokens = tokenizer.join_chunks(job.ids, fps, job.frames, height, width).truncate(keep)
+            tokens = tokenizer.join_chunks(job.ids, job.still, fps, job.frames, height, width).truncate(keep)
             data = tokens.to_bytes()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
@@ -352,5 +354,6 @@ def _chunks(tokenizer, job: _Job, strict: bool) -> Iterator[torch.Tensor]:
         job.source, job.audio = (video.fps, video.height, video.width), video.audio
         for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap, stride):
             job.frames += new
+            job.still.append(still_groups(chunk, stride))
             yield chunk
     job.warnings += video.warnings

@@ -24,6 +24,7 @@ from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
 from .packing import Member
 from .solver import Velocity, evaluations, sample, schedule
+from .stills import hold, join_ids, repeats, still_groups
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, cut_chunks, preprocess
@@ -277,12 +278,13 @@ class Tokenizer(nn.Module):
 
     def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
         # frames: uint8 [H, W, 3] or float [3, H, W] each
-        count, ids = 0, []
-        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, self.codec.temporal_stride)
+        count, ids, still, stride = 0, [], [], self.codec.temporal_stride
+        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, stride)
         while group := list(islice(cut, batch)):
             count += sum(new for _, new in group)
+            still += [still_groups(chunk, stride) for chunk, _ in group]
             ids += self.encode_chunks([chunk for chunk, _ in group], generator)
-        return self.join_chunks(ids, fps, count, *source)
+        return self.join_chunks(ids, still, fps, count, *source)
 
     @torch.no_grad()
     def encode_chunks(
@@ -311,12 +313,13 @@ class Tokenizer(nn.Module):
             raise ValueError("video must be finite, got NaN or infinity")
         return chunk.transpose(0, 1)
 
-    def join_chunks(self, ids: Sequence[torch.Tensor], fps: float, frames: int, height: int, width: int) -> VideoTokens:
-        """The tokens of one video from those of its chunks in order; every chunk but the first drops its first row."""
-        rows = torch.cat([ids[0], *(chunk[1:] for chunk in ids[1:])])
-        return VideoTokens(
-            rows, fps, frames, int(height), int(width), self.name, self.config.levels, self.config.chunk_size
-        )
+    def join_chunks(
+        self, ids: Sequence[torch.Tensor], still: Sequence[list[bool]], fps: float, frames: int, height: int, width: int
+    ) -> VideoTokens:
+        """The tokens of one video from those of its chunks in order, see :func:`vft.stills.join_ids`; ``still`` are
+        the values of :func:`vft.stills.still_groups` of each chunk."""
+        rows, config = join_ids(ids, still), self.config
+        return VideoTokens(rows, fps, frames, int(height), int(width), self.name, config.levels, config.chunk_size)
 
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
@@ -344,7 +347,8 @@ class Tokenizer(nn.Module):
         """Decodes chunk by chunk in bounded memory: yields float32 ``[3, t, H, W]`` pieces that make up all frames.
 
         Every chunk after the first starts from the last frame decoded so far: its latents condition the chunk, and its
-        tokens stand in for the chunk's first latent frame.
+        tokens stand in for the chunk's first latent frame. A latent frame that repeats the ids before it shows the last
+        frame again.
         """
         if tuple(tokens.levels) != self.config.levels:
             raise ValueError(f"tokens must have levels {list(self.config.levels)}, got {list(tokens.levels)}")
@@ -355,30 +359,42 @@ class Tokenizer(nn.Module):
         count = len(times) - 1
         height, width = self._frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
-        first, rest = self._token_chunks(tokens.ids)
-        chunks, left, last = [first, *rest], tokens.frames, None
+        chunks = self._token_chunks(tokens.ids)
+        still = self._token_chunks(repeats(tokens.ids))
+        stride, left, last = self.codec.temporal_stride, tokens.frames, None
         prefix = None if conditioning is None else self._encode_frames(conditioning[None])
         for i, ids in enumerate(chunks):
+            same = still[i].tolist()
             if i > 0:
                 prefix = self._encode_frames(last)
                 ids = torch.cat([self.encode_latents(prefix)[0][:, : ids.shape[1]].cpu(), ids])
-            frames = 1 + (len(ids) - 1) * self.codec.temporal_stride
-            shape = self.codec.latent_shape(frames, height, width)
+                same = [False, *same]
+            shape = self.codec.latent_shape(1 + (len(ids) - 1) * stride, height, width)
             noise = torch.randn(shape, generator=generator).to(self.device)
+            # latent frames at the end that repeat what is shown need no decoding
+            moving = max(len(same) - same[::-1].index(False), 1 if prefix is None else prefix.shape[2])
             report = None if progress is None else lambda n, done=i * count: progress(done + n, len(chunks) * count)
-            latents = self.decode_latents(
-                [ids], keep, times, guidance, solver, [noise], None if prefix is None else [prefix[0]], progress=report
-            )
-            video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+            if i > 0 and moving == 1:
+                video = last
+                if report is not None:
+                    report(count)
+            else:
+                latents = self.decode_latents(
+                    [ids[:moving]], keep, times, guidance, solver, [noise[:, :moving]],
+                    None if prefix is None else [prefix[0]], progress=report,
+                )  # fmt: skip
+                video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+            video = hold(video, same, stride)
             last = video[:, :, -1:]
             piece = video[0, :, (i > 0) * self.config.overlap :][:, :left]
             left -= piece.shape[1]
             yield piece
 
-    def _token_chunks(self, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    def _token_chunks(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        # rows of latent frames [T, ...]; the first chunk holds one more
         per_chunk = (self.config.chunk_size - 1) // self.codec.temporal_stride
-        first, rest = ids[: 1 + per_chunk], ids[1 + per_chunk :]
-        return first, rest.split(per_chunk) if len(rest) else ()
+        first, rest = rows[: 1 + per_chunk], rows[1 + per_chunk :]
+        return [first, *(rest.split(per_chunk) if len(rest) else ())]
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.codec.encode(frames.to(self.device), generator).to(self.dtype)
