@@ -45,7 +45,7 @@ build() {
 
 tests() {
   # whatever has a place on the GPU, and the tests that were written for one
-  "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_triton_compile.py \
+  "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/kernels/test_triton_compile.py \
     -k 'triton-cuda or cuda-cuda or cuda_graph or gpu or offsets_beyond_31_bits or graph'
 }
 

@@ -4,7 +4,7 @@
 
 A VideoFlexTok of random weights, width 384, depth 6, 64 registers a latent frame, 5 x 16 x 16 latents (17 frames of
 128 x 128). A linear codec stands in for the VAE, whose time would be the same. CHECKOUT is the published code, and
-REQUIREMENTS a folder that holds what it imports; see tests/published.py.
+REQUIREMENTS a folder that holds what it imports; see tests/support/published.py.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
-from measure import alternate
 from report import machine, write
 
 import flexkernels
+from vft.measure import alternate
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 import published
 
 VARIABLE = "FLEXKERNELS_VIDEOFLEXTOK"

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from . import checks, library
+from . import checks, legacy
 from .attention_backward import attention_backward_blocks, frames_of
 from .layout import MASKS, LayoutTensors, SequenceLayout, plan_tiles
 
@@ -176,7 +176,7 @@ def _attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
         checks.reject("key_log_weight", "be finite", "NaN or infinity")
     out, lse = _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    library.launch("attention", q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse)
+    legacy.launch("attention", q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse)
     return out, lse
 
 
@@ -188,7 +188,7 @@ def _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale)
 def _attention_backward(grad_out, q, k, v, *rest):
     grads = _backward_fake(grad_out, q, k, v)
     grad_out, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, q, k, v))
-    library.launch("attention_backward", grad_out, q, k, v, *rest, *grads)
+    legacy.launch("attention_backward", grad_out, q, k, v, *rest, *grads)
     return grads
 
 
@@ -210,12 +210,12 @@ def _backward(ctx, grad_out, _grad_lse):
     return (*grads, [None] * len(layout), None, None, None, None)
 
 
-library.define("attention", SCHEMA, _attention, _attention_fake)
-library.define("attention_backward", BACKWARD_SCHEMA, _attention_backward, _backward_fake)
-library.define_autograd("attention", _backward, _setup_context)
-library.register("attention", "reference", attention_reference)
-library.register("attention", "cpu", attention_cpu)
-library.register("attention", "triton", attention_triton)
-library.register("attention_backward", "reference", attention_backward_blocks)
-library.register("attention_backward", "cpu", attention_backward_cpu)
-library.register("attention_backward", "triton", attention_backward_triton, _backward_unsupported)
+legacy.define("attention", SCHEMA, _attention, _attention_fake)
+legacy.define("attention_backward", BACKWARD_SCHEMA, _attention_backward, _backward_fake)
+legacy.define_autograd("attention", _backward, _setup_context)
+legacy.register("attention", "reference", attention_reference)
+legacy.register("attention", "cpu", attention_cpu)
+legacy.register("attention", "triton", attention_triton)
+legacy.register("attention_backward", "reference", attention_backward_blocks)
+legacy.register("attention_backward", "cpu", attention_backward_cpu)
+legacy.register("attention_backward", "triton", attention_backward_triton, _backward_unsupported)

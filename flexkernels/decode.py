@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
@@ -345,7 +345,7 @@ def _attention_impl(q, k_cache, v_cache, cache_len, key_log_weight, softmax_scal
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel():
         cache_len, key_log_weight = _contiguous(cache_len, key_log_weight)
-        library.launch(
+        legacy.launch(
             "decode_attention", _rows(q), k_cache, v_cache, cache_len, key_log_weight, softmax_scale, causal, out, lse
         )
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -361,7 +361,7 @@ def _append_impl(qkv, k_cache, v_cache, cache_len, heads, norm, q_weight, k_weig
     q = _append_fake(qkv, k_cache, v_cache, cache_len, heads)
     if q.numel():
         (cache_len,), tables = _contiguous(cache_len), _wide(q_weight, k_weight, cos, sin)
-        library.launch("kv_append", _rows(qkv), k_cache, v_cache, cache_len, norm, eps, *tables, q)
+        legacy.launch("kv_append", _rows(qkv), k_cache, v_cache, cache_len, norm, eps, *tables, q)
     return q
 
 
@@ -375,7 +375,7 @@ def _norm_impl(qk, heads, kv_heads, norm, q_weight, k_weight, eps, cos, sin, pos
     q, k = _norm_fake(qk, heads, kv_heads)
     if q.numel():
         tables = _wide(q_weight, k_weight, cos, sin)
-        library.launch("qk_norm", _rows(qk), norm, eps, *tables, *_contiguous(positions), q, k)
+        legacy.launch("qk_norm", _rows(qk), norm, eps, *tables, *_contiguous(positions), q, k)
     return q, k
 
 
@@ -405,7 +405,7 @@ def _norm_backward_impl(grad_q, grad_k, qk, norm, q_weight, k_weight, eps, cos, 
         partial = grad_weight.new_empty(-(-qk.shape[0] // CHUNK), *grad_weight.shape)
     tables = _wide(q_weight, k_weight, cos, sin)
     grads = _contiguous(grad_q, grad_k)
-    library.launch("qk_norm_backward", *grads, _rows(qk), norm, eps, *tables, *_contiguous(positions), grad_qk, partial)
+    legacy.launch("qk_norm_backward", *grads, _rows(qk), norm, eps, *tables, *_contiguous(positions), grad_qk, partial)
     return grad_qk, grad_weight if partial is None else torch.sum(partial, 0, out=grad_weight)
 
 
@@ -415,35 +415,35 @@ def _norm_backward_fake(grad_q, grad_k, qk, norm, q_weight, k_weight, *_):
     return qk.new_empty(qk.shape), qk.new_empty((rows, grad_q.shape[2]), dtype=torch.float32)
 
 
-_attention_op = library.define(
+_attention_op = legacy.define(
     "decode_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_log_weight, float softmax_scale, "
     "bool causal, bool return_lse) -> (Tensor, Tensor)",
     _attention_impl,
     _attention_fake,
 )
-_append_op = library.define(
+_append_op = legacy.define(
     "kv_append_",
     "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_len, int heads, int norm, Tensor? q_weight, "
     "Tensor? k_weight, float eps, Tensor? cos, Tensor? sin) -> Tensor",
     _append_impl,
     _append_fake,
 )
-_norm_op = library.define(
+_norm_op = legacy.define(
     "qk_norm",
     "(Tensor qk, int heads, int kv_heads, int norm, Tensor? q_weight, Tensor? k_weight, float eps, Tensor? cos, "
     "Tensor? sin, Tensor? positions) -> (Tensor, Tensor)",
     _norm_impl,
     _norm_fake,
 )
-_norm_backward_op = library.define(
+_norm_backward_op = legacy.define(
     "qk_norm_backward",
     "(Tensor grad_q, Tensor grad_k, Tensor qk, int norm, Tensor? q_weight, Tensor? k_weight, float eps, Tensor? cos, "
     "Tensor? sin, Tensor? positions) -> (Tensor, Tensor)",
     _norm_backward_impl,
     _norm_backward_fake,
 )
-library.define_autograd("qk_norm", _norm_backward, _norm_setup)
+legacy.define_autograd("qk_norm", _norm_backward, _norm_setup)
 
 
 # backends: each fills preallocated outputs
@@ -542,19 +542,19 @@ def qk_norm_backward_triton(*args):
     decode.qk_norm_backward_triton(*args)
 
 
-library.register("decode_attention", "reference", decode_attention_reference)
-library.register("decode_attention", "cpu", decode_attention_native)
-library.register("decode_attention", "triton", decode_attention_triton)
-library.register("decode_attention", "cuda", decode_attention_native)
-library.register("kv_append", "reference", kv_append_reference)
-library.register("kv_append", "cpu", kv_append_native)
-library.register("kv_append", "triton", kv_append_triton)
-library.register("kv_append", "cuda", kv_append_native)
-library.register("qk_norm", "reference", qk_norm_reference)
-library.register("qk_norm", "cpu", qk_norm_native)
-library.register("qk_norm", "triton", qk_norm_triton)
-library.register("qk_norm", "cuda", qk_norm_native)
-library.register("qk_norm_backward", "reference", qk_norm_backward_reference)
-library.register("qk_norm_backward", "cpu", qk_norm_backward_native)
-library.register("qk_norm_backward", "triton", qk_norm_backward_triton)
-library.register("qk_norm_backward", "cuda", qk_norm_backward_native)
+legacy.register("decode_attention", "reference", decode_attention_reference)
+legacy.register("decode_attention", "cpu", decode_attention_native)
+legacy.register("decode_attention", "triton", decode_attention_triton)
+legacy.register("decode_attention", "cuda", decode_attention_native)
+legacy.register("kv_append", "reference", kv_append_reference)
+legacy.register("kv_append", "cpu", kv_append_native)
+legacy.register("kv_append", "triton", kv_append_triton)
+legacy.register("kv_append", "cuda", kv_append_native)
+legacy.register("qk_norm", "reference", qk_norm_reference)
+legacy.register("qk_norm", "cpu", qk_norm_native)
+legacy.register("qk_norm", "triton", qk_norm_triton)
+legacy.register("qk_norm", "cuda", qk_norm_native)
+legacy.register("qk_norm_backward", "reference", qk_norm_backward_reference)
+legacy.register("qk_norm_backward", "cpu", qk_norm_backward_native)
+legacy.register("qk_norm_backward", "triton", qk_norm_backward_triton)
+legacy.register("qk_norm_backward", "cuda", qk_norm_backward_native)

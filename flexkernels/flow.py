@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 from .flow_math import (
     GUIDANCE_APG,
     GUIDANCE_CFG,
@@ -458,7 +458,7 @@ def _update(args, x_next, momentum_next, v):
     if flat.prefix is not None and flat.prefix_offsets is None:
         flat = flat._replace(prefix_offsets=Rows(rows, None, flat.prefix).starts)
     momentum_next = momentum_next.view(-1) if numbers.momentum else None
-    library.launch(
+    legacy.launch(
         "flow_update", *flat, rows, *numbers, x_next.view(-1), momentum_next, v.view(-1) if return_velocity else None
     )
 
@@ -521,17 +521,17 @@ _ARGUMENTS = (
     "float[] past_b, int guidance, float scale, float threshold, float eta, float momentum, float rescale, "
     "float prefix_time, bool return_velocity"
 )
-_update_op = library.define(
+_update_op = legacy.define(
     "flow_update", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _update_impl, _update_fake
 )
 # without a gradient: asking every argument whether it needs one takes an op with autograd longer than a small update
-_update_inference_op = library.define(
+_update_inference_op = legacy.define(
     "flow_update_inference", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _update_impl, _update_fake
 )
-_update_inplace_op = library.define(
+_update_inplace_op = legacy.define(
     "flow_update_", f"(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor, Tensor)", _update_inplace_impl, _update_inplace_fake
 )
-library.define_autograd("flow_update", _update_backward, _update_setup)
+legacy.define_autograd("flow_update", _update_backward, _update_setup)
 
 
 # backends: each fills x_next, momentum_next and velocity (or None) from flat, contiguous tensors; x_next may be x; a
@@ -563,7 +563,7 @@ def flow_update_triton(*args):
     flow.flow_update_triton(tensors, rows, numbers, *args[-3:])
 
 
-library.register("flow_update", "reference", flow_update_reference)
-library.register("flow_update", "cpu", flow_update_native)
-library.register("flow_update", "triton", flow_update_triton)
-library.register("flow_update", "cuda", flow_update_native)
+legacy.register("flow_update", "reference", flow_update_reference)
+legacy.register("flow_update", "cpu", flow_update_native)
+legacy.register("flow_update", "triton", flow_update_triton)
+legacy.register("flow_update", "cuda", flow_update_native)

@@ -6,27 +6,17 @@ weight codes(id) + bias + positions[position_index], with whole rows replaced by
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from . import checks, library
-from .fsq import (
-    IDS,
-    _basis,
-    _bound_terms,
-    _check_fits,
-    _check_ids_dtype,
-    _check_levels,
-    _check_range,
-    _row,
-    fsq_dequantize_ref,
-    fsq_quantize_ref,
-    thresholds,
-)
+from . import checks, fsq_math, library
+from .fsq import check_fits, check_ids_dtype, check_levels, check_range, quantize_jvp, straight_through
+from .fsq_math import IDS
+
+REFERENCE_FLOATS = (*checks.FLOATS, torch.float64)
 
 
 def fsq_project_quantize(
@@ -50,8 +40,7 @@ def fsq_project_quantize(
     gradient of bound(z) / (L // 2).
     Raises TypeError or ValueError for a wrong dtype, shape, device or level.
     """
-    levels = _check_project(hidden, weight, bias, levels, eps, ids_dtype)
-    codes, ids = _project_op(hidden, weight, bias, levels, float(eps), return_codes, ids_dtype)
+    codes, ids = _project_op(hidden, weight, bias, levels, eps, return_codes, ids_dtype)
     return (ids, codes) if return_codes else ids
 
 
@@ -66,10 +55,9 @@ def fsq_project_quantize_ref(
     ids_dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The specification of `fsq_project_quantize` in plain PyTorch, without a gradient."""
-    levels = _check_project(hidden, weight, bias, levels, eps, ids_dtype)
-    z = _project(hidden, weight, bias, eps)
-    codes, ids = fsq_quantize_ref(z, levels, ids_dtype=ids_dtype)
-    return (ids, codes.to(hidden.dtype)) if return_codes else ids
+    _check_project(hidden, weight, bias, levels, eps, return_codes, ids_dtype)
+    codes, ids = _project_reference(hidden, weight, bias, levels, eps, return_codes, ids_dtype)
+    return (ids, codes) if return_codes else ids
 
 
 def fsq_embed(
@@ -95,7 +83,6 @@ def fsq_embed(
     device or level. Ids and indices out of range raise ValueError on the CPU; elsewhere they are looked at under
     FLEXKERNELS_CHECK=1 alone, and give undefined results.
     """
-    levels = _check_embed(ids, levels, weight, bias, positions, position_index, tokens, token_index)
     return _embed_op(ids, levels, weight, bias, positions, position_index, tokens, token_index)
 
 
@@ -111,32 +98,22 @@ def fsq_embed_ref(
     token_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `fsq_embed` in plain, differentiable PyTorch; it takes float64 too and then computes so."""
-    floats = (*checks.FLOATS, torch.float64)
-    levels = _check_embed(ids, levels, weight, bias, positions, position_index, tokens, token_index, floats)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    codes = fsq_dequantize_ref(ids, levels).to(wide)
-    out = F.linear(codes, weight.to(wide), None if bias is None else bias.to(wide))
-    if positions is not None:
-        out = out + (positions[: len(ids)] if position_index is None else positions[position_index.long()]).to(wide)
-    if tokens is not None and len(tokens):
-        replaced = token_index >= 0
-        out = torch.where(replaced.unsqueeze(1), tokens[token_index.clamp(min=0).long()].to(wide), out)
-    return out.to(weight.dtype)
+    _check_embed_arguments(ids, levels, weight, bias, positions, position_index, tokens, token_index, REFERENCE_FLOATS)
+    return _embed_reference(ids, levels, weight, bias, positions, position_index, tokens, token_index)
 
 
 # validation
 
 
-def _check_project(hidden, weight, bias, levels, eps, ids_dtype) -> tuple[int, ...]:
+def _check_project(hidden, weight, bias, levels, eps, codes, ids_dtype):
     checks.tensor("hidden", hidden, checks.FLOATS, 2)
-    levels = _check_levels(levels)
+    levels = check_levels(levels)
     checks.at_least("eps", eps, 0)
     _check_linear(weight, (len(levels), hidden.shape[1]), bias, hidden, "hidden", checks.FLOATS)
     if hidden.shape[1] == 0:
         checks.reject("hidden", "have a width of at least 1", list(hidden.shape))
-    _check_ids_dtype(ids_dtype)
-    _check_fits(levels, ids_dtype)
-    return levels
+    check_ids_dtype(ids_dtype)
+    check_fits(levels, ids_dtype)
 
 
 def _check_linear(weight, shape, bias, like, like_name, floats):
@@ -149,12 +126,12 @@ def _check_linear(weight, shape, bias, like, like_name, floats):
         checks.same_device("bias", bias, like_name, like)
 
 
-def _check_embed(
+def _check_embed_arguments(
     ids, levels, weight, bias, positions, position_index, tokens, token_index, floats=checks.FLOATS
-) -> tuple[int, ...]:
+):
     checks.tensor("ids", ids, IDS, 1)
-    levels = _check_levels(levels)
-    _check_fits(levels, torch.int64)
+    levels = check_levels(levels)
+    check_fits(levels, torch.int64)
     checks.tensor("weight", weight, floats, 2)
     width = weight.shape[0]
     _check_linear(weight, (width, len(levels)), bias, ids, "ids", floats)
@@ -179,22 +156,22 @@ def _check_embed(
         checks.reject("token_index", "be given along with tokens", "None")
     if positions is not None and position_index is None and positions.shape[0] < ids.shape[0]:
         checks.reject("positions", "have a row for each id without position_index", list(positions.shape))
-    return levels
 
 
-def _check_indices(ids, levels, positions, position_index, tokens, token_index):
-    if not checks.values_are_checked(ids):
+def _check_embed(ids, levels, weight, bias, positions, position_index, tokens, token_index):
+    _check_embed_arguments(ids, levels, weight, bias, positions, position_index, tokens, token_index)
+    check_range(ids, levels)
+    _check_index("position_index", position_index, positions, 0)
+    _check_index("token_index", token_index, tokens, -math.inf)
+
+
+def _check_index(name, index, table, low):
+    """The rows of the table that are taken exist; looks at the values where that is done, never while tracing."""
+    if torch.compiler.is_compiling() or index is None or not index.numel() or not checks.values_are_checked(index):
         return
-    _check_range(ids, math.prod(levels))
-    for name, index, table, low in (
-        ("position_index", position_index, positions, 0),
-        ("token_index", token_index, tokens, -math.inf),
-    ):
-        if index is None:
-            continue
-        lowest, highest = (int(end) for end in torch.aminmax(index))
-        if lowest < low or highest >= table.shape[0]:
-            checks.reject(name, f"lie below {table.shape[0]}", f"{lowest} to {highest}")
+    lowest, highest = (int(end) for end in torch.aminmax(index))
+    if lowest < low or highest >= table.shape[0]:
+        checks.reject(name, f"lie below {table.shape[0]}", f"{lowest} to {highest}")
 
 
 # fsq_project_quantize
@@ -206,21 +183,16 @@ def _project(hidden, weight, bias, eps) -> torch.Tensor:
     return F.linear(normed, weight.float(), None if bias is None else bias.float())
 
 
-def _project_impl(hidden, weight, bias, levels, eps, codes, ids_dtype):
-    out_codes, ids = _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype)
-    if ids.numel():
-        library.launch(
-            "fsq_project_quantize",
-            hidden.contiguous(),
-            weight.float().contiguous(),
-            None if bias is None else bias.float().contiguous(),
-            thresholds(tuple(levels), hidden.device),
-            levels,
-            eps,
-            out_codes if codes else None,
-            ids,
-        )
-    return out_codes, ids
+def _project_reference(hidden, weight, bias, levels, eps, codes, ids_dtype):
+    z = _project(hidden, weight, bias, eps)
+    out_codes, ids = fsq_math.quantize(z, levels, ids_dtype, codes=codes)
+    return out_codes.to(hidden.dtype), ids
+
+
+def _project_jvp(hidden, weight, bias, levels, eps, codes, ids_dtype):
+    z = _project(hidden, weight, bias, eps)
+    out_codes, ids = quantize_jvp(z, levels, codes, True, ids_dtype, False, False)
+    return out_codes.to(hidden.dtype), ids
 
 
 def _project_fake(hidden, weight, bias, levels, eps, codes, ids_dtype):
@@ -247,44 +219,40 @@ def _project_backward(ctx, grad_codes, _):
     inverse = (variance + ctx.eps).rsqrt()
     y = (x - mean) * inverse
     z = F.linear(y, weight.float(), None if bias is None else bias.float())
-    half, _, shift = _bound_terms(tuple(ctx.levels), z)
-    slope = (1 - torch.tanh(z + shift).square()) * half / _row([level // 2 for level in ctx.levels], z)
-    grad_z = grad_codes.float() * slope
+    grad_z = straight_through(grad_codes, z, ctx.levels)
     grad_y = grad_z @ weight.float()
     grad_x = (grad_y - grad_y.mean(1, keepdim=True) - y * (grad_y * y).mean(1, keepdim=True)) * inverse
     grad_bias = None if bias is None else grad_z.sum(0).to(bias.dtype)
     return grad_x.to(hidden.dtype), (grad_z.t() @ y).to(weight.dtype), grad_bias, None, None, None, None
 
 
-_project_op = library.define(
+_project_op = library.Op(
     "fsq_project_quantize",
     "(Tensor hidden, Tensor weight, Tensor? bias, int[] levels, float eps, bool codes, ScalarType ids_dtype) "
     "-> (Tensor, Tensor)",
-    _project_impl,
-    _project_fake,
+    check=_check_project,
+    reference=_project_reference,
+    fake=_project_fake,
+    triton="fsq_linear",
+    setup_context=_project_setup,
+    backward=_project_backward,
+    jvp=_project_jvp,
 )
-library.define_autograd("fsq_project_quantize", _project_backward, _project_setup)
 
 
 # fsq_embed
 
 
-def _embed_impl(ids, levels, weight, bias, positions, position_index, tokens, token_index):
-    out = _embed_fake(ids, levels, weight, bias, positions, position_index, tokens, token_index)
-    if ids.numel():
-        _check_indices(ids, levels, positions, position_index, tokens, token_index)
-    if out.numel():
-        library.launch(
-            "fsq_embed",
-            ids.contiguous(),
-            levels,
-            # [D, width]: vectors run along the width
-            weight.float().t().contiguous(),
-            None if bias is None else bias.float().contiguous(),
-            *(None if each is None else each.contiguous() for each in (positions, position_index, tokens, token_index)),
-            out,
-        )
-    return out
+def _embed_reference(ids, levels, weight, bias, positions, position_index, tokens, token_index):
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    codes = fsq_math.dequantize(ids, levels).to(wide)
+    out = F.linear(codes, weight.to(wide), None if bias is None else bias.to(wide))
+    if positions is not None:
+        out = out + (positions[: len(ids)] if position_index is None else positions[position_index.long()]).to(wide)
+    if tokens is not None and len(tokens):
+        replaced = token_index >= 0
+        out = torch.where(replaced.unsqueeze(1), tokens[token_index.clamp(min=0).long()].to(wide), out)
+    return out.to(weight.dtype)
 
 
 def _embed_fake(ids, levels, weight, bias, positions, position_index, tokens, token_index):
@@ -315,10 +283,10 @@ def _embed_backward(ctx, grad):
     )
 
 
-def _embed_backward_impl(grad, ids, levels, position_index, token_index, positions, tokens):
+def _embed_gradients(grad, ids, levels, position_index, token_index, positions, tokens):
     wide = grad.float()
     kept = wide if token_index is None else wide.masked_fill((token_index >= 0).unsqueeze(1), 0)
-    grad_weight = kept.t() @ fsq_dequantize_ref(ids, levels)
+    grad_weight = kept.t() @ fsq_math.dequantize(ids, levels)
     grad_positions = wide.new_zeros(positions, wide.shape[1])
     if positions and position_index is None:
         grad_positions[: len(ids)] = kept
@@ -328,7 +296,7 @@ def _embed_backward_impl(grad, ids, levels, position_index, token_index, positio
     if tokens:
         # rows that no token replaced go to one row more, which is cut off
         index = torch.where(token_index < 0, tokens, token_index)
-        grad_tokens = _sum_rows(wide, index, tokens + 1)[:tokens].contiguous()
+        grad_tokens = _sum_rows(wide, index, tokens + 1)[:tokens]
     results = grad_weight, kept.sum(0), grad_positions, grad_tokens
     return tuple(result.to(grad.dtype) for result in results)
 
@@ -342,79 +310,34 @@ def _sum_rows(values, index, rows) -> torch.Tensor:
     return sums.index_put_((index.long(),), values, accumulate=True)
 
 
-def _embed_backward_fake(grad, ids, levels, position_index, token_index, positions, tokens):
+def _check_gradients(grad, ids, levels, position_index, token_index, positions, tokens):
+    """Of tensors that autograd hands on."""
+
+
+def _embed_gradients_fake(grad, ids, levels, position_index, token_index, positions, tokens):
     width = grad.shape[1]
     shapes = (width, len(levels)), (width,), (positions, width), (tokens, width)
     return tuple(grad.new_empty(shape) for shape in shapes)
 
 
-_embed_op = library.define(
+_embed_op = library.Op(
     "fsq_embed",
     "(Tensor ids, int[] levels, Tensor weight, Tensor? bias, Tensor? positions, Tensor? position_index, "
     "Tensor? tokens, Tensor? token_index) -> Tensor",
-    _embed_impl,
-    _embed_fake,
+    check=_check_embed,
+    reference=_embed_reference,
+    fake=_embed_fake,
+    triton="fsq_linear",
+    setup_context=_embed_setup,
+    backward=_embed_backward,
 )
 # an op of its own, since a compiler would turn its sums into atomic additions in any order
-_embed_backward_op = library.define(
+_embed_backward_op = library.Op(
     "fsq_embed_backward",
     "(Tensor grad, Tensor ids, int[] levels, Tensor? position_index, Tensor? token_index, SymInt positions, "
     "SymInt tokens) -> (Tensor, Tensor, Tensor, Tensor)",
-    _embed_backward_impl,
-    _embed_backward_fake,
+    check=_check_gradients,
+    reference=_embed_gradients,
+    fake=_embed_gradients_fake,
+    plain=True,
 )
-library.define_autograd("fsq_embed", _embed_backward, _embed_setup)
-
-
-# backends: each fills codes [n, D] (or None) and ids [n], or out [n, width]; weights and biases are float32
-
-
-def fsq_project_quantize_reference(hidden, weight, bias, thresholds, levels, eps, codes, ids):
-    out_codes, out_ids = fsq_quantize_ref(_project(hidden, weight, bias, eps), levels, ids_dtype=ids.dtype)
-    ids.copy_(out_ids)
-    if codes is not None:
-        codes.copy_(out_codes)
-
-
-def fsq_project_quantize_native(*args):
-    torch.ops.flexkernels_native.fsq_project_quantize(*args)
-
-
-def fsq_project_quantize_triton(hidden, weight, bias, thresholds, levels, eps, codes, ids):
-    from .triton import fsq_linear
-
-    table = id_table(tuple(levels), hidden.device)
-    fsq_linear.fsq_project_quantize_triton(hidden, weight, bias, thresholds, table, eps, codes, ids)
-
-
-@functools.lru_cache(maxsize=64)
-def id_table(levels: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64 [2, D]: L // 2 and what one step of each component adds to an id."""
-    with torch.inference_mode(False):
-        return torch.tensor([[level // 2 for level in levels], _basis(levels)], device="cpu").to(device)
-
-
-def fsq_embed_reference(ids, levels, weight, bias, positions, position_index, tokens, token_index, out):
-    settings = {"position_index": position_index, "token_index": token_index}
-    tables = {name: None if t is None else t.float() for name, t in (("positions", positions), ("tokens", tokens))}
-    out.copy_(fsq_embed_ref(ids, levels, weight.t(), bias, **tables, **settings))
-
-
-def fsq_embed_native(*args):
-    torch.ops.flexkernels_native.fsq_embed(*args)
-
-
-def fsq_embed_triton(*args):
-    from .triton import fsq_linear
-
-    fsq_linear.fsq_embed_triton(*args)
-
-
-library.register("fsq_project_quantize", "reference", fsq_project_quantize_reference)
-library.register("fsq_project_quantize", "cpu", fsq_project_quantize_native)
-library.register("fsq_project_quantize", "triton", fsq_project_quantize_triton)
-library.register("fsq_project_quantize", "cuda", fsq_project_quantize_native)
-library.register("fsq_embed", "reference", fsq_embed_reference)
-library.register("fsq_embed", "cpu", fsq_embed_native)
-library.register("fsq_embed", "triton", fsq_embed_triton)
-library.register("fsq_embed", "cuda", fsq_embed_native)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks
-from .fsq import _bound, _check_quantize, _row, fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
+from . import checks, fsq_math
+from .fsq import check_quantize, fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .sampling import philox
 
 # what the counter's second word says the numbers are for
@@ -74,7 +74,7 @@ def fsq_quantize_train_ref(
 
 def _check(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, apply_p, ids_dtype):
     """levels, seed and offset as tensors, sample, and the four probabilities."""
-    levels = _check_quantize(z, levels, True, True, ids_dtype)
+    check_quantize(z, levels, ids_dtype=ids_dtype)
     if z.dim() < 2:
         checks.reject("z", "have a dimension of samples or tokens before the last", f"shape {list(z.shape)}")
     if sample is not None:
@@ -117,8 +117,7 @@ def _noisy(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p, ap
         sample = torch.arange(z.shape[0], device=z.device).view(-1, *[1] * (z.dim() - 2))
     dropped, applied, where, _ = _words(seed, offset, sample.to(torch.int64), SAMPLES)
     if drop_p > 0:
-        half_width = _row([level // 2 for level in levels], z)
-        smooth = (_bound(z.float(), levels) / half_width).to(z.dtype)
+        smooth = fsq_math.smooth(z.float(), levels).to(z.dtype)
         codes = torch.where((dropped < _threshold(drop_p)).unsqueeze(-1), smooth, codes)
     if corrupt_p > 0:
         place = torch.arange(ids.numel(), device=z.device).view(ids.shape)

@@ -1,87 +1,189 @@
-"""Where ops are defined, and the one table that says which backend serves which op on which device."""
+"""Where ops are defined: an `Op` is one row with everything that belongs to it, and chooses who serves a call.
+
+`flexkernels.<op>` calls its Op, which calls `torch.ops.flexkernels.<op>`. On a CPU or a CUDA device that is the C++ op
+of csrc/ops, which checks, allocates and launches: one dispatch. What needs more takes its own road:
+
+    a gradient                  the autograd formula registered on the op, whose backward is an Op too
+    torch.compile, FakeTensor   the same op, by its `fake`
+    forward-mode derivatives    the reference formula, which PyTorch differentiates
+    a forced backend, Triton    torch.ops.flexkernels_select.<op>: the same op, its backend chosen in Python
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native
 
 NAMESPACE = "flexkernels"
+# the same ops, but Python chooses the backend
+SELECT = "flexkernels_select"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "FLEXKERNELS_BACKEND"
+OPS: dict[str, Op] = {}
+# tests: the namespace whose CPU kernels are the CUDA sources in an emulator; they serve "cuda" on CPU tensors
+emulated: str | None = None
 
-# what `auto` tries, best first; a device type that is not named here gets the reference
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
-
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_forced: ContextVar[str | None] = ContextVar("flexkernels_backend", default=None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One backend's way to run one op: `launch(*args)` fills preallocated outputs."""
-
-    launch: Callable
-    unsupported: Callable | None
+_library = {space: torch.library.Library(space, "FRAGMENT") for space in (NAMESPACE, SELECT)}
 
 
-_table: dict[str, dict[str, Row]] = {}
+class Op:
+    """One op: its schema, its checks, its backends and its derivatives.
 
-
-def define(name: str, schema: str, impl: Callable, fake: Callable):
-    """Defines `torch.ops.flexkernels.<name>` with `schema` ("(Tensor x) -> Tensor") and returns its overload.
-
-    `impl` allocates the outputs and calls `launch`; `fake` gives their shapes and dtypes alone.
+    Every callable takes the schema's arguments in their order.
+    check: raises TypeError or ValueError for wrong input. The C++ op checks what it needs itself, in a RuntimeError;
+        `check` runs where it refused, to say the same in the words of the public function, and before every other road.
+    reference: plain PyTorch, returns the results. fake: their shapes and dtypes alone.
+    triton: the module of flexkernels.triton that has `<name>_triton`, which returns the results; None: there is none.
+    cuda_order: what `auto` tries on a CUDA device, as measured. The reference comes last everywhere.
+    unsupported: {backend: why it cannot serve these arguments, or None where it can}.
+    setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
+        through the op raises NotImplementedError.
+    jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
+        unless given. None raises NotImplementedError.
+    plain: the reference serves whatever backend is asked for: of an op only so that a compiler leaves it as it is.
     """
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        check: Callable[..., None],
+        reference: Callable,
+        fake: Callable,
+        triton: str | None = None,
+        cuda_order: tuple[str, ...] = ("cuda", "triton"),
+        unsupported: dict[str, Callable] | None = None,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+        jvp: Callable | str | None = "reference",
+        plain: bool = False,
+    ):
+        self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
+        self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
+        self.unsupported = unsupported or {}
+        self.plain = plain
+        self.jvp = reference if jvp == "reference" else jvp
+        self.direct, self.selected = (
+            self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
+        )
+        # with CUDA kernels loaded, Python chooses on CUDA devices unless the C++ op is simply the one to take
+        self.always_direct = cuda_order[0] == "cuda" or _native.cuda_unavailable is not None
+        OPS[name] = self
 
-def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Gives the op `name` its gradient: `backward(ctx, *grads)` in plain PyTorch, so that it can be traced."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            self.check(*args)
+            return self._overload(args)(*args)
+        if forward_ad._current_level >= 0:
+            return self._forward_mode(args)
+        op = self._overload(args)
+        try:
+            if torch.is_grad_enabled() and _requires_grad(args):
+                return op(*args)
+            # the autograd kernel of an op is Python: three times what the rest of a small call takes
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        except (RuntimeError, TypeError):
+            self.check(*args)
+            raise
 
+    def _overload(self, args):
+        direct = _forced == "auto" and (self.always_direct or _device(args).type != "cuda")
+        return self.direct if direct else self.selected
 
-def register(op: str, backend: str, launch: Callable, unsupported: Callable | None = None) -> None:
-    """Adds the row (op, backend). `unsupported(*args)` says why a call cannot be served, or None when it can."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    _table.setdefault(op, {})[backend] = Row(launch, unsupported)
+    def _forward_mode(self, args):
+        self.check(*args)
+        if self.jvp is None:
+            raise NotImplementedError(f"flexkernels.{self.name} has no forward-mode derivative (torch.func.jvp)")
+        return self.jvp(*args)
 
+    def _define(self, space: str, schema: str, fake, setup_context, backward):
+        library, qualified = _library[space], f"{space}::{self.name}"
+        library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(self.name, self._select, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, functools.partial(self._fake, fake), lib=library)
+        # in-place ops take no tensor that needs a gradient
+        if "!" not in schema:
+            torch.library.register_autograd(
+                qualified, backward or self._no_gradient, setup_context=setup_context, lib=library
+            )
+        return getattr(getattr(torch.ops, space), self.name).default
 
-def launch(op: str, *args) -> None:
-    """Runs `op` on the chosen backend; the device is that of the first tensor among `args`."""
-    _choose(op, args).launch(*args)
+    def _fake(self, fake, *args):
+        # tensors of meta beside others come here too
+        if len({arg.device for arg in args if isinstance(arg, torch.Tensor)}) > 1:
+            self.check(*args)
+        return fake(*args)
+
+    def _no_gradient(self, ctx, *grads):
+        raise NotImplementedError(f"flexkernels.{self.name} has no derivative of this order")
+
+    def _select(self, *args):
+        """The op on the forced backend, or on the first of the device's that serves the call."""
+        self.check(*args)
+        if self.plain:
+            return _contiguous(self.reference(*args))
+        device = _device(args)
+        names = self.orders.get(device.type, ("reference",)) if _forced == "auto" else (_forced,)
+        reasons = []
+        for name in names:
+            reason = self._refusal(name, device, args)
+            if reason is None:
+                results = self._backend(name, device)(*args)
+                return _contiguous(results) if name == "reference" else results
+            reasons.append(f"{name}: {reason}")
+        asked = "no backend can" if _forced == "auto" else f"the forced backend {_forced!r} cannot"
+        raise RuntimeError(f"flexkernels.{self.name}: {asked} serve this call on {device} ({'; '.join(reasons)})")
+
+    def _backend(self, name: str, device: torch.device) -> Callable | None:
+        if name == "reference":
+            return self.reference
+        if name == "triton":
+            # imported at its first call: Triton takes long, and a CPU does not need it
+            module = self.triton and importlib.import_module(f"{__package__}.triton.{self.triton}")
+            return getattr(module, f"{self.name}_triton") if module else None
+        if name == "cuda" and device.type == "cpu":
+            return getattr(getattr(torch.ops, emulated), self.name, None)
+        return self.direct if _has_native(self.name, name.upper()) else None
+
+    def _refusal(self, name: str, device: torch.device, args) -> str | None:
+        """Why backend `name` cannot serve `args`, or None."""
+        reason = _cannot_run(name, device)
+        if reason is None and self._backend(name, device) is None:
+            reason = f"it has no {self.name}"
+        if reason is None and name in self.unsupported:
+            reason = self.unsupported[name](*args)
+        return reason
 
 
 def current_backend() -> str:
-    """The backend in force: the innermost `with backend(...)`, else FLEXKERNELS_BACKEND, else "auto"."""
-    name = _forced.get() or os.environ.get(ENVIRONMENT) or "auto"
-    return _known(name)
+    """The backend in force: the innermost `with backend(...)`, else FLEXKERNELS_BACKEND at import, else "auto"."""
+    return _forced
 
 
 @contextlib.contextmanager
-def backend(name: str):
-    """Forces one backend ("reference", "cpu", "triton", "cuda") or "auto" inside the `with` block.
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend ("reference", "cpu", "triton", "cuda") or "auto" inside the `with` block, in every thread.
 
     A forced backend that cannot serve a call raises RuntimeError saying why; nothing falls back silently.
     Raises ValueError for any other name.
     """
-    token = _forced.set(_known(name))
+    global _forced
+    before, _forced = _forced, _known(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def available_backends() -> dict[str, str | None]:
@@ -100,36 +202,43 @@ def _known(name: str) -> str:
     return name
 
 
-def _choose(op: str, args) -> Row:
-    for first in args:
-        if isinstance(first, torch.Tensor):
-            break
-    device, forced = first.device, current_backend()
-    kind = device.type
-    names = _ORDER.get(kind, ("reference",)) if forced == "auto" else (forced,)
-    # most calls: the best backend is at home on this device and its row takes everything
-    row = _table[op].get(names[0])
-    if row is not None and row.unsupported is None and names[0] == kind and _unavailable(kind) is None:
-        return row
-    reasons = []
-    for name in names:
-        reason = _refusal(op, name, device, args)
-        if reason is None:
-            return _table[op][name]
-        reasons.append(f"{name}: {reason}")
-    asked = "no backend can" if forced == "auto" else f"the forced backend {forced!r} cannot"
-    raise RuntimeError(f"flexkernels.{op}: {asked} serve this call on {device} ({'; '.join(reasons)})")
+# of the whole process: autograd runs the backward on CUDA devices in threads of its own
+_forced = _known(os.environ.get(ENVIRONMENT) or "auto")
 
 
-def _refusal(op: str, name: str, device: torch.device, args) -> str | None:
-    """Why backend `name` cannot run `op` on `args`, or None."""
-    row = _table[op].get(name)
-    if row is None:
-        return f"it has no {op}"
-    reason = _unavailable(name) or _wrong_device(name, device)
-    if reason is None and row.unsupported is not None:
-        reason = row.unsupported(*args)
-    return reason
+def _requires_grad(args) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, list) and _requires_grad(arg):
+            return True
+    return False
+
+
+def _contiguous(results):
+    if isinstance(results, torch.Tensor):
+        return results.contiguous()
+    return results and tuple(_contiguous(result) for result in results)
+
+
+def _device(args) -> torch.device:
+    """That of the first tensor; the CPU where there is none, which the checks refuse."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+    return torch.device("cpu")
+
+
+@functools.cache
+def _has_native(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _cannot_run(name: str, device: torch.device) -> str | None:
+    if name == "cuda" and device.type == "cpu" and emulated:
+        return None
+    return _unavailable(name) or _wrong_device(name, device)
 
 
 def _wrong_device(name: str, device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 
 MAX_ROWS = 16
 INT8_LARGEST = 127
@@ -122,7 +122,7 @@ def _linear_impl(x, weight, weight_scale, bias, residual, swiglu):
         return out
     x, residual = _rows(x), None if residual is None else _rows(residual)
     weight, weight_scale, bias = (None if t is None else t.contiguous() for t in (weight, weight_scale, bias))
-    library.launch("skinny_linear", x, weight, weight_scale, bias, residual, swiglu, out)
+    legacy.launch("skinny_linear", x, weight, weight_scale, bias, residual, swiglu, out)
     return out
 
 
@@ -135,7 +135,7 @@ def _linear_fake(x, weight, weight_scale, bias, residual, swiglu):
     return x.new_empty((x.shape[0], n // 2 if swiglu else n))
 
 
-_linear_op = library.define(
+_linear_op = legacy.define(
     "skinny_linear",
     "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? residual, bool swiglu) -> Tensor",
     _linear_impl,
@@ -176,7 +176,7 @@ def skinny_linear_triton(*args):
     linear.skinny_linear_triton(*args)
 
 
-library.register("skinny_linear", "reference", skinny_linear_reference)
-library.register("skinny_linear", "cpu", skinny_linear_native)
-library.register("skinny_linear", "triton", skinny_linear_triton)
-library.register("skinny_linear", "cuda", skinny_linear_native)
+legacy.register("skinny_linear", "reference", skinny_linear_reference)
+legacy.register("skinny_linear", "cpu", skinny_linear_native)
+legacy.register("skinny_linear", "triton", skinny_linear_triton)
+legacy.register("skinny_linear", "cuda", skinny_linear_native)

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 
 MAX_VOCAB = 2**18
 MASS_BITS = 40
@@ -168,7 +168,7 @@ def _sample_impl(logits, uncond, *rest):
     *arguments, seed, seeds, offset, offsets = arguments
     seeds, offsets = (None if value is None else value.contiguous() for value in (seeds, offsets))
     arguments = _constants((logits, uncond, *arguments, seed, seeds, offset, offsets))
-    library.launch("sample_logits", *arguments, ids, logprob if return_logprob else None)
+    legacy.launch("sample_logits", *arguments, ids, logprob if return_logprob else None)
     return ids, logprob
 
 
@@ -185,7 +185,7 @@ def _sample_fake(logits, *rest):
     )
 
 
-_sample_op = library.define(
+_sample_op = legacy.define(
     "sample_logits",
     "(Tensor logits, Tensor? uncond, float guidance, float temperature, int top_k, float top_p, float min_p, "
     "SymInt seed, Tensor? seeds, SymInt offset, Tensor? offsets, bool return_logprob) -> (Tensor, Tensor)",
@@ -355,7 +355,7 @@ def sample_logits_triton(*args):
     sampling.sample_logits_triton(*args)
 
 
-library.register("sample_logits", "reference", sample_logits_reference)
-library.register("sample_logits", "cpu", sample_logits_native)
-library.register("sample_logits", "triton", sample_logits_triton)
-library.register("sample_logits", "cuda", sample_logits_native)
+legacy.register("sample_logits", "reference", sample_logits_reference)
+legacy.register("sample_logits", "cpu", sample_logits_native)
+legacy.register("sample_logits", "triton", sample_logits_triton)
+legacy.register("sample_logits", "cuda", sample_logits_native)

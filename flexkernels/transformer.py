@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, library
+from . import checks, legacy
 from .decode import (
     _check_caches,
     _check_range,
@@ -239,12 +239,12 @@ def _step_impl(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cr
     if cross_len is not None:
         _check_range("cross_len", cross_len, 0, min(k.shape[2] for k in cross))
         cross_len = cross_len.contiguous()
-    library.launch(
+    legacy.launch(
         "transformer_step", x, k_cache, v_cache, cache_len.contiguous(), norms, weights, scales, cross, cross_len, eps
     )
 
 
-_step_op = library.define(
+_step_op = legacy.define(
     "transformer_step_",
     "(Tensor(a!) x, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cache_len, Tensor[] norms, Tensor[] weights, "
     "Tensor[] scales, Tensor[] cross, Tensor? cross_len, float eps) -> ()",
@@ -260,8 +260,8 @@ def transformer_step_native(*args):
     torch.ops.flexkernels_native.transformer_step_(*args)
 
 
-library.register("transformer_step", "reference", REFERENCES.step)
-library.register("transformer_step", "cpu", transformer_step_native)
+legacy.register("transformer_step", "reference", REFERENCES.step)
+legacy.register("transformer_step", "cpu", transformer_step_native)
 # launches one by one, which a CUDA graph makes cheap
-library.register("transformer_step", "triton", OPS.step)
-library.register("transformer_step", "cuda", OPS.step)
+legacy.register("transformer_step", "triton", OPS.step)
+legacy.register("transformer_step", "cuda", OPS.step)

@@ -3,12 +3,15 @@
 import os
 import sys
 
+import emulator
 import pytest
 import torch
 
 # without a GPU the Triton kernels run in the interpreter; Triton reads this once, when a kernel file is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# what the C++ ops allocate
+os.environ.setdefault("FLEXKERNELS_POISON", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -32,3 +35,16 @@ def fresh_compiler():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def emulated_kernels(request):
+    if request.node.get_closest_marker("emulator") is None:
+        yield
+        return
+    reason = emulator.unavailable()
+    if reason:
+        pytest.skip(f"emulator: {reason}")
+    made_before = [vars(request.module), getattr(request.node, "callspec", None) and request.node.callspec.params]
+    with emulator.emulated_ops(made_before):
+        yield

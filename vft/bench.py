@@ -76,8 +76,8 @@ def generate_job(model, *, batch: int, frames: int, keep: int | None, **options)
         condition = {"text_emb": torch.randn(batch, CAPTION_TOKENS, model.config.ctx_dim)}
 
     def call(graphs: bool) -> torch.Tensor:
-        graphs = graphs and model.device.type == "cuda"
-        return model.generate(**condition, frames=frames, tokens_per_frame=keep, cuda_graph=graphs, **options)
+        cuda_graph = None if graphs else False
+        return model.generate(**condition, frames=frames, tokens_per_frame=keep, cuda_graph=cuda_graph, **options)
 
     guidance = options.get("guidance")
     title = (

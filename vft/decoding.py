@@ -7,13 +7,16 @@ conditional and the unconditional row of sample s.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from flexkernels import backend, sample_logits
+
+from .capture import capture
 from .config import GeneratorConfig
 
 # cache lengths that share one CUDA graph
@@ -62,29 +65,37 @@ class Request:
         return [stop - len(prompt) for stop, prompt in zip(self.stops, self.prompts, strict=True)]
 
 
-def check_sampler(temperature, top_k, top_p, min_p, guidance, seed) -> dict:
-    """The keyword arguments of ``sample_logits`` beyond the logits and the seeds."""
-    for name, value, low, high in (
-        ("temperature", temperature, 0, math.inf),
-        ("top_p", top_p, 0, 1),
-        ("min_p", min_p, 0, 1),
-        ("guidance", guidance, -math.inf, math.inf),
-    ):
-        if value is None and name != "temperature":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        excluded = {"top_p": 0, "min_p": 1}.get(name)
-        if not math.isfinite(value) or not low <= value <= high or value == excluded:
-            allowed = {"top_p": "lie in (0, 1]", "min_p": "lie in [0, 1)", "temperature": "be finite and at least 0"}
-            raise ValueError(f"{name} must {allowed.get(name, 'be finite')}, got {value}")
-    if top_k is not None:
-        _integer("top_k", top_k, 1)
-    _integer("seed", seed, 0)
-    return {
-        "temperature": float(temperature), "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "guidance": 1.0 if guidance is None else float(guidance),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: what :func:`flexkernels.sample_logits` takes, and a seed of at least 0; guidance None is 1.
+
+    Raises TypeError or ValueError naming the setting.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    guidance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _integer("seed", self.seed, 0)
+        # the op checks its own arguments; from no rows it draws nothing, wherever the model's logits will be
+        none = torch.empty(0, 1)
+        with backend("reference"):
+            sample_logits(none, uncond_logits=none, **self.options())
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance is not None and self.guidance != 1
+
+    def options(self) -> dict:
+        """The keyword arguments of ``sample_logits`` beyond the logits and the seeds."""
+        return {
+            "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
+            "guidance": 1.0 if self.guidance is None else self.guidance,
+        }  # fmt: skip
 
 
 def check_range(name: str, ids: torch.Tensor, vocab: int) -> None:
@@ -142,10 +153,10 @@ class State:
     each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them.
     """
 
-    def __init__(self, model, request: Request, samples: int, sampler: dict, seed: int) -> None:
+    def __init__(self, model, request: Request, samples: int, sampling: Sampling) -> None:
         config, device, dtype = model.config, model.device, model.sos.dtype
         self.branches = 2 if request.guided else 1
-        self.samples, self.sampler = samples, sampler
+        self.samples, self.sampler = samples, sampling.options()
         self.max_len = max(request.stops[:samples], default=0)
         rows = samples * self.branches
         shape = (config.depth, rows, config.heads, self.max_len, config.head_dim)
@@ -154,7 +165,7 @@ class State:
         self.position = lengths.repeat_interleave(self.branches)
         self.length = (self.position + 1).int()
         self.ids = torch.zeros_like(self.position)
-        self.seed = torch.full((samples,), seed, dtype=torch.int64, device=device)
+        self.seed = torch.full((samples,), sampling.seed, dtype=torch.int64, device=device)
         self.offset = torch.tensor(request.order[:samples], dtype=torch.int64).to(device) * config.seq_len + lengths
         out = torch.full((len(request.stops), request.frames * request.levels), -1, dtype=torch.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
@@ -237,32 +248,19 @@ class Graphs:
     def step(self, samples: int, limit: int) -> None:
         key = (samples, limit)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(samples, limit)
+            # what the call before the capture draws is drawn again by the replay
+            run = partial(self.model.step, self.state, samples, limit)
+            self.graphs[key], _ = capture(run, self.state.counters(), self.pool)
         self.graphs[key].replay()
-
-    def _capture(self, samples: int, limit: int) -> torch.cuda.CUDAGraph:
-        counters = self.state.counters()
-        before = [t.clone() for t in counters]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # the first run loads kernels; what it draws is drawn again by the replay
-            self.model.step(self.state, samples, limit)
-            for tensor, value in zip(counters, before, strict=True):
-                tensor.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.model.step(self.state, samples, limit)
-        return graph
 
 
 @torch.no_grad()
-def levels(model, request: Request, sampler: dict, seed: int, cuda_graph: bool) -> Iterator[torch.Tensor]:
-    """Yields ids ``[n, frames, levels so far]`` in the caller's order of rows."""
+def levels(model, request: Request, sampling: Sampling, cuda_graph: bool | None = None) -> Iterator[torch.Tensor]:
+    """Yields ids ``[n, frames, levels so far]`` in the caller's order of rows; ``cuda_graph`` None: on a GPU."""
+    cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
     steps = request.steps
     samples = sum(count > 0 for count in steps)
-    state = State(model, request, samples, sampler, seed)
+    state = State(model, request, samples, sampling)
     order = request.order
     inverse = sorted(range(len(order)), key=order.__getitem__)
     inverse = None if inverse == order == list(range(len(order))) else torch.tensor(inverse, device=model.device)

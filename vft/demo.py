@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
+from vft.metrics import frames_psnr
 from vft.tokens import VideoTokens
-from vft.video import contact_sheet, preprocess, psnr, read_video, to_uint8, write_video
+from vft.video import contact_sheet, preprocess, read_video, to_uint8, write_video
 
 CLIP = Path(__file__).parent / "assets" / "bunny.mp4"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0"
 KEEPS = (1, 4, 16)
+FILES = ("demo.mp4", "demo.png")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    movie, picture = (check_output(folder / name) for name in ("demo.mp4", "demo.png"))
+    movie, picture = (check_output(folder / name) for name in FILES)
     video = read_video(CLIP, tokenizer.size)
     source = to_uint8(preprocess(video.frames, tokenizer.size))
     start = time.perf_counter()
@@ -76,7 +78,7 @@ def reconstruct(tokenizer, tokens: VideoTokens, source: torch.Tensor, **options)
         start = time.perf_counter()
         frames = to_uint8(tokenizer.decode(coarse, **options)).cpu()
         seconds = time.perf_counter() - start
-        results.append(Result(coarse, frames, psnr(frames, source), seconds))
+        results.append(Result(coarse, frames, frames_psnr(frames, source), seconds))
     return results
 
 

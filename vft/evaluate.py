@@ -6,80 +6,24 @@ video files; what each register controls; the class accuracy of generated clips.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import plots
-from .demo import CLIP
-from .files import check_output, replacing
 from .generator import Generator
+from .metrics import METRICS
 from .tokenizer import Tokenizer
-from .train import classifier, procedural, state
+from .train import classifier, procedural
 from .video import preprocess, read_video
 
 # training, and fitting the embedded codec, use other seeds
 HELD_OUT_SEED = 2_000_000
 BATCH = 16
-# SSIM (Wang et al. 2004): a Gaussian window, and (0.01 L)^2, (0.03 L)^2 for values of range L = 1
-WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
 # of the tokens of generated clips, 1 for none
 GUIDANCES = (1.0, 2.0, 4.0)
-# GMSD (Xue et al. 2014): the constant for values of range 1
-GMSD_C = 170 / 255**2
-
-
-def psnr(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """dB of each clip ``[B]``, from ``[B, 3, T, H, W]`` in [-1, 1]; higher is better."""
-    return -10 * ((video.clamp(-1, 1) - reference) / 2).square().mean((1, 2, 3, 4)).log10()
-
-
-def ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each clip's luma ``[B]``, frame by frame (Wang et al. 2004); 1 is equal.
-
-    Raises ValueError for frames smaller than the window of 11 x 11.
-    """
-    x, y = _luma(video), _luma(reference)
-    if min(x.shape[-2:]) < WINDOW:
-        raise ValueError(f"frames must be at least {WINDOW}x{WINDOW}, got {x.shape[-2]}x{x.shape[-1]}")
-    bell = torch.exp(-((torch.arange(WINDOW) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
-    bell = (bell / bell.sum()).to(x)
-    blur = lambda z: F.conv2d(F.conv2d(z, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))  # noqa: E731
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    similarity = (2 * mx * my + C1) * (2 * cov + C2) / ((mx * mx + my * my + C1) * (vx + vy + C2))
-    return similarity.mean((1, 2, 3)).view(len(video), -1).mean(1)
-
-
-def gmsd(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Gradient magnitude similarity deviation of each clip's luma ``[B]`` (Xue et al. 2014), a perceptual distance
-    without learned weights; 0 is equal."""
-    prewitt = torch.tensor([[1.0, 0, -1]] * 3, device=video.device) / 3
-    kernels = torch.stack([prewitt, prewitt.T])[:, None]
-
-    def magnitude(z: torch.Tensor) -> torch.Tensor:
-        gradients = F.conv2d(F.avg_pool2d(_luma(z), 2), kernels.to(z.dtype), padding=1)
-        return gradients.square().sum(1).sqrt()
-
-    a, b = magnitude(video), magnitude(reference)
-    similarity = (2 * a * b + GMSD_C) / (a * a + b * b + GMSD_C)
-    return similarity.flatten(1).std(1, correction=0).view(len(video), -1).mean(1)
-
-
-def _luma(video: torch.Tensor) -> torch.Tensor:
-    # [B, 3, T, H, W] in [-1, 1] -> [B * T, 1, H, W] in [0, 1], ITU-R BT.601
-    weight = torch.tensor([0.299, 0.587, 0.114], device=video.device, dtype=video.dtype).view(1, 3, 1, 1, 1)
-    return ((video.clamp(-1, 1) + 1) / 2 * weight).sum(1).flatten(0, 1)[:, None]
-
-
-METRICS: dict[str, Callable] = {"psnr": psnr, "ssim": ssim, "gmsd": gmsd}
 
 
 def budgets(registers: int) -> list[int]:
@@ -178,65 +122,6 @@ def _clips(model: Tokenizer, indices) -> torch.Tensor:
 
 def _means(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     return {name: round(float(torch.cat([part[name] for part in parts]).mean()), 4) for name in parts[0]}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``vft eval`` beyond the model's."""
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves (needs matplotlib)")
-    parser.add_argument("--clips", type=int, default=256, help="held-out procedural clips (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's)")
-    parser.add_argument("--video", type=Path, nargs="*", default=[CLIP], help="video files (default: the shipped clip)")
-    parser.add_argument("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
-    parser.add_argument(
-        "--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show"
-    )
-
-
-def run(args: argparse.Namespace, model: Tokenizer) -> None:
-    """Measures as the parsed arguments say; prints a table, writes JSON and a picture.
-
-    Raises ValueError for an argument out of range, training runs of one name or a model without a working size,
-    ImportError for a plot without matplotlib.
-    """
-    if args.clips < 2:
-        raise ValueError(f"clips must be at least 2, got {args.clips}")
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and at least 0, got {args.temperature:g}")
-    if model.size is None:
-        raise ValueError(f"model {model.name!r} must have a working size")
-    for path in [args.output, *([args.plot] if args.plot else [])]:
-        check_output(path)
-    if args.plot:
-        # a missing matplotlib is an error before the work
-        plots.figure(1, 1)
-    logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
-    if len(logs) < len(args.training_runs):
-        raise ValueError("folders of training runs must have different names")
-    steps = args.steps or model.steps
-    keeps = budgets(model.registers)
-    result = {
-        "model": model.name, "machine": platform.machine(), "torch": torch.__version__, "dtype": "float32",
-        "clips": args.clips, "steps": steps, "guidance": str(model.guidance),
-        "rate_distortion": {"held-out clips": held_out(model, args.clips, keeps, steps=steps)},
-        "control": control(model, min(args.clips, 64), steps=steps),
-    }  # fmt: skip
-    for path in args.video:
-        result["rate_distortion"][path.name] = one_video(model, path, keeps, steps=steps)
-    if args.generator:
-        generator = Generator.from_pretrained(args.generator)
-        judge = classifier.train(model.size, model.config.chunk_size)
-        result["temperature"] = args.temperature
-        result["class_accuracy"] = class_accuracy(generator, model, judge, args.clips, temperature=args.temperature)
-    if logs:
-        curves = {name: [(line["step"], line["loss"]) for line in log] for name, log in logs.items()}
-        result["training_loss"] = {name: thinned(curve) for name, curve in curves.items()}
-    print(table(result))
-    with replacing(args.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        plots.evaluation(result, args.plot)
 
 
 def thinned(curve: list[tuple[int, float]], most: int = 1000) -> list[tuple[int, float]]:

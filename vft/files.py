@@ -2,20 +2,25 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def check_output(path: str | os.PathLike) -> Path:
+def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None] = ()) -> Path:
     """Return the real path that an output goes to, or raise before any work is done.
 
     An existing regular file is allowed: it is replaced. A symbolic link is followed, so the link stays.
 
     Raises:
-        OSError: the folder is missing or not writable, or ``path`` is a folder, a device or a pipe.
+        OSError: the folder is missing or not writable, or ``path`` is a folder, a device, a pipe, ``-`` or one of the
+            ``inputs``.
     """
+    if os.fspath(path) == "-":
+        raise OSError("output '-' must be a file: this is not written to standard output")
     target = Path(os.path.realpath(path))
+    if any(given is not None and os.path.realpath(given) == str(target) for given in inputs):
+        raise OSError(f"output {str(path)!r} must be another file than the input")
     if target.exists() and not target.is_file():
         raise OSError(f"output {str(path)!r} must be a regular file, got a {'folder' if target.is_dir() else 'device'}")
     if not target.parent.is_dir():
@@ -27,6 +32,17 @@ def check_output(path: str | os.PathLike) -> Path:
         raise OSError(f"output {str(path)!r} is not writable: {error.strerror}") from error
     probe.unlink()
     return target
+
+
+def check_new(path: str | os.PathLike, instead: str) -> Path:
+    """:func:`check_output` of a file that the user has not named: one that exists is not replaced.
+
+    Raises:
+        OSError: also where it exists; the message ends with what to do ``instead``.
+    """
+    if os.path.lexists(path):
+        raise OSError(f"output {str(path)!r} exists and was not named: {instead}")
+    return check_output(path)
 
 
 @contextmanager

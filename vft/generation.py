@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from vft.files import check_output, replacing
+from vft.files import check_new, check_output, replacing
 from vft.tokens import VideoTokens
 from vft.video import contact_sheet, to_uint8, write_video
 
@@ -43,31 +44,43 @@ def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | Non
     return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk) for row in ids.cpu()]
 
 
-def output_paths(path: str, count: int, tokens_only: bool) -> list[Path]:
-    """Token files ``a.vft``, or ``a-0.vft``, ``a-1.vft``, ...; or the contact sheet's path beside a video.
+def token_paths(path: str, count: int, inputs: Sequence[str | None] = ()) -> list[Path]:
+    """``a.vft``, or for several ``a-0.vft``, ``a-1.vft``, ..., which must not exist.
 
     Raises ValueError or OSError where they cannot be written.
     """
     target = Path(path)
-    if tokens_only and target.suffix != ".vft":
+    if target.suffix != ".vft":
         raise ValueError(f"output {path!r} must end in .vft")
-    if not tokens_only:
-        paths = [target.with_suffix(".png")]
-    elif count == 1:
-        paths = [target]
-    else:
-        paths = [target.with_name(f"{target.stem}-{i}.vft") for i in range(count)]
+    if count == 1:
+        check_output(target, inputs)
+        return [target]
+    paths = [target.with_name(f"{target.stem}-{i}.vft") for i in range(count)]
     for each in paths:
-        check_output(each)
+        check_new(each, "give another -o, or remove it")
     return paths
 
 
-def show(tokenizer, samples: list[VideoTokens], path: str, quality: int, **sampler) -> None:
-    """Writes the grid video of all samples, and beside it a picture of the first ones from more and more registers.
+def sheet_path(video: str, named: str | None, inputs: Sequence[str | None] = ()) -> Path:
+    """The contact sheet's path: ``named``, or else beside the video, where it must not exist.
+
+    Raises ValueError or OSError where it cannot be written.
+    """
+    if named is None:
+        path = Path(video).with_suffix(".png")
+        check_new(path, f"--sheet {path} replaces it")
+        return path
+    if Path(named).suffix != ".png":
+        raise ValueError(f"sheet {named!r} must end in .png")
+    check_output(named, inputs)
+    return Path(named)
+
+
+def show(tokenizer, samples: list[VideoTokens], path: str, sheet: Path, quality: int, **sampler) -> None:
+    """Writes the grid video of all samples, and a picture of the first ones from more and more registers.
 
     ``sampler`` goes to ``tokenizer.decode``.
     """
-    (picture,) = output_paths(path, 1, tokens_only=False)
     keeps = [k for k in KEEPS if k < samples[0].registers] + [samples[0].registers]
     jobs = [(i, k) for i in range(len(samples)) for k in keeps if i < SHEET_SAMPLES or k == keeps[-1]]
     clips = {}
@@ -75,7 +88,7 @@ def show(tokenizer, samples: list[VideoTokens], path: str, quality: int, **sampl
         clips[i, k] = to_uint8(tokenizer.decode(samples[i].truncate(k), **sampler)).cpu()
     write_video(path, grid([clips[i, keeps[-1]] for i in range(len(samples))]), samples[0].fps, quality)
     rows = [(f"{i + 1}\nk = {k}", clips[i, k]) for i, k in jobs if i < SHEET_SAMPLES]
-    with replacing(picture) as temporary:
+    with replacing(sheet) as temporary:
         contact_sheet(rows).save(temporary, format="png")
 
 

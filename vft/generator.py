@@ -8,7 +8,7 @@ Flat position i holds register i // T of frame i % T, so k registers a frame are
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +21,7 @@ import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
 
 from . import checkpoint, codebook, decoding
+from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 
 # rows that skinny_linear serves
@@ -259,15 +260,8 @@ class Generator(nn.Module):
         return self.config.tokenizer
 
     def class_index(self, name: str) -> int:
-        """The index of a class name. Raises ValueError that suggests near names."""
-        if name in self.classes:
-            return self.classes.index(name)
-        if not self.classes:
-            raise ValueError(f"class {name!r} cannot be looked up: the model names no classes")
-        lowered = {known.lower(): known for known in self.classes}
-        near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, 5, 0.5)]
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {len(self.classes)} classes"
-        raise ValueError(f"class {name!r} is not known: {hint}")
+        """The index of a class name. Raises ValueError that suggests near names and lists the classes."""
+        return class_index(self.classes, name)
 
     @torch.no_grad()
     def logits(
@@ -290,13 +284,14 @@ class Generator(nn.Module):
         flat_ids = self._check_flat_ids(flat_ids)
         n, length = flat_ids.shape
         if unconditional:
-            self._refuse_conditions(class_id, text_emb, text_mask)
-            conditions = [None] * n
+            if any(given is not None for given in (class_id, text_emb, text_mask)):
+                raise ValueError("class_id and text_emb must not be given with unconditional=True")
+            rows = [None] * n
         else:
-            conditions = self.conditions(class_id, text_emb, text_mask, n)
+            rows = self.conditions(class_id, text_emb, text_mask, n)
         if flat_ids.numel() == 0:
             return torch.zeros(n, length, self.config.vocab, device=self.device)
-        return self.teacher_forced(flat_ids, conditions)
+        return self.teacher_forced(flat_ids, rows)
 
     def teacher_forced(self, flat_ids: torch.Tensor, conditions: list) -> torch.Tensor:
         """:meth:`logits` with gradients, for conditions as :meth:`conditions` gives them, unchecked."""
@@ -380,11 +375,14 @@ class Generator(nn.Module):
         view.position.add_(1)
         view.offset.add_(1)
 
-    def generate(
+    def stream(
         self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=False,
-    ) -> torch.Tensor:  # fmt: skip
-        """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device.
+        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None,
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
+        """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
+
+        Each yield holds every level so far, so that it can be decoded at once; the last equals :meth:`generate`'s.
+        Arguments are checked before this returns.
 
         Args:
             class_id: class models: an index or a class name, or a sequence or int tensor of n of them.
@@ -399,37 +397,27 @@ class Generator(nn.Module):
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
             prompt: given first tokens, time-first: int ``[p]`` for all rows, ``[n, p]``, or a list of n int ``[p_r]``.
-            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket (CUDA alone; default off).
+            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``.
         """
-        *_, ids = self.stream(
-            class_id, text_emb, text_mask, n=n, frames=frames, tokens_per_frame=tokens_per_frame,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance, seed=seed,
-            prompt=prompt, cuda_graph=cuda_graph,
-        )  # fmt: skip
-        return ids.contiguous()
-
-    def stream(
-        self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=False,
-    ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
-
-        Each yield holds every level so far, so that it can be decoded at once; the last equals :meth:`generate`'s.
-        Arguments are those of :meth:`generate` and are checked before this returns.
-        """
-        conditions = self.conditions(class_id, text_emb, text_mask, n)
+        rows = self.conditions(class_id, text_emb, text_mask, n)
+        sampling = decoding.Sampling(temperature, top_k, top_p, min_p, guidance, seed)
         request = decoding.Request.checked(
-            self.config, conditions, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt,
-            guided=guidance is not None and guidance != 1,
-        )  # fmt: skip
-        top_k = min(top_k, self.config.vocab) if isinstance(top_k, int) else top_k
-        sampler = decoding.check_sampler(temperature, top_k, top_p, min_p, guidance, seed)
+            self.config, rows, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt, guided=sampling.guided
+        )
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph must be off on {self.device}")
-        return decoding.levels(self, request, sampler, seed, cuda_graph)
+        return decoding.levels(self, request, sampling, cuda_graph)
+
+    def generate(self, *condition, **options) -> torch.Tensor:
+        """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""
+        *_, ids = self.stream(*condition, **options)
+        return ids.contiguous()
+
+    # shown by help() and editors
+    generate.__signature__ = inspect.signature(stream).replace(return_annotation="torch.Tensor")
 
     def memory(
         self, n: int, frames: int, tokens_per_frame: int, *, guidance: bool = True, text_len: int = 0
@@ -450,69 +438,8 @@ class Generator(nn.Module):
         return parts | {"total": sum(parts.values())}
 
     def conditions(self, class_id, text_emb, text_mask, n: int | None) -> list:
-        """One condition a row: a class index, or caption embeddings ``[c, ctx_dim]``; None is the null condition."""
-        if self.cls_emb is not None:
-            if text_emb is not None or text_mask is not None:
-                raise ValueError("text_emb must not be given: this model is conditioned on classes, give class_id")
-            conditions = self._class_conditions(class_id)
-        else:
-            if class_id is not None:
-                raise ValueError("class_id must not be given: this model is conditioned on text, give text_emb")
-            conditions = self._text_conditions(text_emb, text_mask)
-        n = len(conditions) if n is None else n
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"n must be an int of at least 0, got {n!r}")
-        if len(conditions) == 1:
-            return conditions * n
-        if len(conditions) != n:
-            raise ValueError(f"class_id or text_emb must hold 1 or n = {n} rows, got {len(conditions)}")
-        return conditions
-
-    def _class_conditions(self, class_id) -> list[int]:
-        if class_id is None:
-            raise ValueError("class_id must be given: this model is conditioned on classes")
-        if isinstance(class_id, torch.Tensor):
-            if class_id.is_floating_point() or class_id.dim() > 1:
-                raise ValueError(f"class_id must be int [n], got {class_id.dtype} {list(class_id.shape)}")
-            class_id = class_id.tolist()
-        rows = [class_id] if isinstance(class_id, (int, str)) else list(class_id)
-        rows = [self.class_index(row) if isinstance(row, str) else row for row in rows]
-        for row in rows:
-            if isinstance(row, bool) or not isinstance(row, int):
-                raise TypeError(f"class_id must hold ints or class names, got {type(row).__name__}")
-            if not 0 <= row < self.config.n_classes:
-                raise ValueError(f"class_id must lie in 0..{self.config.n_classes - 1}, got {row}")
-        return rows
-
-    def _text_conditions(self, text_emb, text_mask) -> list[torch.Tensor | None]:
-        if text_emb is None:
-            raise ValueError("text_emb must be given: this model is conditioned on text")
-        single = isinstance(text_emb, torch.Tensor) and text_emb.dim() == 2
-        rows = [text_emb] if single else list(text_emb)
-        masks = [None] * len(rows)
-        if text_mask is not None:
-            masks = [text_mask] if single and text_mask.dim() == 1 else list(text_mask)
-            if len(masks) != len(rows):
-                raise ValueError(f"text_mask must have {len(rows)} rows like text_emb, got {len(masks)}")
-        return [self._caption(row, mask) for row, mask in zip(rows, masks, strict=True)]
-
-    def _caption(self, row: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        width = self.config.ctx_dim
-        if not isinstance(row, torch.Tensor) or not row.is_floating_point():
-            raise TypeError(f"text_emb must be floating-point tensors, got {getattr(row, 'dtype', type(row).__name__)}")
-        if row.dim() != 2 or row.shape[1] != width:
-            raise ValueError(f"text_emb must have [c, {width}] a row, got {list(row.shape)}")
-        if mask is not None:
-            if mask.shape != row.shape[:1]:
-                raise ValueError(f"text_mask must have {len(row)} entries a row, got {list(mask.shape)}")
-            row = row[mask.to(row.device).bool()]
-        if not torch.isfinite(row).all():
-            raise ValueError("text_emb must be finite, got NaN or infinity")
-        return row.to(self.device, self.sos.dtype) if len(row) else None
-
-    def _refuse_conditions(self, *given) -> None:
-        if any(value is not None for value in given):
-            raise ValueError("class_id and text_emb must not be given with unconditional=True")
+        """One condition a row, see :func:`vft.conditions.check_conditions`."""
+        return check_conditions(self.config, class_id, text_emb, text_mask, n, self.sos)
 
     def _check_flat_ids(self, ids: torch.Tensor) -> torch.Tensor:
         config = self.config

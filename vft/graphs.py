@@ -8,6 +8,7 @@ import torch
 
 from flexkernels import library
 
+from .capture import capture
 from .layers import Decoder, Modulation
 from .packing import Packing
 
@@ -27,15 +28,7 @@ class VelocityGraph:
         # what the graph reads must outlive the packing's own cache
         self.packed = packed
         run = lambda: decoder.velocity(self.latents, self.registers, self.modulation, packed)  # noqa: E731
-        # kernels are compiled and libraries set up before capture, on a stream of their own
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = run()
+        self.graph, self.out = capture(run)
 
     def __call__(self, latents, registers, modulation: Modulation) -> list[torch.Tensor]:
         pairs = zip((*self.latents, self.registers, *self.modulation), (*latents, registers, *modulation), strict=True)

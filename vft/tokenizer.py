@@ -27,7 +27,7 @@ from .solver import Velocity, evaluations, sample, schedule
 from .stills import hold, join_ids, repeats, still_groups
 from .tokens import VideoTokens
 from .vae import load_codec
-from .video import Video, cut_chunks, preprocess
+from .video import Video, cut_chunks, open_video, preprocess
 
 # the published sampler; a checkpoint may state its own
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 40, APG(scale=25.0, threshold=0.6, eta=0.0, momentum=0.0)
@@ -263,9 +263,6 @@ class Tokenizer(nn.Module):
             clips = [self._encode_stream(c.unbind(1), rate, c.shape[-2:], batch, generator) for c in video]
             return clips[0] if len(clips) == 1 else clips
         if isinstance(video, (str, os.PathLike)):
-            # PyAV is needed for files alone
-            from .video import open_video
-
             with open_video(video, self.size, fps=fps, strict=strict) as stream:
                 source = stream.height, stream.width
                 return self._encode_stream(stream.frames, stream.fps, source, batch, generator)

@@ -1,8 +1,6 @@
-"""Latent codecs: what turns a video into the latents that the tokenizer works on, and back.
+"""The codec that ships in the package, a linear transform of blocks, and the choice of a codec by its name.
 
-Every codec is causal and packs 1 + 4k frames into 1 + k latent frames at an eighth of the resolution: the first frame
-alone, then groups of four. `LinearCodec` is small and ships in the package; `vft.vidtok.VidTokCodec` is the published
-variational autoencoder.
+The published variational autoencoder is `vft.vidtok.VidTokCodec`; `vft.codec.Codec` says what all codecs do.
 """
 
 import os
@@ -12,60 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .codec import LINEAR, VIDTOK, Codec
 from .files import replacing
+from .train.procedural import batch
+from .vidtok import VidTokCodec
 
 ASSET = Path(__file__).parent / "assets" / "codec.safetensors"
-LINEAR = "linear"
-VIDTOK = "vidtok_kl_causal_488_16chn"
-
-
-class Codec(torch.nn.Module):
-    """The interface. A codec has `name` and `channels`, and implements `_encode` and `_decode` on checked input."""
-
-    temporal_stride = 4
-    spatial_stride = 8
-    name: str
-    channels: int
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, 1 + k, H / 8, W / 8) for a video of 1 + 4k frames of H x W pixels; ValueError for any other size."""
-        if frames < 1 or frames % self.temporal_stride != 1:
-            raise ValueError(f"video must have 1 + {self.temporal_stride}k frames, got {frames}")
-        for axis, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.spatial_stride:
-                raise ValueError(f"video {axis} must be a positive multiple of {self.spatial_stride}, got {size}")
-        stride = self.spatial_stride
-        return self.channels, 1 + frames // self.temporal_stride, height // stride, width // stride
-
-    def pixel_weight(self, latent_frames: int) -> torch.Tensor | None:
-        """What the squared error of each latent counts in pixels, ``[C, T, 1, 1]`` with mean 1; None where unknown."""
-        return None
-
-    @torch.no_grad()
-    def encode(self, video: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Video, floating [B, 3, T, H, W] in [-1, 1], T = 1 + 4k -> latents, float32 [B, C, 1 + k, H / 8, W / 8].
-
-        With a generator, a codec that has a posterior samples it; without one it gives the mean. Raises TypeError for
-        an integer video, ValueError for a wrong shape.
-        """
-        if not video.is_floating_point():
-            raise TypeError(f"video must be floating point, got {video.dtype}")
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-        self.latent_shape(*video.shape[2:])
-        return self._encode(video, generator).float()
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents, floating [B, C, 1 + k, h, w] -> video, float32 [B, 3, 1 + 4k, 8h, 8w].
-
-        The video is not clamped: values may leave [-1, 1]. Raises TypeError for integers, ValueError for a wrong shape.
-        """
-        if not latents.is_floating_point():
-            raise TypeError(f"latents must be floating point, got {latents.dtype}")
-        if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape[2:]:
-            raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
-        return self._decode(latents).float()
 
 
 class LinearCodec(Codec):
@@ -138,8 +88,6 @@ def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None) -> 
             raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
         return LinearCodec.load()
     if name == VIDTOK:
-        from .vidtok import VidTokCodec
-
         if state_dict is None:
             raise ValueError(f"state_dict must hold the weights of {name!r}, got None")
         return VidTokCodec.from_state_dict(state_dict)
@@ -151,8 +99,6 @@ def fit_linear_codec(seed: int, clips: int, channels: int = 16, size: int = 64, 
 
     The embedded one is `fit_linear_codec(seed=1_000_000, clips=2000).save(ASSET)`.
     """
-    from .train.procedural import batch
-
     if not 1 <= channels <= 192:
         raise ValueError(f"channels must be in 1..192, got {channels}")
     if clips < 1:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .vae import VIDTOK, Codec
+from .codec import VIDTOK, Codec
 
 
 class VidTokCodec(Codec):

@@ -25,9 +25,8 @@ class Ours:
         request = decoding.Request.checked(
             model.config, [0] * samples, frames=5, tokens_per_frame=MAX_LEN // 5, prompt=None, guided=True
         )
-        sampler = decoding.check_sampler(0.0, None, None, None, GUIDANCE, 0)
         self.model, self.samples = model, samples
-        self.state = decoding.State(model, request, samples, sampler, 0)
+        self.state = decoding.State(model, request, samples, decoding.Sampling(temperature=0.0, guidance=GUIDANCE))
         self.rewind(LENGTH)
         self.step = decoding.Graphs(model, self.state).step if cuda_graph else self.plain
 

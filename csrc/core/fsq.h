@@ -6,6 +6,7 @@
 namespace flexkernels {
 
 constexpr int kFsqMaxDims = 16;
+constexpr int kFsqMaxLevel = 256;
 // up to this many thresholds a linear count beats a binary search
 constexpr int kFsqLinearCount = 32;
 
@@ -32,11 +33,20 @@ struct FsqDequantize {
   void* codes;         // [n, dims]
   int64_t n;
   int64_t codebook;  // product of the levels
+  bool* outside;     // the CPU kernel sets it where an id is not one of the codebook's; not used on a GPU
   int dims, width;
   int levels[kFsqMaxDims];
   Dtype dtype;  // of codes
   IdType id_type;
 };
+
+// calls visit with a value of the ids' type
+template <typename Visit>
+static inline void with_id(IdType type, Visit visit) {
+  if (type == IdType::i64) visit(int64_t{});
+  if (type == IdType::i32) visit(int32_t{});
+  if (type == IdType::u16) visit(uint16_t{});
+}
 
 FLEXKERNELS_HD uint64_t fsq_load_id(const void* ids, IdType type, int64_t row) {
   if (type == IdType::i64) return static_cast<uint64_t>(static_cast<const int64_t*>(ids)[row]);

@@ -12,10 +12,9 @@ enum NormKind : int { kLayerNorm = 0, kRmsNorm = 1 };
 
 // columns of one item of norm_sums on the CPU
 constexpr int64_t kNormColumns = 128;
-// rows of one partial sum on a GPU
-constexpr int64_t kNormRows = 64;
-// a row fits the registers of one block
-constexpr int64_t kNormMaxWidth = 8192;
+// the rows of a backward on a GPU are split into runs, at most so many: a few for each multiprocessor, and the same on
+// every GPU, so that sums are too
+constexpr int64_t kNormRuns = 264;
 
 // rows of modulation, [segments, d] with any stride from row to row; data is null when absent
 struct NormTable {
@@ -65,9 +64,18 @@ struct NormSums {
   const int64_t* order;                        // [n]: rows by segment, or null: as they are
   const int64_t* offsets;                      // [segments + 1]: where a segment begins in `order`
   float *grad_gate, *grad_shift, *grad_scale;  // [segments, d] or null
-  float* partial;                              // [3, blocks + segments, d] or null
+  float* partial;                              // GPU: [3, runs + segments, d]
   int64_t n, d, segments;
   Dtype dtype;
+};
+
+// rows of one run
+FLEXKERNELS_HD int64_t norm_run(int64_t n) { return n > kNormRuns ? (n + kNormRuns - 1) / kNormRuns : 1; }
+
+// what norm_backward computes on a GPU; no sums without `offsets`
+struct NormGradients {
+  NormBackward rows;
+  NormSums sums;
 };
 
 struct Swiglu {

@@ -2,6 +2,7 @@
 // (v * W + l) % dims, so thresholds, halves and id weights are laid out once per call in that pattern.
 #include "../core/fsq.h"
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -223,9 +224,7 @@ void quantize_rows(const FsqQuantize& args, int64_t begin, int64_t end) {
       if (codes) memcpy(codes + at, codes_tail, rows * p.dims * sizeof(T));
     }
     if (!p.ids) continue;
-    if (p.id_type == IdType::i64) sum_rows_of(p.dims, weighted, rows, static_cast<int64_t*>(p.ids) + row);
-    if (p.id_type == IdType::i32) sum_rows_of(p.dims, weighted, rows, static_cast<int32_t*>(p.ids) + row);
-    if (p.id_type == IdType::u16) sum_rows_of(p.dims, weighted, rows, static_cast<uint16_t*>(p.ids) + row);
+    with_id(p.id_type, [&](auto id) { sum_rows_of(p.dims, weighted, rows, static_cast<decltype(id)*>(p.ids) + row); });
   }
 }
 
@@ -257,7 +256,10 @@ void dequantize_some(const FsqDequantize& p, const Divisor* by, int64_t begin, i
   const bool exact = codebook < (uint64_t{1} << 32);
   for (int64_t row = begin; row < end; ++row) {
     uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[row]));
-    if (id >= codebook) id %= codebook;
+    if (id >= codebook) {
+      __atomic_store_n(p.outside, true, __ATOMIC_RELAXED);
+      id %= codebook;
+    }
     for (int d = 0; d < p.dims; ++d) {
       const uint64_t rest = quotient(id, by[d], exact);
       const int level = static_cast<int>(id - rest * by[d].level);
@@ -347,25 +349,16 @@ void dequantize_rows(const FsqDequantize& p, int64_t begin, int64_t end) {
   dequantize_some<T, Id>(p, by, row, end);
 }
 
-template <typename T>
-void dequantize(const FsqDequantize& p, int64_t begin, int64_t end) {
-  if (p.id_type == IdType::i64) dequantize_rows<T, int64_t>(p, begin, end);
-  if (p.id_type == IdType::i32) dequantize_rows<T, int32_t>(p, begin, end);
-  if (p.id_type == IdType::u16) dequantize_rows<T, uint16_t>(p, begin, end);
-}
-
 }  // namespace
 
 void fsq_quantize_kernel(const FsqQuantize& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) quantize<float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) quantize<bf16>(p, begin, end);
-  if (p.dtype == Dtype::f16) quantize<f16>(p, begin, end);
+  with_float(p.dtype, [&](auto element) { quantize<decltype(element)>(p, begin, end); });
 }
 
 void fsq_dequantize_kernel(const FsqDequantize& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) dequantize<float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) dequantize<bf16>(p, begin, end);
-  if (p.dtype == Dtype::f16) dequantize<f16>(p, begin, end);
+  with_float(p.dtype, [&](auto element) {
+    with_id(p.id_type, [&](auto id) { dequantize_rows<decltype(element), decltype(id)>(p, begin, end); });
+  });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

@@ -1,6 +1,7 @@
 // FSQ next to its linear layers, on vectors along the width.
 #include "../core/fsq_linear.h"
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -133,15 +134,11 @@ void embed(const FsqEmbed& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void fsq_project_kernel(const FsqProject& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) project<float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) project<bf16>(p, begin, end);
-  if (p.dtype == Dtype::f16) project<f16>(p, begin, end);
+  with_float(p.dtype, [&](auto element) { project<decltype(element)>(p, begin, end); });
 }
 
 void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) embed<float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) embed<bf16>(p, begin, end);
-  if (p.dtype == Dtype::f16) embed<f16>(p, begin, end);
+  with_float(p.dtype, [&](auto element) { embed<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

@@ -12,6 +12,8 @@
 namespace flexkernels::cuda {
 
 // each queues its kernel on `stream` (a cudaStream_t) of the current device; std::runtime_error when that fails
+// fills memory with 0xff bytes
+void poison(void* data, int64_t bytes, void* stream);
 void fsq_quantize_launch(const FsqQuantize& p, void* stream);
 void fsq_dequantize_launch(const FsqDequantize& p, void* stream);
 void fsq_project_launch(const FsqProject& p, void* stream);
@@ -22,8 +24,7 @@ void kv_append_launch(const KvAppend& p, void* stream);
 void qk_norm_launch(const QkNorm& p, void* stream);
 void qk_norm_backward_launch(const QkNormBackward& p, void* stream);
 void norm_forward_launch(const NormForward& p, void* stream);
-void norm_backward_launch(const NormBackward& p, void* stream);
-void norm_sums_launch(const NormSums& p, void* stream);
+void norm_backward_launch(const NormGradients& p, void* stream);
 void swiglu_launch(const Swiglu& p, void* stream);
 void swiglu_backward_launch(const Swiglu& p, void* stream);
 void sample_logits_launch(const SampleLogits& p, void* stream);

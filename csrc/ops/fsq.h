@@ -1,11 +1,14 @@
-// Tensors of the FSQ ops, checked and turned into what the kernels take.
+// What the FSQ ops share: checks of levels and ids, and the tables of a level set.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <deque>
+#include <mutex>
 #include <vector>
 
 #include "../core/fsq.h"
-#include "args.h"
+#include "op.h"
 
 namespace flexkernels {
 
@@ -15,95 +18,93 @@ inline int checked_dims(const Levels& levels) {
   STD_TORCH_CHECK(!levels.empty() && levels.size() <= kFsqMaxDims, "levels must have 1 to ", kFsqMaxDims,
                   " entries, got ", levels.size());
   for (const int64_t level : levels) {
-    STD_TORCH_CHECK(level >= 2 && level <= INT32_MAX, "levels must be integers of at least 2, got ", level);
+    STD_TORCH_CHECK(level >= 2 && level <= kFsqMaxLevel, "levels must lie between 2 and ", kFsqMaxLevel, ", got ",
+                    level);
   }
   return static_cast<int>(levels.size());
 }
 
-inline IdType checked_id_type(const char* name, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
+inline IdType checked_id_type(const char* name, ScalarType type) {
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::UInt16, name,
-                  " must have dtype int64, int32 or uint16, got ", torch::headeronly::toString(type));
+                  " must be int64, int32 or uint16, got ", torch::headeronly::toString(type));
   return type == ScalarType::Long ? IdType::i64 : type == ScalarType::Int ? IdType::i32 : IdType::u16;
 }
 
-// basis[d] = product of the levels before d; returns the product of all
+// basis[d] = product of the levels before d; returns the product of all, which ids of the type must hold
 inline int64_t checked_codebook(const Levels& levels, IdType type, int64_t* basis) {
   const int64_t limit = type == IdType::i64 ? INT64_MAX : type == IdType::i32 ? INT32_MAX : UINT16_MAX + 1;
   int64_t product = 1;
   for (size_t d = 0; d < levels.size(); ++d) {
     basis[d] = product;
-    STD_TORCH_CHECK(product <= limit / levels[d], "ids must have a dtype that holds the product of levels, got ",
-                    type == IdType::i64   ? "int64"
-                    : type == IdType::i32 ? "int32"
-                                          : "uint16");
+    STD_TORCH_CHECK(product <= limit / levels[d], "levels must multiply to at most ", limit, ", got more");
     product *= levels[d];
   }
   return product;
 }
 
-// what stands beside each level: the number of thresholds of a row
-inline int table_width(const Levels& levels) {
-  return static_cast<int>(*std::max_element(levels.begin(), levels.end())) - 1;
-}
-
-inline const float* checked_table(const OptionalTensor& table, int dims, int width, const Tensor& like) {
-  const int64_t numel = static_cast<int64_t>(dims) * (width + 1);
-  return read_optional<float>("table", table, ScalarType::Float, numel, like);
-}
-
-inline FsqQuantize fsq_quantize_args(const Tensor& z, const Tensor& thresholds, const Levels& levels,
-                                     const OptionalTensor& codes, const OptionalTensor& ids,
-                                     const OptionalTensor& table) {
-  FsqQuantize p{};
-  p.dims = checked_dims(levels);
-  STD_TORCH_CHECK(z.dim() == 2 && z.size(1) == p.dims, "z must have shape [n, ", p.dims, "], got ", z.dim(),
-                  " dimensions and ", z.numel(), " elements");
-  p.n = z.size(0);
-  p.dtype = float_dtype("z", z);
-  check_layout("z", z, z);
-  p.width = table_width(levels);
-  check_scalar_type("thresholds", thresholds, ScalarType::Float);
-  check_numel("thresholds", thresholds, static_cast<int64_t>(p.dims) * p.width);
-  check_layout("thresholds", thresholds, z);
-  for (int d = 0; d < p.dims; ++d) p.half[d] = static_cast<int>(levels[d] / 2);
-  p.z = z.const_data_ptr();
-  p.thresholds = read<float>(thresholds);
-  p.table = checked_table(table, p.dims, p.width, z);
-  if (codes) {
-    check_scalar_type("codes", *codes, z.scalar_type());
-    check_numel("codes", *codes, z.numel());
-    check_layout("codes", *codes, z);
-    p.codes = codes->mutable_data_ptr();
-  }
-  if (ids) {
-    p.id_type = checked_id_type("ids", *ids);
-    p.codebook = checked_codebook(levels, p.id_type, p.basis);
-    check_numel("ids", *ids, p.n);
-    check_layout("ids", *ids, z);
-    p.ids = ids->mutable_data_ptr();
-  }
-  return p;
-}
-
-inline FsqDequantize fsq_dequantize_args(const Tensor& ids, const Levels& levels, const Tensor& codes,
-                                         const OptionalTensor& table) {
-  FsqDequantize p{};
-  p.dims = checked_dims(levels);
-  p.n = ids.numel();
-  p.id_type = checked_id_type("ids", ids);
-  check_layout("ids", ids, ids);
+// of ids that are given: any of the three types holds some of them
+inline int64_t checked_codebook(const Levels& levels) {
   int64_t basis[kFsqMaxDims];
-  p.codebook = checked_codebook(levels, p.id_type, basis);
-  for (int d = 0; d < p.dims; ++d) p.levels[d] = static_cast<int>(levels[d]);
-  p.dtype = float_dtype("codes", codes);
-  check_numel("codes", codes, p.n * p.dims);
-  check_layout("codes", codes, ids);
-  p.width = table_width(levels);
-  p.table = checked_table(table, p.dims, p.width, ids);
-  p.ids = ids.const_data_ptr();
-  p.codes = codes.mutable_data_ptr();
-  return p;
+  return checked_codebook(levels, IdType::i64, basis);
+}
+
+// every value of a contiguous tensor lies in [low, high]; on a GPU looked at on request
+template <typename T>
+void check_values(const char* name, const Tensor& t, int64_t low, int64_t high) {
+  if (!values_are_checked() || t.numel() == 0) return;
+  const Tensor host = on_host(t);
+  const T* values = read<T>(host);
+  T least = values[0], most = values[0];
+  for (int64_t i = 1; i < host.numel(); ++i) {
+    least = std::min(least, values[i]);
+    most = std::max(most, values[i]);
+  }
+  STD_TORCH_CHECK(static_cast<int64_t>(least) >= low && static_cast<int64_t>(most) <= high, name, " must lie between ",
+                  low, " and ", high, ", got ", least, " to ", most);
+}
+
+inline void check_ids(const Tensor& ids, IdType type, int64_t codebook) {
+  with_id(type, [&](auto id) { check_values<decltype(id)>("ids", ids, 0, codebook - 1); });
+}
+
+// thresholds float32 [dims, width] and codes float32 [dims, width + 1] (none where they follow from a division), of a
+// level set and a form, on one device
+struct FsqTables {
+  Levels levels;
+  bool symmetric, clamp;
+  int32_t device;
+  Tensor thresholds;
+  OptionalTensor codes;
+
+  int width() const { return static_cast<int>(*std::max_element(levels.begin(), levels.end())) - 1; }
+};
+
+// Python finds them, by the formula in PyTorch. They are kept for good: captured CUDA graphs read them.
+inline const FsqTables& fsq_tables(const Levels& levels, bool symmetric, bool clamp, const Tensor& like) {
+  static std::mutex mutex;
+  static auto* const known = new std::deque<FsqTables>;
+  const int32_t device = kCuda ? like.get_device_index() : 0;
+  const auto find = [&]() -> const FsqTables* {
+    for (const FsqTables& t : *known) {
+      if (t.symmetric == symmetric && t.clamp == clamp && t.device == device && t.levels == levels) return &t;
+    }
+    return nullptr;
+  };
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const FsqTables* found = find()) return *found;
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(levels), torch::stable::detail::from(symmetric),
+                                    torch::stable::detail::from(clamp)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("flexkernels::fsq_tables", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor thresholds = torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor codes = torch::stable::detail::to<Tensor>(stack[1]);
+  const auto here = [&](const Tensor& t) { return on_device_of(like, t); };
+  FsqTables made{levels, symmetric, clamp, device, here(thresholds), std::nullopt};
+  if (codes.numel() > 0) made.codes = here(codes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const FsqTables* found = find()) return *found;
+  return known->emplace_back(std::move(made));
 }
 
 }  // namespace flexkernels

@@ -5,9 +5,8 @@
 
 namespace flexkernels {
 
-void norm_forward_cpu(const Tensor& x, OptionalTensor y, OptionalTensor gate, OptionalTensor shift,
-                      OptionalTensor scale, OptionalTensor segment, double eps, int64_t kind, OptionalTensor sum,
-                      OptionalTensor out);
+// out = rms_norm(x, weight) with weight [1, d]
+void rms_norm_into(const Tensor& x, const Tensor& weight, double eps, const Tensor& out);
 
 void skinny_linear_cpu(const Tensor& x, const Tensor& weight, OptionalTensor scale, OptionalTensor bias,
                        OptionalTensor residual, bool swiglu, const Tensor& out);

@@ -50,7 +50,7 @@ class Stack {
         eps_(eps) {}
 
   void norm(const Tensor& x, const Tensor& out) {
-    norm_forward_cpu(x, {}, {}, {}, norms_.next(), {}, eps_, kRmsNorm, {}, out);
+    rms_norm_into(x, norms_.next(), eps_, out);
   }
 
   void linear(const Tensor& x, OptionalTensor residual, bool swiglu, const Tensor& out) {

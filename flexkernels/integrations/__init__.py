@@ -1,26 +1,30 @@
 """Drop-in acceleration of other codebases: ``accelerate(model)`` changes one in place, ``restore(model)`` undoes it.
 
-One module here for each codebase. It recognises that codebase's classes by their names and imports nothing of it, so
-that an absent package costs nothing.
+One module for each codebase. It recognises that codebase's classes by their names and imports nothing of it, so that an
+absent package costs nothing. Some lie here; other packages announce theirs by entry points, which are loaded when a
+model is met that nothing here knows.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
+import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 logger = logging.getLogger("flexkernels")
 
-# modules of this package, in the order in which they are asked; each has knows(model) and accelerate(model, **options);
-# `torchdiffeq` and `transformers` have functions to call instead
-INTEGRATIONS: tuple[str, ...] = ("videoflextok", "flextok", "semantok", "vector_quantize_pytorch", "diffusers")
+# an integration is a module with knows(model) and accelerate(model, **options) -> Change; those of this package are
+# asked first (`torchdiffeq` and `transformers` have functions to call instead), then this group of entry points
+OWN = ("vector_quantize_pytorch", "diffusers")
+GROUP = "flexkernels.integrations"
 
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
@@ -45,10 +49,12 @@ def accelerate(model: Any, **options: Any) -> Any:
     """
     if model in _undo:
         return model
-    found = list(_known(model))
+    integrations = _integrations()
+    found = list(_known(model, integrations))
     if not found:
         name = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model must hold something of {', '.join(INTEGRATIONS)}; found nothing known in {name}")
+        names = ", ".join(integration.name for integration in integrations)
+        raise TypeError(f"model must hold something of {names}; found nothing known in {name}")
     for _, _, integration in found:
         _check_options(integration, options)
     undo: list[Callable[[], None]] = []
@@ -78,16 +84,32 @@ def is_a(model: Any, *names: str) -> bool:
     return any(f"{base.__module__}.{base.__qualname__}" in names for base in type(model).__mro__)
 
 
-def _known(model: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _integrations() -> list[EntryPoint]:
+    """Where the integrations lie, not yet imported: this package's, then those that are announced."""
+    announced = {point.name: point for point in (*entry_points(group=GROUP), *_of_source_tree())}
+    return [*(EntryPoint(name, f"{__name__}.{name}", GROUP) for name in OWN), *announced.values()]
+
+
+def _of_source_tree() -> list[EntryPoint]:
+    """What the pyproject.toml beside this package announces: a source tree that is not installed has no metadata."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if not project.is_file():
+        return []
+    _, _, rest = project.read_text(encoding="utf-8").partition(f'[project.entry-points."{GROUP}"]\n')
+    section, _, _ = rest.partition("\n[")
+    return [EntryPoint(*pair, GROUP) for pair in re.findall(r'^(\w+) = "([\w.]+)"$', section, re.MULTILINE)]
+
+
+def _known(model: Any, integrations: Sequence[EntryPoint], path: str = "") -> Iterator[tuple[str, Any, Any]]:
     # the outermost objects that an integration knows: (name inside the model, object, integration)
-    for name in INTEGRATIONS:
-        integration = importlib.import_module(f"{__name__}.{name}")
+    for point in integrations:
+        integration = point.load()
         if integration.knows(model):
             yield path, model, integration
             return
     if isinstance(model, nn.Module):
         for name, child in model.named_children():
-            yield from _known(child, f"{path}.{name}" if path else name)
+            yield from _known(child, integrations, f"{path}.{name}" if path else name)
 
 
 def _check_options(integration: Any, options: dict[str, Any]) -> None:

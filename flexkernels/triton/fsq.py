@@ -6,11 +6,11 @@ dequantize: level_d = id // basis_d mod L_d,  code_d as above
 With a table of codes [D, width + 1], code_d = table[d][level_d] instead.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
+
+from ..fsq_math import Form, basis, code_table, thresholds
 
 BLOCK_QUANTIZE = 256
 BLOCK_DEQUANTIZE = 512
@@ -97,37 +97,45 @@ def fsq_dequantize_kernel(
         tl.store(p_codes + o_n * DIMS + d, b_code.to(p_codes.dtype.element_ty), mask=m_n)
 
 
-def fsq_quantize_triton(z, thresholds, levels, codes, ids, table):
-    """Fills codes [n, D] and ids [n], either of which may be None, from z [n, D] and thresholds [D, width].
-
-    table: the codes of the levels, float32 [D, width + 1], or None.
-    """
-    n, dims = z.shape
-    # a codebook that no id is asked of may be too large for int64
-    basis = tuple(math.prod(levels[:d]) if ids is not None else 0 for d in range(dims))
+def fsq_quantize_triton(z, levels, codes, ids, ids_dtype, symmetric, clamp):
+    dims = len(levels)
+    out_codes = z.new_empty(z.shape if codes else (0,))
+    out_ids = z.new_empty(z.shape[:-1] if ids else (0,), dtype=ids_dtype)
+    n = z.numel() // dims
+    if n == 0:
+        return out_codes, out_ids
+    levels = tuple(levels)
+    limits = thresholds(levels, z.device, Form(symmetric, clamp))
+    table = code_table(levels, z.device, symmetric)
+    z = z.contiguous()
     with torch.cuda.device_of(z):
         fsq_quantize_kernel[(triton.cdiv(n, BLOCK_QUANTIZE),)](
             z,
-            thresholds,
+            limits,
             z if table is None else table,
-            codes,
-            ids,
+            out_codes,
+            out_ids,
             n,
-            thresholds.shape[1],
-            LEVELS=tuple(levels),
-            BASIS=basis,
+            limits.shape[1],
+            LEVELS=levels,
+            # a codebook that no id is asked of may be too large for int64
+            BASIS=tuple(basis(levels)) if ids else (0,) * dims,
             DIMS=dims,
-            CODES=codes is not None,
-            IDS=ids is not None,
+            CODES=codes,
+            IDS=ids,
             TABLE=table is not None,
             BLOCK=BLOCK_QUANTIZE,
             num_warps=NUM_WARPS,
         )
+    return out_codes, out_ids
 
 
-def fsq_dequantize_triton(ids, levels, codes, table):
-    """Fills codes [n, D] from ids [n]; table as above."""
-    n, dims = codes.shape
+def fsq_dequantize_triton(ids, levels, dtype, symmetric):
+    dims, n = len(levels), ids.numel()
+    codes = ids.new_empty((*ids.shape, dims), dtype=dtype)
+    if n == 0:
+        return codes
+    ids, table = ids.contiguous(), code_table(tuple(levels), ids.device, symmetric)
     with torch.cuda.device_of(ids):
         fsq_dequantize_kernel[(triton.cdiv(n, BLOCK_DEQUANTIZE),)](
             ids,
@@ -141,3 +149,4 @@ def fsq_dequantize_triton(ids, levels, codes, table):
             BLOCK=BLOCK_DEQUANTIZE,
             num_warps=NUM_WARPS,
         )
+    return codes

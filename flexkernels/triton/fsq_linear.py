@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..fsq_math import id_table, thresholds
+
 ROWS = 16
 BLOCK_PROJECT = 32
 BLOCK_EMBED = 128
@@ -45,7 +47,9 @@ def fsq_project_kernel(
         o_j = begin + tl.arange(0, BLOCK)
         m_x = m_n[:, None] & (o_j < width)[None, :]
         b_sum += tl.load(p_hidden + o_n[:, None] * width + o_j[None, :], mask=m_x, other=0.0).to(tl.float32)
-    b_mean = tl.div_rn(tl.sum(b_sum, 1), width.to(tl.float32))
+    # a width of 1 is a constant, which has no .to
+    count = tl.cast(width, tl.float32)
+    b_mean = tl.div_rn(tl.sum(b_sum, 1), count)
     b_square = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     b_dot = tl.zeros([ROWS, DIMS], dtype=tl.float32)
     for begin in range(0, width, BLOCK):
@@ -58,7 +62,7 @@ def fsq_project_kernel(
         m_w = m_j[:, None] & m_d[None, :]
         b_w = tl.load(p_weight + o_d[None, :] * width + o_j[:, None], mask=m_w, other=0.0)
         b_dot = tl.dot(b_x, b_w, b_dot, input_precision="ieee")
-    b_variance = tl.div_rn(tl.sum(b_square, 1), width.to(tl.float32))
+    b_variance = tl.div_rn(tl.sum(b_square, 1), count)
     b_z = b_dot * tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps))[:, None]
     if p_bias is not None:
         b_z += tl.load(p_bias + o_d, mask=m_d, other=0.0)[None, :]
@@ -124,42 +128,49 @@ def fsq_embed_kernel(
     tl.store(p_out + o_n[:, None] * width + o_j[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def fsq_project_quantize_triton(hidden, weight, bias, thresholds, table, eps, codes, ids):
-    """Fills codes [n, D] (or None) and ids [n] from hidden [n, width] and float32 weight, bias, thresholds."""
+def fsq_project_quantize_triton(hidden, weight, bias, levels, eps, codes, ids_dtype):
     n, width = hidden.shape
+    out_codes = hidden.new_empty((n, len(levels)) if codes else (0,))
+    ids = hidden.new_empty(n, dtype=ids_dtype)
+    if n == 0:
+        return out_codes, ids
+    levels = tuple(levels)
+    limits = thresholds(levels, hidden.device)
     with torch.cuda.device_of(hidden):
         fsq_project_kernel[(triton.cdiv(n, ROWS),)](
-            hidden,
-            weight,
-            bias,
-            thresholds,
-            table,
-            codes,
+            hidden.contiguous(),
+            weight.float().contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            limits,
+            id_table(levels, hidden.device),
+            out_codes if codes else None,
             ids,
             n,
             width,
-            thresholds.shape[1],
-            weight.shape[0],
-            eps,
+            limits.shape[1],
+            len(levels),
+            float(eps),
             ROWS=ROWS,
             DIMS=DIMS_PADDED,
             BLOCK=BLOCK_PROJECT,
             num_warps=NUM_WARPS,
         )
+    return out_codes, ids
 
 
-def fsq_embed_triton(ids, levels, weight, bias, positions, position_index, tokens, token_index, out):
-    """Fills out [n, width] from ids [n] and float32 weight [D, width], bias [width]."""
-    n, width = out.shape
+def fsq_embed_triton(ids, levels, weight, bias, positions, position_index, tokens, token_index):
+    n, width = ids.shape[0], weight.shape[0]
+    out = weight.new_empty(n, width)
+    if out.numel() == 0:
+        return out
+    tables = (positions, position_index, tokens, token_index)
     with torch.cuda.device_of(ids):
         fsq_embed_kernel[(triton.cdiv(n, ROWS), triton.cdiv(width, BLOCK_EMBED))](
-            ids,
-            weight,
-            bias,
-            positions,
-            position_index,
-            tokens,
-            token_index,
+            ids.contiguous(),
+            # [D, width]: a program's columns are neighbours
+            weight.float().t().contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            *(None if table is None else table.contiguous() for table in tables),
             out,
             n,
             width,
@@ -169,3 +180,4 @@ def fsq_embed_triton(ids, levels, weight, bias, positions, position_index, token
             BLOCK=BLOCK_EMBED,
             num_warps=NUM_WARPS,
         )
+    return out

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..norm import RMS, SUM_ROWS
+from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results, checked_segment
 
-SUM_COLUMNS = 64
+# rows and columns of one partial sum
+SUM_ROWS, SUM_COLUMNS = 64, 64
 SWIGLU_BLOCK = 1024
 
 
@@ -288,7 +289,91 @@ def _stride(table) -> int:
     return 0 if table is None else table.stride(0)
 
 
-def norm_forward_triton(x, y, gate, shift, scale, segment, eps, kind, total, out):
+def adaln_norm_triton(x, shift, scale, segment, eps):
+    out = x.new_empty(x.shape)
+    _forward(x, None, None, shift, scale, segment, eps, False, None, out)
+    return out
+
+
+def gated_residual_adaln_norm_triton(x, y, gate, shift, scale, segment, eps):
+    total, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    _forward(x, y, gate, shift, scale, segment, eps, False, total, out)
+    return total, out
+
+
+def gated_residual_triton(x, y, gate, segment):
+    total = x.new_empty(x.shape)
+    _forward(x, y, gate, None, None, segment, 0.0, False, total, None)
+    return total
+
+
+def rms_norm_triton(x, weight, residual, eps):
+    total, out = x.new_empty((0,) if residual is None else x.shape), x.new_empty(x.shape)
+    given = None if residual is None else total
+    _forward(x, residual, None, None, weight.view(1, -1), None, eps, True, given, out)
+    return total, out
+
+
+def norm_backward_triton(grad_out, grad_sum, v, y, gate, scale, segment, order, offsets, rows, eps, rms, wanted):
+    results = backward_results(grad_out, grad_sum, rows, wanted)
+    grad_x, grad_y, *grads = results
+    grad_out, grad_sum, v, y, segment = (_contiguous(t) for t in (grad_out, grad_sum, v, y, segment))
+    grad = grad_sum if grad_out is None else grad_out
+    if grad.numel() == 0:
+        for table in grads:
+            table.zero_()
+        return results
+    gate, scale = _tables(gate, scale)
+    stats = grad.new_empty((grad.shape[0], 2), dtype=torch.float32) if wanted & GRAD_SCALE else None
+    given_y, given_x = grad_y if wanted & GRAD_Y else None, None if grad_out is None else grad_x
+    if given_x is not None or given_y is not None:
+        launch_backward(grad_out, grad_sum, v, gate, scale, segment, eps, rms, given_x, given_y, stats)
+    if wanted & ~GRAD_Y:
+        grads = [g if wanted & bit else None for g, bit in zip(grads, (GRAD_GATE, GRAD_SHIFT, GRAD_SCALE), strict=True)]
+        dv = grad_sum if grad_out is None else grad_x
+        launch_sums(grad_out, dv, v, y, stats, segment, order, offsets, *grads)
+    return results
+
+
+def swiglu_triton(x):
+    out = x.new_empty((x.shape[0], x.shape[1] // 2))
+    if out.numel():
+        launch_swiglu(_dense(x), out)
+    return out
+
+
+def swiglu_backward_triton(grad_out, x):
+    grad_x = x.new_empty(x.shape)
+    if grad_x.numel():
+        launch_swiglu_backward(grad_out.contiguous(), _dense(x), grad_x)
+    return grad_x
+
+
+def _forward(x, y, gate, shift, scale, segment, eps, rms, total, out):
+    """Fills total = x + gate * y and out, either of which may be None."""
+    if x.numel():
+        segment = checked_segment(segment, gate, shift, scale)
+        gate, shift, scale = _tables(gate, shift, scale)
+        launch_forward(_dense(x), _dense(y), gate, shift, scale, _contiguous(segment), eps, rms, total, out)
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Rows of x contiguous, whatever lies between them."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _tables(*tables: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tables with contiguous rows and one dtype: float32 where they differ."""
+    given = [table.dtype for table in tables if table is not None]
+    mixed = len(given) > 1 and len(set(given)) > 1
+    return [_dense(table.float() if mixed and table is not None else table) for table in tables]
+
+
+def launch_forward(x, y, gate, shift, scale, segment, eps, rms, total, out):
     """Fills total = x + gate * y and out [n, d], either of which may be None, from tensors with contiguous rows."""
     n, d = x.shape
     with torch.cuda.device_of(x):
@@ -309,12 +394,12 @@ def norm_forward_triton(x, y, gate, shift, scale, segment, eps, kind, total, out
             _stride(shift),
             _stride(scale),
             eps,
-            RMS=kind == RMS,
+            RMS=rms,
             **_row_options(d),
         )
 
 
-def norm_backward_triton(grad_out, grad_sum, v, gate, scale, segment, eps, kind, grad_x, grad_y, stats):
+def launch_backward(grad_out, grad_sum, v, gate, scale, segment, eps, rms, grad_x, grad_y, stats):
     """Fills grad_x, grad_y [n, d] and stats [n, 2], each of which may be None, from contiguous tensors."""
     grad = grad_sum if grad_out is None else grad_out
     n, d = grad.shape
@@ -334,14 +419,17 @@ def norm_backward_triton(grad_out, grad_sum, v, gate, scale, segment, eps, kind,
             _stride(gate),
             _stride(scale),
             eps,
-            RMS=kind == RMS,
+            RMS=rms,
             **_row_options(d),
         )
 
 
-def norm_sums_triton(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift, grad_scale, partial):
-    """Fills the gradients [segments, d] that are not None; partial [3, slots, d] is scratch."""
-    (n, d), segments, slots = dv.shape, offsets.shape[0] - 1, partial.shape[1]
+def launch_sums(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift, grad_scale):
+    """Fills the gradients [segments, d] that are not None."""
+    (n, d), segments = dv.shape, offsets.shape[0] - 1
+    # block b of segment s has slot b + s: no two share one, since along the rows b or s rises
+    slots = triton.cdiv(n, SUM_ROWS) + segments
+    partial = dv.new_empty((3, slots, d), dtype=torch.float32)
     columns = triton.cdiv(d, SUM_COLUMNS)
     with torch.cuda.device_of(dv):
         norm_sums_kernel[(triton.cdiv(n, SUM_ROWS), columns)](
@@ -380,14 +468,14 @@ def norm_sums_triton(grad_out, dv, v, y, stats, segment, order, offsets, grad_ga
         )
 
 
-def swiglu_triton(x, out):
+def launch_swiglu(x, out):
     """Fills out [n, h] from x [n, 2 h] with contiguous rows."""
     n, h = out.shape
     with torch.cuda.device_of(x):
         swiglu_kernel[(n, triton.cdiv(h, SWIGLU_BLOCK))](x, out, h, x.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4)
 
 
-def swiglu_backward_triton(grad_out, x, grad_x):
+def launch_swiglu_backward(grad_out, x, grad_x):
     """Fills grad_x [n, 2 h] from grad_out [n, h], contiguous, and x with contiguous rows."""
     n, h = grad_out.shape
     with torch.cuda.device_of(x):

@@ -29,7 +29,10 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
 
 def open_folder(folder: Path) -> None:
-    """Makes the folder of a run, or raises OSError in one line; removes what a killed save has left in it."""
+    """Makes the folder of a run; removes what a killed save has left in it.
+
+    Raises OSError in one line where it cannot be made or written, or holds a model that is not a run's.
+    """
     if folder.exists() and not folder.is_dir():
         raise OSError(f"output {str(folder)!r} must be a folder, got a file")
     try:
@@ -37,6 +40,9 @@ def open_folder(folder: Path) -> None:
     except OSError as error:
         raise OSError(f"output {str(folder)!r} cannot be made: {error.strerror}") from error
     check_output(folder / STATE)
+    # a run writes its log before its first model
+    if (folder / MODEL).exists() and not (folder / LOG).exists():
+        raise OSError(f"output {str(folder)!r} holds a {MODEL} that no training made: give another folder")
     for path in folder.iterdir():
         if _LEFT_OVER.fullmatch(path.name):
             path.unlink()
@@ -94,7 +100,10 @@ def _fill(file, trainer) -> None:
 
 
 def refuse_difference(folder: Path, before: dict, now: dict) -> None:
-    """Raises ValueError naming every setting, part of the model and of the data that differs."""
+    """Raises ValueError naming the kind of model, or every setting, part of the model and of the data that differs."""
+    kinds = ["a generator" if "cond" in facts["model"] else "a tokenizer" for facts in (before, now)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the run in {folder} trains {kinds[0]}, not {kinds[1]}: give another folder with -o")
     names = ("settings", "model", "data")
     old, new = (_flat({name: facts.get(name) for name in names}) for facts in (before, now))
     changed = [k for k in sorted(old.keys() | new.keys()) if k != "settings.steps" and old.get(k) != new.get(k)]

@@ -1,13 +1,14 @@
 """The audio track of a video, copied as it is: into a Matroska file beside the tokens, and from there into a video."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
-import av
-
+from vft.deferred import av
 from vft.files import replacing
 
 from .container import audio_stream, opened_container, packets_of, video_stream
@@ -55,14 +56,14 @@ class Track:
         self.container, self.stream, self.origin = container, stream, origin
 
     @classmethod
-    def of(cls, container, path: str | os.PathLike) -> "Track | None":
+    def of(cls, container, path: str | os.PathLike) -> Track | None:
         stream, video = audio_stream(container), video_stream(container)
         origin = 0.0 if video is None or video.start_time is None else float(video.start_time * video.time_base)
         return None if stream is None else cls(container, stream, origin)
 
     @classmethod
     @contextmanager
-    def opened(cls, path: str | os.PathLike) -> Iterator["Track"]:
+    def opened(cls, path: str | os.PathLike) -> Iterator[Track]:
         """
         Raises:
             VideoError: the file cannot be read, or has no audio track.

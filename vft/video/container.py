@@ -1,12 +1,13 @@
 """Opening a file: which formats are allowed, which of its streams is the video, and what it says of itself."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import av
-from av.stream import Disposition
+from vft.deferred import av
 
 from .frames import VideoError
 from .timing import choose_rate
@@ -15,10 +16,6 @@ from .timing import choose_rate
 _REFUSED = {"tty", "hls", "dash", "concat", "sdp", "image2", "rtsp", "rtp"}
 # a damaged header may claim any size; 8K is half of this
 MAX_PIXELS = 1 << 26
-_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": ",".join(sorted(av.formats_available - _REFUSED)),
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         )  # fmt: skip
 
 
+def _options() -> dict[str, str]:
+    formats = av.formats_available - _REFUSED
+    return {"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(formats))}
+
+
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[tuple]:
     """(container, stream): a file and its video stream; FFmpeg's errors become VideoError, inside the block too."""
@@ -76,7 +78,7 @@ def opened_container(path: str | os.PathLike) -> Iterator:
         raise VideoError(f"{name}: the file is empty")
     try:
         # "file:" because a colon in the name would otherwise end a protocol
-        with av.open(f"file:{name}", options=_OPTIONS, metadata_errors="ignore") as container:
+        with av.open(f"file:{name}", options=_options(), metadata_errors="ignore") as container:
             yield container
     except av.error.FFmpegError as error:
         raise VideoError(f"{name}: not a video, or a damaged one ({error.strerror})") from error
@@ -98,15 +100,16 @@ def packets_of(container, stream, failed: Callable[[av.error.FFmpegError], None]
 
 def video_stream(container):
     """The stream flagged as default, among several the largest; a picture attached to music is none."""
-    streams = [s for s in container.streams.video if s.codec_context and not s.disposition & Disposition.attached_pic]
-    size = lambda s: (bool(s.disposition & Disposition.default), s.codec_context.width * s.codec_context.height)  # noqa: E731
+    flags = av.stream.Disposition
+    streams = [s for s in container.streams.video if s.codec_context and not s.disposition & flags.attached_pic]
+    size = lambda s: (bool(s.disposition & flags.default), s.codec_context.width * s.codec_context.height)  # noqa: E731
     return max(streams, key=size, default=None)
 
 
 def audio_stream(container):
     """The audio track flagged as default, else the first one; None where there is none."""
     streams = [s for s in container.streams.audio if s.codec_context]
-    return max(streams, key=lambda s: bool(s.disposition & Disposition.default), default=None)
+    return max(streams, key=lambda s: bool(s.disposition & av.stream.Disposition.default), default=None)
 
 
 def stated_seconds(container, stream) -> float:

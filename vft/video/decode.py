@@ -1,10 +1,12 @@
 """Packets to frames, over damage: what cannot be decoded is left out and counted."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-import av
+from vft.deferred import av
 
 from .container import is_cut, stated_seconds
 from .frames import VideoError

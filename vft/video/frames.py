@@ -1,6 +1,5 @@
 """Frames in memory: what a video is here, and the step between 8-bit frames and what a model takes."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -134,14 +133,6 @@ def to_uint8(video: torch.Tensor) -> torch.Tensor:
     if torch.isnan(video).any():
         raise ValueError("video must be free of NaN")
     return video.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all values of two uint8 tensors of one shape; inf where they are equal."""
-    if frames.shape != reference.shape:
-        raise ValueError(f"frames must have the reference's shape {list(reference.shape)}, got {list(frames.shape)}")
-    error = (frames.to(torch.float64) - reference.to(torch.float64)).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -5,10 +5,13 @@ signal --EOTF--> nits --primaries--> BT.709 --/ 203 nits--> linear, 1 is SDR whi
 203 nits is the reference white of ITU-R BT.2408; PQ is SMPTE ST 2084, HLG is ITU-R BT.2100 on a display of 1,000 nits.
 """
 
+from __future__ import annotations
+
 from functools import cache
 
-import av
 import numpy as np
+
+from vft.deferred import av
 
 # AVCOL_TRC_*, AVCOL_PRI_*
 PQ, HLG = 16, 18

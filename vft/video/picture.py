@@ -1,12 +1,13 @@
 """Decoded frames to RGB of one size, by FFmpeg's filters: fields joined, upright, square pixels, SDR, opaque."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
-import av
 import numpy as np
-from av.filter import Graph, filters_available
-from av.sidedata.sidedata import Type
+
+from vft.deferred import av
 
 from . import hdr
 from .timing import pulled
@@ -37,13 +38,13 @@ def whole(frames: Iterable[av.VideoFrame], time_base: Fraction) -> Iterator[av.V
     yield from _flushed(graph, time_base)
 
 
-def _flushed(graph: Graph | None, time_base: Fraction) -> Iterator[av.VideoFrame]:
+def _flushed(graph: av.filter.Graph | None, time_base: Fraction) -> Iterator[av.VideoFrame]:
     if graph is not None:
         graph.vpush(None)
         yield from _timed(graph, time_base)
 
 
-def _timed(graph: Graph, time_base: Fraction) -> Iterator[av.VideoFrame]:
+def _timed(graph: av.filter.Graph, time_base: Fraction) -> Iterator[av.VideoFrame]:
     # bwdif counts in halves of the time base
     for frame in pulled(graph):
         scale = frame.time_base / time_base
@@ -84,7 +85,7 @@ class Pictures:
         self._graph.vpush(frame, 0)
         return self._graph.vpull().to_ndarray()
 
-    def _make(self, frame: av.VideoFrame) -> Graph:
+    def _make(self, frame: av.VideoFrame) -> av.filter.Graph:
         filters = list(_turns(_matrix(frame))[0])
         scale = ("scale", {"w": str(self.width), "h": str(self.height), "flags": "bilinear"})
         table = None
@@ -98,7 +99,7 @@ class Pictures:
         return _graph(frame, Fraction(1, 25), *filters, scale, ("format", "rgb24"))
 
     def _table(self, frame: av.VideoFrame) -> av.VideoFrame | None:
-        if "haldclut" in filters_available:
+        if "haldclut" in av.filter.filters_available:
             return hdr.table(int(frame.color_trc), int(frame.color_primaries))
         if not self.noted:
             self.noted = True
@@ -106,10 +107,10 @@ class Pictures:
         return None
 
 
-def _graph(frame: av.VideoFrame, time_base: Fraction, *filters, table: av.VideoFrame | None = None) -> Graph:
+def _graph(frame: av.VideoFrame, time_base: Fraction, *filters, table: av.VideoFrame | None = None) -> av.filter.Graph:
     """buffer -> filters -> [haldclut with ``table`` -> rgb24] -> sink"""
     _tag(frame)
-    graph = Graph()
+    graph = av.filter.Graph()
     source = graph.add(
         "buffer", video_size=f"{frame.width}x{frame.height}", pix_fmt=frame.format.name, time_base=str(time_base),
         pixel_aspect="1/1", colorspace=str(int(frame.colorspace)), range=str(int(frame.color_range)),
@@ -148,7 +149,7 @@ def _tag(frame: av.VideoFrame) -> None:
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """a, b, c, d of the display matrix: a pixel at (x, y) is shown at (a x + c y, b x + d y), up to a shift."""
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    data = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
     if data is None or data.buffer_size < 20:
         return 1, 0, 0, 1
     values = np.frombuffer(data, np.int32, 5)

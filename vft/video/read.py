@@ -1,5 +1,7 @@
 """Reading a video file: its frames as they are shown, on a uniform grid in time."""
 
+from __future__ import annotations
+
 import math
 import os
 import warnings
@@ -8,9 +10,10 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, islice
 
-import av
 import numpy as np
 import torch
+
+from vft.deferred import av
 
 from . import webp
 from .container import audio_stream, opened, packets_of

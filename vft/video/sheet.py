@@ -1,9 +1,12 @@
 """A picture of videos: one row each, for a look at what a model does."""
 
+from __future__ import annotations
+
 import math
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+
+from vft.deferred import Image, ImageDraw, ImageFont
 
 from .frames import check_frames
 

@@ -1,12 +1,13 @@
 """Time: which rate a file is read at, timestamps that can be trusted, and frames on a uniform grid."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain, pairwise
 from statistics import median_low
 
-import av
-from av.filter import Graph
+from vft.deferred import av
 
 DEFAULT_RATE = Fraction(25)
 # rates that a file may state
@@ -109,8 +110,8 @@ def on_grid(frames: Iterable[av.VideoFrame], time_base: Fraction, rate: Fraction
         yield last
 
 
-def _fps_graph(frame: av.VideoFrame, time_base: Fraction, rate: Fraction, start: int) -> Graph:
-    graph = Graph()
+def _fps_graph(frame: av.VideoFrame, time_base: Fraction, rate: Fraction, start: int) -> av.filter.Graph:
+    graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(template=frame, time_base=time_base)
     options = {"fps": str(rate), "round": "near"}
@@ -120,7 +121,7 @@ def _fps_graph(frame: av.VideoFrame, time_base: Fraction, rate: Fraction, start:
     return graph
 
 
-def pulled(graph: Graph) -> Iterator[av.VideoFrame]:
+def pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
     """The frames that a graph has ready."""
     while True:
         try:

@@ -1,12 +1,14 @@
 """Animated WebP, which FFmpeg's own decoder refuses, read by Pillow as frames with their times."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from fractions import Fraction
 
-import av
 import numpy as np
-from PIL import Image
+
+from vft.deferred import Image, av
 
 from .frames import VideoError
 from .timing import measured_rate

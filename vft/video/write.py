@@ -1,5 +1,7 @@
 """Writing a video file: H.264 with its colours tagged, or GIF; beside it the audio track of another file."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -7,19 +9,17 @@ from contextlib import nullcontext
 from fractions import Fraction
 from itertools import chain
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image
 
+from vft.deferred import Image, av
 from vft.files import replacing
 
-from . import OUTPUT_FORMATS
 from .audio import Track
 from .frames import VideoWarning, check_frames
 from .picture import HD_LINES
 
+OUTPUT_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 # a delay of 1/100 s is shown as 1/10 s by browsers
 GIF_RATE = 50
 
@@ -144,7 +144,7 @@ def _add_stream(container, container_format: str, shape: tuple[int, ...], fps: f
     stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
     codec, system = stream.codec_context, _system(height)
     codec.colorspace = codec.color_primaries = codec.color_trc = system
-    codec.color_range = ColorRange.MPEG
+    codec.color_range = av.video.reformatter.ColorRange.MPEG
     return stream
 
 
@@ -157,8 +157,9 @@ def _even_frame(image: np.ndarray) -> av.VideoFrame:
     height, width, _ = image.shape
     image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    matrix = Colorspace.ITU709 if _system(height) == 1 else Colorspace.ITU601
-    return frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+    reformatter = av.video.reformatter
+    matrix = reformatter.Colorspace.ITU709 if _system(height) == 1 else reformatter.Colorspace.ITU601
+    return frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=reformatter.ColorRange.MPEG)
 
 
 def _gif_frame(image: np.ndarray) -> av.VideoFrame:

@@ -1,0 +1,165 @@
+"""The measures of ``vft eval`` against their formulas, and the command on a small model."""
+
+import json
+
+import pytest
+import torch
+
+import vft
+from vft import cli, evaluate, metrics
+from vft.config import make_config, parse_config
+from vft.train import classifier, procedural
+
+SMALL = make_config(
+    encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=3, codec="linear",
+    size=16,
+)  # fmt: skip
+
+
+def test_psnr_of_a_known_error():
+    reference = torch.zeros(2, 3, 2, 4, 4)
+    video = reference + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1, 1)
+    torch.testing.assert_close(metrics.psnr(video, reference), torch.tensor([20.0, 40.0]))
+
+
+def test_ssim_of_one_window_is_its_formula():
+    x, y = torch.rand(2, 1, 3, 1, 11, 11, dtype=torch.float64) * 2 - 1
+    a, b = (metrics._luma(z)[0, 0] for z in (x, y))
+    distance = (torch.arange(11) - 5.0).square()
+    weight = torch.exp(-(distance[:, None] + distance) / (2 * 1.5**2))
+    weight = weight / weight.sum()
+    ma, mb = (weight * a).sum(), (weight * b).sum()
+    va, vb, cov = ((weight * p * q).sum() for p, q in ((a - ma, a - ma), (b - mb, b - mb), (a - ma, b - mb)))
+    want = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    torch.testing.assert_close(metrics.ssim(x, y)[0], want, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="at least 11x11"):
+        metrics.ssim(x[..., :8], y[..., :8])
+
+
+def test_distances_order_clips():
+    clip = procedural.batch(0, [1], 32, 5)
+    slight, strong = clip + 0.02 * torch.randn_like(clip), clip + 0.3 * torch.randn_like(clip)
+    assert metrics.ssim(clip, clip).item() == pytest.approx(1) and metrics.gmsd(clip, clip).item() == 0
+    assert metrics.ssim(slight, clip) > metrics.ssim(strong, clip) + 0.1
+    assert metrics.gmsd(slight, clip) < metrics.gmsd(strong, clip) - 0.02
+
+
+def test_budgets():
+    assert evaluate.budgets(32) == [1, 2, 4, 8, 16, 32]
+    assert evaluate.budgets(5) == [1, 2, 4, 5]
+    assert evaluate.budgets(1) == [1]
+
+
+def test_control_finds_the_register_that_matters(monkeypatch):
+    """A decoder that shows its first register alone."""
+    model = vft.Tokenizer(parse_config(SMALL))
+
+    def first_register(ids, **_):
+        return [i[:, :1, None, None].float().expand(-1, 16, 2, 2).permute(1, 0, 2, 3) / 1000 for i in ids]
+
+    monkeypatch.setattr(model, "decode_latents", first_register)
+    shares = evaluate.control(model, 4)
+    assert shares == pytest.approx([1, 0, 0], abs=1e-5)
+
+
+def test_the_command(tmp_path, capsys):
+    torch.manual_seed(0)
+    vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "loss": 2.0}\n{"step": 40, "loss": 1.5}\n')
+    arguments = [
+        "eval",
+        "--model",
+        str(tmp_path / "small.safetensors"),
+        "-o",
+        str(tmp_path / "out.json"),
+        "--clips",
+        "3",
+    ]
+    assert cli.main([*arguments, "--steps", "1", "--run", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["rate_distortion"]["held-out clips"]) == ["codec", "1", "2", "3"]
+    assert result["training_loss"] == {tmp_path.name: [[20, 2.0], [40, 1.5]]} and len(result["control"]) == 3
+    assert f"{result['rate_distortion']['bunny.mp4']['3']['psnr']:.2f}" in capsys.readouterr().out
+    assert cli.main([*arguments, "--run", str(tmp_path), str(tmp_path / ".")]) == 2
+    assert "must have different names" in capsys.readouterr().err
+    assert cli.main([*arguments[:-1], "1"]) == 2
+    assert "must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_command_with_a_generator(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(evaluate.classifier, "train", lambda *_: "judge")
+    monkeypatch.setattr(
+        evaluate,
+        "class_accuracy",
+        lambda g, t, judge, n, **more: given.update(more, judge=judge, n=n) or {"held_out": 1},
+    )
+    arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
+    assert cli.main([*arguments, "--temperature", "0.7"]) == 0
+    assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
+    assert cli.main([*arguments, "--temperature", "-1"]) == 2
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
+
+
+def test_a_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    from vft import plots
+
+    lines, save = {}, plots._save
+
+    def look(page, output):
+        lines.update({axis.get_title(): len(axis.lines) for axis in page.axes})
+        save(page, output)
+
+    monkeypatch.setattr(plots, "_save", look)
+    rows = {str(k): {"psnr": 10.0 + k, "ssim": 0.5, "gmsd": 0.1} for k in (1, 2)}
+    result = {"rate_distortion": {"clips": rows | {"codec": rows["2"]}}, "control": [0.5, 0.1]}
+    plots.evaluation(
+        result | {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}},
+        tmp_path / "plot.png",
+    )
+    assert Image.open(tmp_path / "plot.png").size[0] > 800
+    assert (lines["Training loss, a"], lines["Training loss, b"]) == (2, 2)
+    assert lines["PSNR, dB"] == 2 and "Class accuracy of clips" in lines
+
+
+def test_a_classifier_learns():
+    model = classifier.train(32, 9, steps=40, clips=60)
+    seen = range(60)
+    clips = procedural.batch(classifier.SEED, seen, 32, 9)
+    labels = torch.tensor([procedural.label(classifier.SEED, i) for i in seen])
+    assert model.accuracy(clips, labels) > 0.4
+
+
+def test_class_accuracy_is_that_of_the_judge():
+    class Judge:
+        """Says right of real clips alone."""
+
+        def __init__(self):
+            self.seen = []
+
+        def accuracy(self, clips, labels):
+            self.seen.append(clips)
+            assert len(clips) == len(labels) == 6 and clips.shape[1:] == (3, 17, 64, 64)
+            return float(len(self.seen) == 3)
+
+    judge, tokenizer = Judge(), vft.Tokenizer.from_pretrained("tiny")
+    generator = vft.Generator.from_pretrained("tiny")
+    result = evaluate.class_accuracy(generator, tokenizer, judge, 6, guidances=(1.0, 3.0), temperature=0.5)
+    assert result == {"held_out": 1.0, "reconstructed": 0.0, "generated": 0.0, "guidance 3": 0.0}
+    plain, guided, real, seen = judge.seen
+    assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
+
+
+def test_the_classifier_needs_whole_latent_frames():
+    with pytest.raises(ValueError, match=r"clips must have 1 \+ 4 k frames, k > 0, got 8"):
+        classifier.shrink(torch.zeros(1, 3, 8, 32, 32))
+
+
+def test_a_thinned_curve_keeps_means_and_the_last_step():
+    curve = [(step, float(step)) for step in range(1, 8)]
+    assert evaluate.thinned(curve, 7) == curve
+    assert evaluate.thinned(curve, 3) == [(3, 2.0), (6, 5.0), (7, 7.0)]

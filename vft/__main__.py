@@ -1,0 +1,7 @@
+"""``python -m vft``: the ``vft`` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

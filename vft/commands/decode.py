@@ -1,0 +1,67 @@
+"""``vft decode``: a .vft file, or the beginning of one, to a video file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from . import frames, options
+
+if TYPE_CHECKING:
+    import torch
+
+HELP = "Turn a .vft file, whole or cut, into a video."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_sampler(parser)
+    options.add_video_output(parser)
+    parser.add_argument("input", help=".vft file; -: standard input")
+    frames.add_audio(parser, "the track that encode --audio copy kept goes into the video")
+
+
+def run(args: argparse.Namespace) -> None:
+    from vft.tokens import VideoTokens
+    from vft.video import output_rate, write_video
+    from vft.video.audio import sidecar
+
+    options.check_video_output(args.output, args.input, args.model)
+    if args.input == "-":
+        tokens = VideoTokens.from_bytes(sys.stdin.buffer.read(), "standard input")
+    else:
+        tokens = VideoTokens.load(args.input)
+    options.check_keep(args.keep, tokens.registers)
+    if args.model is None and tokens.model != options.DEFAULT_MODEL:
+        raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
+    tokenizer = options.load_tokenizer(args)
+    shown = resized(pieces(tokenizer, tokens, args), args.size)
+    track = sidecar(args.input) if args.audio == "copy" else None
+    count = write_video(args.output, shown, tokens.fps, args.quality, track)
+    rate = output_rate(args.output, tokens.fps)
+    print(f"{args.output}: {count} frames, {rate:g} fps, from {args.keep or tokens.registers} registers a frame")
+
+
+def pieces(tokenizer, tokens, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Decoded uint8 pieces [t, H, W, 3], with a progress bar over the solver's steps on a terminal."""
+    from tqdm import tqdm
+
+    from vft.video import to_uint8
+
+    with tqdm(desc="decode", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        for piece in tokenizer.decode_stream(tokens, keep=args.keep, progress=progress, **options.sampler(args)):
+            yield to_uint8(piece).cpu()
+
+
+def resized(frames, size: int | None) -> Iterator[torch.Tensor]:
+    from vft.video import resize
+
+    for piece in frames:
+        yield piece if size is None else resize(piece, size, size)

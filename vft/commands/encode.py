@@ -1,0 +1,118 @@
+"""``vft encode``: a video file to a .vft file, or a folder of them to a folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import frames, options
+
+HELP = "Turn a video into a .vft file of tokens, or a folder of videos into many."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    add = parser.add_argument
+    add("input", help="video file of any size, rate and length, or a folder; -: standard input")
+    add(
+        "-o", "--output", "--out", required=True,
+        help=".vft file, replaced if it exists; with --batch a folder; -: standard output",
+    )  # fmt: skip
+    add("-k", "--keep", type=options.at_least(1), help="keep the first K registers of every latent frame")
+    add("--batch", action="store_true", help="input and output are folders; finished videos are kept")
+    add("--packed", type=options.at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
+    add("--readers", type=options.at_least(1), default=2, help="with --batch: reading threads (default: 2)")
+    frames.add_reading(parser)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Returns 1 where a video of the folder failed."""
+    if args.batch:
+        return _run_folder(args)
+    if os.path.isdir(args.input):
+        raise ValueError(f"{args.input} is a folder: add --batch to encode every video in it")
+    from vft.files import check_output
+
+    to_stdout = args.output == "-"
+    if to_stdout and args.audio == "copy":
+        raise ValueError("--audio copy needs an output file, beside which the audio is put")
+    if not to_stdout:
+        check_output(args.output, [args.input, args.model])
+    tokenizer = options.load_tokenizer(args)
+    options.check_keep(args.keep, tokenizer.registers)
+    with _as_file(args.input) as path:
+        tokens = tokenizer.encode(path, fps=args.fps, strict=args.strict)
+        if args.keep is not None:
+            tokens = tokens.truncate(args.keep)
+        if to_stdout:
+            sys.stdout.buffer.write(tokens.to_bytes())
+        else:
+            tokens.save(args.output)
+        _carry_audio(args, path)
+    if to_stdout:
+        return
+    print(f"{args.output}: {options.describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def _carry_audio(args: argparse.Namespace, path: str) -> None:
+    from vft.video import audio, probe_video
+
+    if args.audio == "copy":
+        audio.save_audio(path, args.output)
+    elif probe_video(path).audio:
+        print(f"vft: warning: {args.input}: its audio is left out (--audio copy keeps it)", file=sys.stderr)
+
+
+@contextmanager
+def _as_file(path: str) -> Iterator[str]:
+    """The path of a video; standard input goes through a file, because an index may stand at its end."""
+    if path != "-":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        name = os.path.join(folder, "standard input")
+        with open(name, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield name
+
+
+def _run_folder(args: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from vft import batch
+
+    rank, world_size = batch.shard()
+    local_rank = os.environ.get("LOCAL_RANK")
+    if args.device in (None, "cuda") and local_rank is not None and torch.cuda.is_available():
+        args.device = f"cuda:{local_rank}"
+    tokenizer = options.load_tokenizer(args)
+    options.check_keep(args.keep, tokenizer.registers)
+    hidden = not sys.stderr.isatty()
+    with tqdm(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank, leave=False, disable=hidden) as bar:
+
+        def progress(done: int, total: int, line: dict | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if line and "error" in line:
+                tqdm.write(f"vft: error: {line['file']}: {line['error']}", sys.stderr)
+            for warning in line.get("warnings", ()) if line else ():
+                tqdm.write(f"vft: warning: {line['file']}: {warning}", sys.stderr)
+
+        summary = batch.encode_folder(
+            tokenizer, args.input, args.output, keep=args.keep, packed=args.packed, readers=args.readers,
+            rank=rank, world_size=world_size, fps=args.fps, strict=args.strict, audio=args.audio == "copy",
+            checksum=args.checksum, progress=progress,
+        )  # fmt: skip
+    if rank == 0:
+        frames.print_left_out(summary.left_out)
+    if summary.silent:
+        print(f"vft: warning: {summary.silent} audio tracks are left out (--audio copy keeps them)", file=sys.stderr)
+    counts = f"{summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed"
+    print(f"{args.output}: {counts}" + (f", {len(summary.left_out)} left out" if summary.left_out else ""))
+    return 1 if summary.failed else 0

@@ -1,0 +1,74 @@
+"""``vft eval``: rate and distortion, control and class accuracy, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+from . import options
+
+HELP = "Measure what a model's tokens are worth; optionally a generator too."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="JSON file of the results, replaced if it exists")
+    add("--plot", type=Path, metavar="PNG", help="draw the curves, replaced if it exists (needs matplotlib)")
+    add("--clips", type=options.at_least(2), default=256, help="held-out procedural clips (default: %(default)s)")
+    add("--steps", type=options.at_least(1), help="solver steps (default: the model's)")
+    add("--video", type=Path, nargs="*", help="video files (default: the shipped clip)")
+    add("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
+    add("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
+    add("--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures; prints a table, writes JSON and a picture."""
+    import torch
+
+    from vft import Generator, demo, evaluate, plots
+    from vft.decoding import Sampling
+    from vft.files import check_output, replacing
+    from vft.train import state
+
+    Sampling(temperature=args.temperature)
+    videos = [demo.CLIP] if args.video is None else args.video
+    inputs = [*videos, args.model, args.generator]
+    check_output(args.output, inputs)
+    if args.plot:
+        check_output(args.plot, [*inputs, args.output])
+        # a missing matplotlib is an error before the work
+        plots.figure(1, 1)
+    logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
+    if len(logs) < len(args.training_runs):
+        raise ValueError("folders of training runs must have different names")
+    model = options.load_tokenizer(args)
+    if model.size is None:
+        raise ValueError(f"model {model.name!r} must have a working size")
+    steps, keeps = args.steps or model.steps, evaluate.budgets(model.registers)
+    result = {
+        "model": model.name, "machine": platform.machine(), "torch": torch.__version__, "dtype": "float32",
+        "clips": args.clips, "steps": steps, "guidance": str(model.guidance),
+        "rate_distortion": {"held-out clips": evaluate.held_out(model, args.clips, keeps, steps=steps)},
+        "control": evaluate.control(model, min(args.clips, 64), steps=steps),
+    }  # fmt: skip
+    for path in videos:
+        result["rate_distortion"][path.name] = evaluate.one_video(model, path, keeps, steps=steps)
+    if args.generator:
+        generator = Generator.from_pretrained(args.generator)
+        judge = evaluate.classifier.train(model.size, model.config.chunk_size)
+        result["temperature"] = args.temperature
+        result["class_accuracy"] = evaluate.class_accuracy(
+            generator, model, judge, args.clips, temperature=args.temperature
+        )
+    if logs:
+        curves = {name: [(line["step"], line["loss"]) for line in log] for name, log in logs.items()}
+        result["training_loss"] = {name: evaluate.thinned(curve) for name, curve in curves.items()}
+    print(evaluate.table(result))
+    with replacing(args.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plots.evaluation(result, args.plot)

@@ -1,0 +1,133 @@
+"""Arguments that several commands have, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+
+DEFAULT_MODEL = "tiny"
+# those of flexkernels.library and of vft.solver, whose import would need torch
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpm2m")
+
+
+def at_least(smallest: int):
+    """An argument's type: an int of at least this."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {value}")
+        return value
+
+    return integer
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every command has."""
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), help="kernels to use (default: the best there is)")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: all cores)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help=f"name, folder, .safetensors file or org/repo (default: {DEFAULT_MODEL})")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers (default: 0)")
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    add_seed(parser)
+    parser.add_argument("--steps", type=at_least(1), help="solver steps (default: the model's)")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="ODE solver (default: euler)")
+    parser.add_argument("--guidance", help="none, cfg:SCALE, apg or apg:SCALE (default: the model's)")
+
+
+def add_video_output(parser: argparse.ArgumentParser) -> None:
+    suffixes = ".mp4, .mov, .mkv, .gif"
+    parser.add_argument("-o", "--output", required=True, help=f"{suffixes} file, replaced if it exists")
+    parser.add_argument("-k", "--keep", type=at_least(1), help="use the first K registers of every latent frame")
+    parser.add_argument("--size", type=at_least(2), help="side of the square output in pixels (default: as decoded)")
+    parser.add_argument("--quality", type=int, default=18, help="0 (best) to 51 (smallest); default: 18")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+
+
+def sampler(args: argparse.Namespace) -> dict:
+    """The sampler's options that were given; the others are left to the model."""
+    options = {"seed": args.seed, "solver": args.solver}
+    if args.steps is not None:
+        options["steps"] = args.steps
+    if args.guidance is not None:
+        options["guidance"] = guidance(args.guidance)
+    return options
+
+
+def guidance(text: str):
+    """``none``, ``cfg:SCALE``, ``apg`` or ``apg:SCALE`` as the library takes it; ValueError for anything else."""
+    from flexkernels import APG, CFG
+
+    kind, _, scale = text.partition(":")
+    try:
+        if kind == "none" and not scale:
+            return None
+        if kind == "cfg":
+            return CFG(float(scale))
+        if kind == "apg":
+            return APG(scale=float(scale)) if scale else APG()
+    except ValueError as error:
+        raise ValueError(f"guidance {text!r}: {error}") from error
+    raise ValueError(f"guidance must be none, cfg:SCALE, apg or apg:SCALE, got {text!r}")
+
+
+def device(args: argparse.Namespace):
+    """The torch.device that ``--device`` asks for. Raises ValueError for CUDA where there is none."""
+    import torch
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not available on this machine")
+    return chosen
+
+
+def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype: str = "float32"):
+    """The tokenizer that ``reference``, else ``--model``, and ``--device`` ask for."""
+    import torch
+
+    from vft import Tokenizer
+
+    reference = reference or args.model or DEFAULT_MODEL
+    return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype))
+
+
+def load_generator(args: argparse.Namespace):
+    """The generator that ``--model``, ``--device``, ``--dtype`` and ``--int8`` ask for."""
+    import torch
+
+    from vft import Generator
+
+    weights, dtype = "int8" if args.int8 else None, getattr(torch, args.dtype)
+    return Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device(args), dtype=dtype, weights=weights)
+
+
+def check_keep(keep: int | None, registers: int) -> None:
+    if keep is not None and keep > registers:
+        raise ValueError(f"keep must be between 1 and {registers}, got {keep}")
+
+
+def check_video_output(path: str, *inputs: str | None) -> None:
+    """Raises ValueError or OSError, before any work, where no video can be written to a path or it is an input's."""
+    from vft.files import check_output
+    from vft.video import output_format
+
+    output_format(path)
+    check_output(path, inputs)
+
+
+def describe(tokens) -> str:
+    return f"{tokens.latent_frames} x {tokens.registers} = {tokens.ids.numel()} tokens"
