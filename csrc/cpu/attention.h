@@ -8,7 +8,8 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include "dispatch.h"
+#include "lanes.h"
 
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
@@ -30,22 +31,6 @@ static_assert(kBlockKeys % kPanel == 0, "blocks are whole panels");
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int least(int a, int b) { return a < b ? a : b; }
 
-inline vf splat(float x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (vf)_mm256_set1_ps(x);
-#else
-  return vf{x, x, x, x};
-#endif
-}
-
-inline vi iota() {
-  vi lanes;
-  for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
-  return lanes;
-}
-
 inline vi load(const int32_t* p) {
   vi v;
   memcpy(&v, p, sizeof v);
@@ -65,7 +50,7 @@ inline vf largest(vf a, vf b) {
 
 inline float largest_lane(vf v) {
 #pragma GCC unroll 4
-  for (int step = W / 2; step > 0; step /= 2) v = largest(__builtin_shuffle(v, iota() ^ step), v);
+  for (int step = W / 2; step > 0; step /= 2) v = largest(__builtin_shuffle(v, lane_numbers() ^ step), v);
   return v[0];
 }
 
@@ -467,7 +452,7 @@ void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, int64_
     const AttentionQuery query{position, p.q_frame[row], p.q_rank[row]};
     float* score = w.b.score + r * kScoreRow - keys.column;
     for (int key = first; key < last; key += W) {
-      const vi seen = attention_visible<vi>(p.mask, query, iota() + key, load(w.b.frame + key), load(w.b.rank + key));
+      const vi seen = attention_visible<vi>(p.mask, query, lane_numbers() + key, load(w.b.frame + key), load(w.b.rank + key));
       store(score + key, seen ? load(score + key) : splat(kHidden));
     }
   }
