@@ -3,6 +3,7 @@
 // a warp, then over warps, in a fixed order. Norms: `lanes` threads share a head, each with packs of both its halves,
 // the pairs of the rotary embedding.
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -240,8 +241,7 @@ void queue_split(const DecodeAttention& p, cudaStream_t stream) {
   const int packs = (p.head_dim + V - 1) / V;
   const int lanes = packs < 32 ? power_of_two(packs) : 32;
   const dim3 grid(p.splits > 0 ? p.splits : 1, p.kv_heads * ((p.rows + R - 1) / R), static_cast<unsigned>(p.batch));
-  decode_split_kernel<T, V, C, R><<<grid, kThreads, 0, stream>>>(p, lanes);
-  check_launch("decode_attention");
+  launch({"decode_attention", grid, kThreads, stream}, decode_split_kernel<T, V, C, R>, p, lanes);
 }
 
 template <typename T, int V, int C>
@@ -272,8 +272,7 @@ void decode_attention(const DecodeAttention& p, cudaStream_t stream) {
   }
   if (p.splits <= 1) return;
   const unsigned rows = static_cast<unsigned>(p.batch * p.kv_heads * p.rows);
-  decode_merge_kernel<T><<<rows, (p.head_dim + 31) / 32 * 32, 0, stream>>>(p);
-  check_launch("decode_attention merge");
+  launch({"decode_attention merge", rows, (p.head_dim + 31) / 32 * 32, stream}, decode_merge_kernel<T>, p);
 }
 
 // --- norms and rotary embedding
@@ -549,10 +548,9 @@ void kv_append(const KvAppend& p, cudaStream_t stream) {
   const int lanes = norm_lanes(p.norm, fit ? V : 1);
   const unsigned blocks = blocks_for(p.batch * p.n * (p.heads + 2 * p.kv_heads), lanes);
   if (fit)
-    kv_append_kernel<T, V, 1><<<blocks, kNormThreads, 0, stream>>>(p, lanes);
+    launch({"kv_append_", blocks, kNormThreads, stream}, kv_append_kernel<T, V, 1>, p, lanes);
   else
-    kv_append_kernel<T, 1, 4><<<blocks, kNormThreads, 0, stream>>>(p, lanes);
-  check_launch("kv_append_");
+    launch({"kv_append_", blocks, kNormThreads, stream}, kv_append_kernel<T, 1, 4>, p, lanes);
 }
 
 template <typename T>
@@ -562,10 +560,9 @@ void qk_norm(const QkNorm& p, cudaStream_t stream) {
   const int lanes = norm_lanes(p.norm, fit ? V : 1);
   const unsigned blocks = blocks_for(p.total * (p.heads + p.kv_heads), lanes);
   if (fit)
-    qk_norm_kernel<T, V, 1><<<blocks, kNormThreads, 0, stream>>>(p, lanes);
+    launch({"qk_norm", blocks, kNormThreads, stream}, qk_norm_kernel<T, V, 1>, p, lanes);
   else
-    qk_norm_kernel<T, 1, 4><<<blocks, kNormThreads, 0, stream>>>(p, lanes);
-  check_launch("qk_norm");
+    launch({"qk_norm", blocks, kNormThreads, stream}, qk_norm_kernel<T, 1, 4>, p, lanes);
 }
 
 template <typename T>
@@ -576,10 +573,9 @@ void qk_norm_backward(const QkNormBackward& p, cudaStream_t stream) {
   const int lanes = norm_lanes(p.norm, fit ? V : 1);
   const dim3 grid(static_cast<unsigned>((p.total + kQkNormChunk - 1) / kQkNormChunk), 2);
   if (fit)
-    qk_norm_backward_kernel<T, V, 1><<<grid, kNormThreads, 0, stream>>>(p, lanes);
+    launch({"qk_norm_backward", grid, kNormThreads, stream}, qk_norm_backward_kernel<T, V, 1>, p, lanes);
   else
-    qk_norm_backward_kernel<T, 1, 4><<<grid, kNormThreads, 0, stream>>>(p, lanes);
-  check_launch("qk_norm_backward");
+    launch({"qk_norm_backward", grid, kNormThreads, stream}, qk_norm_backward_kernel<T, 1, 4>, p, lanes);
 }
 
 template <typename Args>

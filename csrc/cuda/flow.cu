@@ -1,5 +1,6 @@
 // Guided flow update: one block a row. Sums are float32 trees of a fixed shape, so an update repeats bit for bit.
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -157,8 +158,7 @@ template <typename X, typename V>
 void update(const FlowUpdate& p, cudaStream_t stream) {
   int threads = 32;
   while (threads < kMaxThreads && threads * kPack<X, V> < p.row_length) threads *= 2;
-  flow_update_kernel<X, V><<<static_cast<unsigned>(p.rows), threads, 0, stream>>>(p, all_aligned(p));
-  check_launch("flow_update");
+  launch({"flow_update", static_cast<unsigned>(p.rows), threads, stream}, flow_update_kernel<X, V>, p, all_aligned(p));
 }
 
 template <typename X>

@@ -1,7 +1,9 @@
 // FSQ: a block takes kRows rows. Elements are read and written in memory order; the levels meet in shared memory,
 // where one thread a row turns them into an id (or an id into them).
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
+#include "ptx.h"
 
 namespace flexkernels::cuda {
 namespace {
@@ -30,7 +32,7 @@ template <int N, typename T>
 __global__ void __launch_bounds__(kRows) fsq_quantize_kernel(const __grid_constant__ FsqQuantize p, bool staged) {
   __shared__ int levels[kRows * kFsqMaxDims];
   __shared__ float half[kFsqMaxDims];
-  extern __shared__ float staged_thresholds[];
+  float* staged_thresholds = ptx::dynamic_shared<float>();
   const int thread = threadIdx.x;
   if (thread < p.dims) half[thread] = static_cast<float>(p.half[thread]);
   if (staged) {
@@ -92,19 +94,17 @@ template <typename T>
 void quantize(const FsqQuantize& p, cudaStream_t stream) {
   const int64_t bytes = static_cast<int64_t>(p.dims) * p.width * sizeof(float);
   const bool staged = bytes <= kStagedBytes;
-  const size_t shared = staged ? bytes : 0;
+  const unsigned shared = staged ? static_cast<unsigned>(bytes) : 0;
   // kRows * dims elements are a whole number of 16-byte packs, so blocks stay aligned when the tensors are
   if (aligned16(p.z) && aligned16(p.codes))
-    fsq_quantize_kernel<16 / sizeof(T), T><<<blocks_of(p.n), kRows, shared, stream>>>(p, staged);
+    launch({"fsq_quantize", blocks_of(p.n), kRows, stream, shared}, fsq_quantize_kernel<16 / sizeof(T), T>, p, staged);
   else
-    fsq_quantize_kernel<1, T><<<blocks_of(p.n), kRows, shared, stream>>>(p, staged);
-  check_launch("fsq_quantize");
+    launch({"fsq_quantize", blocks_of(p.n), kRows, stream, shared}, fsq_quantize_kernel<1, T>, p, staged);
 }
 
 template <typename T>
 void dequantize(const FsqDequantize& p, cudaStream_t stream) {
-  fsq_dequantize_kernel<T><<<blocks_of(p.n), kRows, 0, stream>>>(p);
-  check_launch("fsq_dequantize");
+  launch({"fsq_dequantize", blocks_of(p.n), kRows, stream}, fsq_dequantize_kernel<T>, p);
 }
 
 }  // namespace

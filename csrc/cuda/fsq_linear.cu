@@ -2,6 +2,7 @@
 #include "../core/fsq_linear.h"
 
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -76,14 +77,13 @@ unsigned blocks_of(int64_t rows) { return static_cast<unsigned>((rows + kWarps -
 
 template <typename T>
 void project(const FsqProject& p, void* stream) {
-  fsq_project_kernel<T><<<blocks_of(p.n), 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("fsq_project_quantize");
+  launch({"fsq_project_quantize", blocks_of(p.n), 32 * kWarps, static_cast<cudaStream_t>(stream)},
+         fsq_project_kernel<T>, p);
 }
 
 template <typename T>
 void embed(const FsqEmbed& p, void* stream) {
-  fsq_embed_kernel<T><<<blocks_of(p.n), 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("fsq_embed");
+  launch({"fsq_embed", blocks_of(p.n), 32 * kWarps, static_cast<cudaStream_t>(stream)}, fsq_embed_kernel<T>, p);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "../core/linear.h"
 
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -100,8 +101,7 @@ template <typename T, typename X, int N, int M, int R>
 void queue(const SkinnyLinear& p, cudaStream_t stream) {
   const int64_t each = kWarps * (p.swiglu ? R / 2 : R);
   const unsigned blocks = static_cast<unsigned>((p.outputs + each - 1) / each);
-  skinny_linear_kernel<T, X, N, M, R><<<blocks, 32 * kWarps, 0, stream>>>(p);
-  check_launch("skinny_linear");
+  launch({"skinny_linear", blocks, 32 * kWarps, stream}, skinny_linear_kernel<T, X, N, M, R>, p);
 }
 
 template <typename T, typename X>

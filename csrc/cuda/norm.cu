@@ -1,5 +1,6 @@
 // Row norms: one block a row, which it keeps in registers. Sums are float32 trees of a fixed shape.
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -263,12 +264,11 @@ void forward(const NormForward& p, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(p.n);
   const int threads = threads_of(aligned ? p.d / N : p.d);
   if (!aligned)
-    norm_forward_kernel<X, M, 1, kNormMaxWidth / kMaxThreads><<<rows, threads, 0, stream>>>(p);
+    launch({"norm_forward", rows, threads, stream}, norm_forward_kernel<X, M, 1, kNormMaxWidth / kMaxThreads>, p);
   else if (p.d <= kMaxThreads * N)
-    norm_forward_kernel<X, M, N, 1><<<rows, threads, 0, stream>>>(p);
+    launch({"norm_forward", rows, threads, stream}, norm_forward_kernel<X, M, N, 1>, p);
   else
-    norm_forward_kernel<X, M, N, kNormMaxWidth / kMaxThreads / N><<<rows, threads, 0, stream>>>(p);
-  check_launch("norm_forward");
+    launch({"norm_forward", rows, threads, stream}, norm_forward_kernel<X, M, N, kNormMaxWidth / kMaxThreads / N>, p);
 }
 
 template <typename X, typename M>
@@ -283,12 +283,11 @@ void backward(const NormBackward& p, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(p.n);
   const int threads = threads_of(aligned ? p.d / N : p.d);
   if (!aligned)
-    norm_backward_kernel<X, M, 1, kNormMaxWidth / kMaxThreads><<<rows, threads, 0, stream>>>(p);
+    launch({"norm_backward", rows, threads, stream}, norm_backward_kernel<X, M, 1, kNormMaxWidth / kMaxThreads>, p);
   else if (p.d <= kMaxThreads * N)
-    norm_backward_kernel<X, M, N, 1><<<rows, threads, 0, stream>>>(p);
+    launch({"norm_backward", rows, threads, stream}, norm_backward_kernel<X, M, N, 1>, p);
   else
-    norm_backward_kernel<X, M, N, kNormMaxWidth / kMaxThreads / N><<<rows, threads, 0, stream>>>(p);
-  check_launch("norm_backward");
+    launch({"norm_backward", rows, threads, stream}, norm_backward_kernel<X, M, N, kNormMaxWidth / kMaxThreads / N>, p);
 }
 
 unsigned columns_of(int64_t d, int64_t each) { return static_cast<unsigned>((d + each - 1) / each); }
@@ -298,21 +297,20 @@ void sums(const NormSums& p, cudaStream_t stream) {
   const int64_t blocks = (p.n + kNormRows - 1) / kNormRows, slots = blocks + p.segments;
   const unsigned columns = columns_of(p.d, kThreads);
   if (blocks > 0) {
-    norm_sums_kernel<X><<<dim3(static_cast<unsigned>(blocks), columns), kThreads, 0, stream>>>(p, slots);
-    check_launch("norm_sums");
+    launch({"norm_sums", dim3(static_cast<unsigned>(blocks), columns), kThreads, stream}, norm_sums_kernel<X>, p,
+           slots);
   }
-  norm_merge_kernel<<<dim3(static_cast<unsigned>(p.segments), columns), kThreads, 0, stream>>>(p, slots);
-  check_launch("norm_sums");
+  launch({"norm_sums", dim3(static_cast<unsigned>(p.segments), columns), kThreads, stream}, norm_merge_kernel, p,
+         slots);
 }
 
 template <typename X, int N>
 void swiglu_packs(const Swiglu& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.n), columns_of(p.h, kThreads * N));
   if (p.grad_out)
-    swiglu_backward_kernel<X, N><<<grid, kThreads, 0, stream>>>(p);
+    launch({"swiglu", grid, kThreads, stream}, swiglu_backward_kernel<X, N>, p);
   else
-    swiglu_kernel<X, N><<<grid, kThreads, 0, stream>>>(p);
-  check_launch("swiglu");
+    launch({"swiglu", grid, kThreads, stream}, swiglu_kernel<X, N>, p);
 }
 
 template <typename X>

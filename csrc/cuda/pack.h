@@ -1,23 +1,13 @@
-// 16-byte packs of elements, and the check behind a launch.
+// 16-byte packs of elements.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#include <stdint.h>
 
 #include "../core/dtype.h"
 
 namespace flexkernels::cuda {
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(kernel) + " did not launch: " + cudaGetErrorString(error));
-  }
-}
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? alignof(T) : 16) Pack {

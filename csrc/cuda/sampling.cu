@@ -3,6 +3,7 @@
 #include "../core/sampling.h"
 
 #include "kernels.h"
+#include "launch.h"
 #include "pack.h"
 
 namespace flexkernels::cuda {
@@ -196,8 +197,7 @@ __global__ void __launch_bounds__(kThreads) sample_logits_kernel(const __grid_co
 
 template <typename T>
 void sample(const SampleLogits& p, cudaStream_t stream) {
-  sample_logits_kernel<T><<<static_cast<unsigned>(p.n), kThreads, 0, stream>>>(p);
-  check_launch("sample_logits");
+  launch({"sample_logits", static_cast<unsigned>(p.n), kThreads, stream}, sample_logits_kernel<T>, p);
 }
 
 }  // namespace
