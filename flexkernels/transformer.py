@@ -17,14 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import checks, legacy
-from .decode import (
-    _check_caches,
-    _check_range,
-    decode_attention,
-    decode_attention_ref,
-    kv_append_,
-    kv_append_ref_,
-)
+from .decode import check_caches, decode_attention, decode_attention_ref, kv_append_, kv_append_ref_
 from .linear import MAX_ROWS, skinny_linear, skinny_linear_ref
 from .norm import rms_norm, rms_norm_ref
 
@@ -205,7 +198,7 @@ def _check(x, weights, k_cache, v_cache, cache_len, cross, cross_len):
         if cache.shape[0] != weights.layers or cache.shape[2] * cache.shape[4] != weights.width:
             expected = f"have {weights.layers} layers, and heads * head_dim = {weights.width}"
             checks.reject(name, expected, list(cache.shape))
-    _check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
+    check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
     _check_cross(x, weights, k_cache, cross, cross_len)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, k_cache, v_cache, *weights.weights)):
         raise RuntimeError("transformer_step_ has no gradient: call it under torch.no_grad()")
@@ -224,7 +217,7 @@ def _check_cross(x, weights, k_cache, cross, cross_len):
     if contexts == 0 or x.shape[0] % contexts:
         checks.reject("cross_len", f"have as many entries as divide {x.shape[0]} rows", list(cross_len.shape))
     for k, v in cross:
-        _check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
+        check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
         if k.shape[1] != k_cache.shape[2]:
             checks.reject("cross", f"have {k_cache.shape[2]} heads like k_cache", k.shape[1])
 
@@ -235,9 +228,9 @@ def _check_cross(x, weights, k_cache, cross, cross_len):
 def _step_impl(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
     if x.numel() == 0:
         return
-    _check_range("cache_len", cache_len, 1, k_cache.shape[3])
+    checks.in_range("cache_len", cache_len, 1, k_cache.shape[3])
     if cross_len is not None:
-        _check_range("cross_len", cross_len, 0, min(k.shape[2] for k in cross))
+        checks.in_range("cross_len", cross_len, 0, min(k.shape[2] for k in cross))
         cross_len = cross_len.contiguous()
     legacy.launch(
         "transformer_step", x, k_cache, v_cache, cache_len.contiguous(), norms, weights, scales, cross, cross_len, eps

@@ -74,7 +74,7 @@ void count_splits(DecodeAttention& p) {
   p.splits = decode_splits(longest);
 }
 
-void run(const DecodeAttention& p, const Tensor& like) {
+void run(const DecodeAttention& p, [[maybe_unused]] const Tensor& like) {
   int64_t splits = 0, keys = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     splits += decode_splits(decode_length(p, b));
@@ -187,8 +187,7 @@ class Norm {
     check_dim(name, *weight, 1);
     check_size(name, *weight, 0, args.head_dim);
     check_device(name, *weight, like);
-    return take(weight->scalar_type() == ScalarType::Float ? *weight
-                                                           : torch::stable::to(*weight, ScalarType::Float));
+    return take(weight->scalar_type() == ScalarType::Float ? *weight : torch::stable::to(*weight, ScalarType::Float));
   }
 
   const float* take_table(const char* name, const OptionalTensor& table, const Tensor& like) {

@@ -49,9 +49,7 @@ class Stack {
         scaled_(!scales.empty()),
         eps_(eps) {}
 
-  void norm(const Tensor& x, const Tensor& out) {
-    rms_norm_into(x, norms_.next(), eps_, out);
-  }
+  void norm(const Tensor& x, const Tensor& out) { rms_norm_into(x, norms_.next(), eps_, out); }
 
   void linear(const Tensor& x, OptionalTensor residual, bool swiglu, const Tensor& out) {
     OptionalTensor scale;
@@ -80,14 +78,14 @@ class Stack {
 };
 
 // row i of q [rows, width] sees context i % contexts; returns [rows, width]
-Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len, double scale) {
+Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len) {
   const int64_t rows = q.size(0), contexts = k.size(0), heads = k.size(1), head_dim = k.size(3);
   STD_TORCH_CHECK(contexts > 0 && rows % contexts == 0, "cross must have a divisor of ", rows, " contexts, got ",
                   contexts);
   const Tensor queries =
       torch::stable::transpose(torch::stable::view(q, {rows / contexts, contexts, heads, head_dim}), 0, 1);
   const Tensor out = torch::stable::new_empty(q, {contexts, rows / contexts, heads, head_dim});
-  decode_attention_cpu(queries, k, v, cross_len, {}, scale, false, out, {});
+  decode_attention_into(queries, k, v, cross_len, false, out);
   return torch::stable::reshape(torch::stable::transpose(out, 0, 1), {rows, q.size(1)});
 }
 
@@ -104,7 +102,6 @@ void transformer_step_cpu(const Tensor& x, const Tensor& k_cache, const Tensor& 
   const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
   STD_TORCH_CHECK(heads * head_dim == width, "k_cache must have heads of ", width, " channels in all, got ", heads,
                   " of ", head_dim);
-  const double scale = 1 / sqrt(static_cast<double>(head_dim));
   Stack stack(norms, weights, scales, cross, eps);
   const Tensor normed = torch::stable::new_empty(x, {rows, width});
   const Tensor qkv = torch::stable::new_empty(x, {rows, 3 * width}), tokens = torch::stable::unsqueeze(qkv, 1);
@@ -115,14 +112,14 @@ void transformer_step_cpu(const Tensor& x, const Tensor& k_cache, const Tensor& 
     const Tensor k = torch::stable::select(k_cache, 0, layer), v = torch::stable::select(v_cache, 0, layer);
     stack.norm(x, normed);
     stack.linear(normed, {}, false, qkv);
-    kv_append_cpu(tokens, k, v, cache_len, kHeadNormNone, eps, {}, {}, {}, {}, q_heads);
-    decode_attention_cpu(q_heads, k, v, cache_len, {}, scale, true, attended_heads, {});
+    kv_append_into(tokens, k, v, cache_len, q_heads);
+    decode_attention_into(q_heads, k, v, cache_len, true, attended_heads);
     stack.linear(attended, x, false, x);
     if (cross_len) {
       stack.norm(x, normed);
       stack.linear(normed, {}, false, q);
       const Tensor &cross_k = stack.next_cross(), &cross_v = stack.next_cross();
-      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len, scale), x, false, x);
+      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len), x, false, x);
     }
     stack.norm(x, normed);
     stack.feed_forward(normed, x);
