@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from . import checks, library
-from .decode import _check_caches, _check_range, decode_attention_ref, kv_append_ref_
+from .decode import check_caches, decode_attention_ref, kv_append_ref_
 from .linear import MAX_ROWS, skinny_linear_ref
 from .norm import rms_norm_ref
 from .transformer_parts import Parts
@@ -168,7 +168,7 @@ def _check_transformer_step_(x, k_cache, v_cache, cache_len, norms, weights, sca
         checks.tensor(name, cache, (x.dtype,), 5)
         if cache.shape[0] != layers or cache.shape[2] * cache.shape[4] != width:
             checks.reject(name, f"have {layers} layers, and heads * head_dim = {width}", list(cache.shape))
-    _check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
+    check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
     _check_lengths("cache_len", cache_len, 1, k_cache.shape[3])
     if cross_len is not None:
         _check_contexts(x, k_cache, cross, cross_len, layers)
@@ -182,7 +182,7 @@ def _check_contexts(x, k_cache, cross, cross_len, layers):
     if contexts == 0 or x.shape[0] % contexts:
         checks.reject("cross_len", f"have as many entries as divide {x.shape[0]} rows", list(cross_len.shape))
     for k, v in zip(cross[::2], cross[1::2], strict=True):
-        _check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
+        check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
         if k.shape[1] != k_cache.shape[2]:
             checks.reject("cross", f"have {k_cache.shape[2]} heads like k_cache", k.shape[1])
         _check_lengths("cross_len", cross_len, 0, k.shape[2])
@@ -191,7 +191,7 @@ def _check_contexts(x, k_cache, cross, cross_len, layers):
 def _check_lengths(name, lengths, low, high):
     # a trace has no values
     if not torch.compiler.is_compiling():
-        _check_range(name, lengths, low, high)
+        checks.in_range(name, lengths, low, high)
 
 
 # the op

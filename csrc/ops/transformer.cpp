@@ -41,12 +41,12 @@ class Stack {
 };
 
 // row i of q [rows, width] sees context i % contexts; returns [rows, width]
-Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len, double scale) {
+Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len) {
   const int64_t rows = q.size(0), contexts = k.size(0), heads = k.size(1), head_dim = k.size(3);
   const Tensor queries =
       torch::stable::transpose(torch::stable::view(q, {rows / contexts, contexts, heads, head_dim}), 0, 1);
   const Tensor out = empty(q, {contexts, rows / contexts, heads, head_dim}, q.scalar_type());
-  decode_attention_cpu(queries, k, v, cross_len, {}, scale, false, out, {});
+  decode_attention_into(queries, k, v, cross_len, false, out);
   return torch::stable::reshape(torch::stable::transpose(out, 0, 1), {rows, q.size(1)});
 }
 
@@ -120,7 +120,6 @@ void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_ca
   if (x.size(0) == 0) return;
   const int64_t layers = k_cache.size(0), rows = x.size(0), width = x.size(1);
   const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
-  const double scale = 1 / sqrt(static_cast<double>(head_dim));
   const Tensor lengths = as_contiguous(cache_len);
   cross_len = as_contiguous(cross_len);
   Stack stack(norms, weights, scales, eps);
@@ -133,14 +132,14 @@ void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_ca
     const Tensor k = torch::stable::select(k_cache, 0, layer), v = torch::stable::select(v_cache, 0, layer);
     stack.norm(x, normed);
     stack.linear(normed, {}, false, qkv);
-    kv_append_cpu(tokens, k, v, lengths, kHeadNormNone, eps, {}, {}, {}, {}, q_heads);
-    decode_attention_cpu(q_heads, k, v, lengths, {}, scale, true, attended_heads, {});
+    kv_append_into(tokens, k, v, lengths, q_heads);
+    decode_attention_into(q_heads, k, v, lengths, true, attended_heads);
     stack.linear(attended, x, false, x);
     if (cross_len) {
       stack.norm(x, normed);
       stack.linear(normed, {}, false, q);
       const Tensor &cross_k = cross[2 * layer], &cross_v = cross[2 * layer + 1];
-      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len, scale), x, false, x);
+      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len), x, false, x);
     }
     stack.norm(x, normed);
     stack.feed_forward(normed, x);
