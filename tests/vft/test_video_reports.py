@@ -60,7 +60,7 @@ def test_the_rate_can_be_chosen():
         assert back.fps == pytest.approx(fps) and abs(len(back.frames) / fps - 4.533) <= 1 / fps
         assert apart(back.frames, filtered("vfr.mp4", f"fps={fps}")) <= 1
     for wrong in (0, -1, float("nan"), 2000):
-        with pytest.raises(ValueError, match="fps must be between 0.01 and 1000"):
+        with pytest.raises(ValueError, match=r"fps must be between 0\.01 and 1000"):
             video.read_video(REPORTS / "vfr.mp4", fps=wrong)
 
 
@@ -115,7 +115,7 @@ def test_one_bad_packet():
     assert len(caught) == 1 and back.warnings == ("1 damaged packet lost",)
     # the frame before it is shown in its place
     assert len(back.frames) == 50 and torch.equal(back.frames[26], back.frames[25])
-    with pytest.raises(video.VideoError, match="one_bad_packet.mp4: damaged"):
+    with pytest.raises(video.VideoError, match=r"one_bad_packet\.mp4: damaged"):
         video.read_video(REPORTS / "one_bad_packet.mp4", strict=True)
 
 
