@@ -18,7 +18,8 @@ def still_groups(chunk: torch.Tensor, stride: int) -> list[bool]:
     """
     scale = 127.5 if chunk.is_floating_point() else 1.0
     shown, still = chunk[:1].float(), []
-    for group in chunk[1:].split(stride):
+    for first in range(1, len(chunk), stride):
+        group = chunk[first : first + stride]
         change = (group.float() - shown).abs_().mul_(scale).flatten(1)
         still.append(bool(change.max() <= MOST) and bool(change.mean(1).max() <= MEAN))
         if not still[-1]:

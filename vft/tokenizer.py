@@ -381,6 +381,8 @@ class Tokenizer(nn.Module):
                     None if prefix is None else [prefix[0]], progress=report,
                 )  # fmt: skip
                 video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+                # its first frame is the one shown last
+                video = video if last is None else torch.cat([last, video[:, :, 1:]], 2)
             video = hold(video, same, stride)
             last = video[:, :, -1:]
             piece = video[0, :, (i > 0) * self.config.overlap :][:, :left]

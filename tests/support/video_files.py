@@ -98,3 +98,19 @@ def copied(source, target, *, times=None, keep=lambda index: True) -> Path:
                 packet.stream = stream
                 new.mux(packet)
     return Path(target)
+
+
+def with_sound(path: Path) -> Path:
+    """A video of 10 frames with 0.4 s of AAC: silence."""
+    with av.open(str(path), "w") as output:
+        video, audio = output.add_stream("libx264", rate=25), output.add_stream("aac", rate=48000, layout="mono")
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        for image in ramp(10):
+            output.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        for start in range(0, 19200, 1024):
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            sound.sample_rate, sound.pts = 48000, start
+            output.mux(audio.encode(sound))
+        output.mux(video.encode())
+        output.mux(audio.encode())
+    return path

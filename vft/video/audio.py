@@ -15,6 +15,8 @@ from .container import audio_stream, opened_container, packets_of, video_stream
 from .frames import VideoError
 
 SUFFIX = ".mka"
+# seconds before the first frame that are kept: decoders need a packet or two to begin
+_LEAD = 0.1
 
 
 def sidecar(tokens: str | os.PathLike) -> Path:
@@ -78,7 +80,7 @@ class Track:
         """Adds the track to a container; the function copies what lies before a time in seconds (None: all)."""
         target = output.add_stream_from_template(self.stream)
         packets, held = packets_of(self.container, self.stream, _raise), []
-        shift = round(self.origin / self.stream.time_base)
+        shift, lead = (round(seconds / self.stream.time_base) for seconds in (self.origin, _LEAD))
 
         def copy(until: float | None) -> None:
             while True:
@@ -90,7 +92,7 @@ class Track:
                 if until is not None and time is not None and (time - shift) * self.stream.time_base > Fraction(until):
                     held.append(packet)
                     return
-                if packet.pts is not None and packet.pts < shift:
+                if packet.pts is not None and packet.pts < shift - lead:
                     continue
                 packet.pts = packet.pts if packet.pts is None else packet.pts - shift
                 packet.dts = packet.dts if packet.dts is None else packet.dts - shift

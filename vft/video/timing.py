@@ -14,8 +14,8 @@ DEFAULT_RATE = Fraction(25)
 LOWEST_RATE, HIGHEST_RATE = Fraction(1, 100), Fraction(1000)
 # a rate taken from the timestamps alone
 MEASURED_LIMIT = Fraction(120)
-# a frame that is shown for longer, in seconds, is a fault of its timestamps; so is a step back by more than the second
-LONGEST, BACK = 600, 1
+# a frame that is shown for longer, in seconds, is a fault of its timestamps; so is a step back by so many intervals
+LONGEST, BACK = 600, 2
 # how far the rate is measured: packets and bytes
 _PACKETS, _BYTES = 256, 1 << 24
 
@@ -66,10 +66,10 @@ def steady(
 ) -> Iterator[av.VideoFrame]:
     """Frames whose ``pts`` count from ``origin`` (None: from the first frame) and rise, in ``time_base``.
 
-    A frame without a timestamp follows the one before it; a jump by more than LONGEST seconds, or by more than BACK
-    seconds to an earlier time, is closed and noted.
+    A frame without a timestamp follows the one before it; a jump by more than LONGEST seconds, or back by more than
+    BACK intervals, is closed and noted.
     """
-    step, longest, back = (max(1, round(s / time_base)) for s in (1 / rate, LONGEST, BACK))
+    step, longest, back = (max(1, round(s / time_base)) for s in (1 / rate, LONGEST, BACK / rate))
     offset, last, length, jumps = origin, None, step, 0
     for frame in frames:
         follows = 0 if last is None else last + length
