@@ -44,13 +44,14 @@ def source(kernel, args, kwargs):
     for index, parameter in enumerate(kernel.params):
         value, path = values[parameter.name], (index,)
         aligned = [["tt.divisibility", 16]]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[path] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[path] = POINTERS[value.dtype], aligned
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = aligned
         else:
             signature[parameter.name] = "fp32"
