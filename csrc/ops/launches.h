@@ -13,6 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 // out = rms_norm(x, weight) with weight [1, d]
 void rms_norm_into(const Tensor& x, const Tensor& weight, double eps, const Tensor& out);
 
+// `weight` is not a result of the kernel queued before, which may still run
 void skinny_linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
                         const OptionalTensor& residual, bool swiglu, const Tensor& out);
 

@@ -7,6 +7,9 @@
 namespace flexkernels {
 namespace {
 
+// a GPU's kernels count columns in 32 bits
+constexpr int64_t kSkinnyMaxColumns = int64_t{1} << 30;
+
 // wrong input raises here; returns the columns of the result
 int64_t check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
                      const OptionalTensor& residual, bool swiglu) {
@@ -15,6 +18,7 @@ int64_t check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   const ScalarType type = x.scalar_type();
   const int64_t m = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(m <= kSkinnyMaxRows, "x must have at most ", kSkinnyMaxRows, " rows, got ", m);
+  STD_TORCH_CHECK(!kCuda || k < kSkinnyMaxColumns, "x must have fewer than ", kSkinnyMaxColumns, " columns, got ", k);
   check_dim("weight", weight, 2);
   const int64_t n = weight.size(0);
   const bool int8 = weight.scalar_type() == ScalarType::Char;
@@ -31,7 +35,7 @@ int64_t check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
 
 // fills out [m, outputs] from checked tensors
 void fill(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
-          const OptionalTensor& residual, bool swiglu, const Tensor& out) {
+          const OptionalTensor& residual, bool swiglu, bool constant_weight, const Tensor& out) {
   if (out.numel() == 0) return;
   const Tensor rows = dense_rows(x), weights = as_contiguous(weight);
   const OptionalTensor scales = as_contiguous(scale), biases = as_contiguous(bias), added = dense_rows(residual);
@@ -48,6 +52,7 @@ void fill(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, co
   p.x_stride = rows.stride(0);
   p.residual_stride = added ? added->stride(0) : 0;
   p.swiglu = swiglu;
+  p.constant_weight = constant_weight;
   p.dtype = float_dtype("x", x);
   p.weight_type = scale ? WeightType::int8 : WeightType::like_x;
   FLEXKERNELS_LAUNCH(skinny_linear, p, x, p.outputs, p.k);
@@ -57,7 +62,7 @@ Tensor skinny_linear(const Tensor& x, const Tensor& weight, OptionalTensor scale
                      OptionalTensor residual, bool swiglu) {
   const int64_t outputs = check_linear(x, weight, scale, bias, residual, swiglu);
   const Tensor out = empty(x, {x.size(0), outputs}, x.scalar_type());
-  fill(x, weight, scale, bias, residual, swiglu, out);
+  fill(x, weight, scale, bias, residual, swiglu, false, out);
   return out;
 }
 
@@ -68,7 +73,7 @@ void skinny_linear_into(const Tensor& x, const Tensor& weight, const OptionalTen
   const int64_t outputs = check_linear(x, weight, scale, bias, residual, swiglu);
   check_tensor("out", out, x.scalar_type(), {x.size(0), outputs}, x);
   check_layout("out", out, x);
-  fill(x, weight, scale, bias, residual, swiglu, out);
+  fill(x, weight, scale, bias, residual, swiglu, true, out);
 }
 
 }  // namespace flexkernels
