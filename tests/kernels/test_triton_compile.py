@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 # bytes of shared memory that one block may use
 TARGETS = {"cuda-80": 163 * 1024, "cuda-90": 227 * 1024, "cuda-100": 227 * 1024, "hip-gfx942": 64 * 1024}
 PYTHONS = [sys.executable, *filter(None, [os.environ.get("FLEXKERNELS_GATE_PYTHON")])]
-# what a launch may take beyond the table: another version of Triton allocates differently
-MORE_REGISTERS, MORE_SHARED = 1.25, 1.0
+# what a launch may take beyond the table of its version of Triton
+MORE = 1.1
 
 
 @pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t != "cuda-90")) for t in TARGETS])
@@ -58,13 +58,18 @@ def test_any_integer_may_be_1(report, target):
 
 
 def test_registers_and_shared_memory_are_those_of_the_table(report, target):
-    rows = json.loads(REGISTERS.read_text())[target]["launches"]
-    found = {each["label"]: each for each in report[target]["compiled"]}
+    table = json.loads(REGISTERS.read_text())[target]
+    version = ".".join(report["triton"].split(".")[:2])
     write = f"run: python tests/support/triton_gate.py {' '.join(TARGETS)} --write"
-    assert sorted(found.keys() ^ rows.keys()) == [], f"the launches are not those of {REGISTERS.name}; {write}"
+    # every version launches the same
+    found = {each["label"]: each for each in report[target]["compiled"]}
+    for rows in table.values():
+        assert sorted(found.keys() ^ rows.keys()) == [], f"the launches are not those of {REGISTERS.name}; {write}"
+    if version not in table:
+        pytest.skip(f"{REGISTERS.name} has Triton {', '.join(table)}, this is {version}; {write}")
     more = [
-        f"{label}: {each['registers']} registers and {each['shared']} bytes where the table has {rows[label]}"
+        f"{label}: {each['registers']} registers and {each['shared']} bytes where the table has {table[version][label]}"
         for label, each in found.items()
-        if each["registers"] > MORE_REGISTERS * rows[label][0] or each["shared"] > MORE_SHARED * rows[label][1]
+        if each["registers"] > MORE * table[version][label][0] or each["shared"] > MORE * table[version][label][1]
     ]
     assert more == [], write

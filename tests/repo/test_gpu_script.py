@@ -141,8 +141,10 @@ def test_failures_are_written_and_the_summary_comes_when_time_is_over(tmp_path, 
         pytest.importorskip("xdist")
     (tmp_path / "test_it.py").write_text(SUITE)
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "bench"), "FLEXKERNELS_GPU_TESTS": str(tmp_path / "out"), "FLEXKERNELS_GPU_STANDIN": "",
-    }  # fmt: skip
+        "PYTHONPATH": str(ROOT / "bench"),
+        "FLEXKERNELS_GPU_TESTS": str(tmp_path / "out"),
+        "FLEXKERNELS_GPU_STANDIN": "",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_tests", *more, "test_it.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     counts = json.loads((tmp_path / "out" / "tests.json").read_text())

@@ -173,16 +173,22 @@ def gate(task):
 
 
 def write(report: dict, path) -> None:
-    """Registers and shared memory by target and label, the most where labels agree; other targets keep their rows."""
+    """[registers, shared memory] by target, version of Triton and label, the most where labels agree; others are kept."""
     table = json.loads(path.read_text()) if path.exists() else {}
-    targets = {name: each for name, each in report.items() if name not in ("triton", "kernels")}
-    for name, each in targets.items():
+    for name in report.keys() - {"triton", "kernels"}:
         rows = {}
-        for found in each["compiled"]:
+        for found in report[name]["compiled"]:
             pair = [found["registers"], found["shared"]]
             rows[found["label"]] = [max(a, b) for a, b in zip(pair, rows.get(found["label"], pair), strict=True)]
-        table[name] = {"triton": report["triton"], "launches": dict(sorted(rows.items()))}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+        table.setdefault(name, {})[series(report["triton"])] = dict(sorted(rows.items()))
+    text = json.dumps(table, indent=1, sort_keys=True)
+    # a launch a line
+    path.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+
+
+def series(version: str) -> str:
+    """Major and minor number: within them Triton allocates alike."""
+    return ".".join(version.split(".")[:2])
 
 
 if __name__ == "__main__":
