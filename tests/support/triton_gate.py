@@ -173,7 +173,7 @@ def gate(task):
 
 
 def write(report: dict, path) -> None:
-    """[registers, shared memory] by target, Triton version and label, the most where labels agree; others are kept."""
+    """[registers, shared] by target, version of Triton and label, the most where labels agree; other rows are kept."""
     table = json.loads(path.read_text()) if path.exists() else {}
     for name in report.keys() - {"triton", "kernels"}:
         rows = {}
