@@ -48,7 +48,9 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(made: dict[str, Callable[[], object]], device: str, turns: int = 15, repeats: int = 400) -> dict[str, float]:
+def measure(
+    made: dict[str, Callable[[], object]], device: str, turns: int = 15, repeats: int = 400
+) -> dict[str, float]:
     """Median microseconds a call."""
     seen: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(turns + 1):
