@@ -220,7 +220,7 @@ def flow_step(
     x: one tensor. dt: step in time, negative when time runs from noise (1) to clean (0).
     Returns x_next and the momentum buffer for the next step, or None without a momentum.
     """
-    terms, b = (x, (), (), _ONE, ()), _number("dt", dt)
+    terms, b = (x, [], [], _ONE, ()), _number("dt", dt)
     arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, False)
     return _results(arguments, *_flow_update_op(*arguments))
 
@@ -315,7 +315,7 @@ def _terms(x, a, past, past_b) -> tuple:
         checks.reject("x", f"hold 1 to {MAX_TERMS} tensors", len(x))
     if len(past) > MAX_TERMS:
         checks.reject("past", f"hold at most {MAX_TERMS} tensors", len(past))
-    return x[0], x[1:], past, _weights("a", a, "x", len(x)), _weights("past_b", past_b, "past", len(past))
+    return x[0], list(x[1:]), list(past), _weights("a", a, "x", len(x)), _weights("past_b", past_b, "past", len(past))
 
 
 def _weights(name: str, weights, of: str, count: int) -> list[float]:

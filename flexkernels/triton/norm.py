@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results, checked_segment
+from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results
 from .elementary import sigmoid
 
 # rows and columns of one partial sum
@@ -347,7 +347,8 @@ def swiglu_backward_triton(grad_out, x):
 def _forward(x, y, gate, shift, scale, segment, eps, rms, total, out):
     """Fills total = x + gate * y and out, either of which may be None."""
     if x.numel():
-        segment = checked_segment(segment, gate, shift, scale)
+        if gate is None and shift is None and scale is None:
+            segment = None
         gate, shift, scale = _tables(gate, shift, scale)
         launch_forward(_dense(x), _dense(y), gate, shift, scale, _contiguous(segment), eps, rms, total, out)
 

@@ -139,6 +139,24 @@ def test_gradients(place, guidance, ragged):
         assert_accurate(grad, plain[name], expected[name])
 
 
+def test_gradients_of_tuples():
+    states, past = (tuple(torch.randn(1, 2, 3, requires_grad=i > 0) for i in range(2)) for _ in range(2))
+    results = flexkernels.flow_update(states, (1.0, 0.5), torch.ones(1, 2, 3), b=1.0, past=past, past_b=(2.0, 0.25))
+    results[0].sum().backward()
+    assert (states[1].grad == 0.5).all() and (past[1].grad == 0.25).all()
+
+
+def test_autograd_sees_what_was_written_in_place():
+    """A backward that needs what was overwritten is refused, not wrong."""
+    weight, x = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, 2, 3)
+    for function in (flexkernels.flow_update_, torch.compile(flexkernels.flow_update_, backend="aot_eager")):
+        y = (weight * x).sum()
+        with torch.no_grad():
+            function([x], [1.0], torch.ones(1, 2, 3), b=1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 # tracing
 
 
