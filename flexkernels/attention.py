@@ -157,6 +157,6 @@ _attention_backward_op = library.Op(
     check=_check_attention_backward,
     reference=attention_backward_blocks,
     fake=_attention_backward_fake,
-    triton="attention",
+    triton="attention_backward",
     cuda_order=("triton",),
 )

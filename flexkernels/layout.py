@@ -23,11 +23,8 @@ CROSS_VALUES = ("none", "full", "causal")
 ALL_FULL = (1, 1, 1, 1)
 
 
-class TileSizes(NamedTuple):
-    """Of a plan: query rows of a tile, and keys of one, of which full runs hold whole numbers."""
-
-    rows: int
-    step: int
+# keys of a tile, and what full runs hold whole numbers of unless they end with the sequence
+STEP = 64
 
 
 class TilePlan(NamedTuple):
@@ -35,8 +32,8 @@ class TilePlan(NamedTuple):
 
     reach: ``[total]`` the end of the keys that a query row sees; empty with cross-frame switches, where keys are not
         seen up to an end.
-    rows: ``[n, TileSizes.rows]`` the query rows of each tile, ascending; the last one is repeated. Tiles hold blocks
-        of one frame part each; what is left over of all parts of a sequence is gathered into tiles of its own.
+    rows: ``[n, most rows of a tile]`` the query rows of each tile, ascending; the last one is repeated. Tiles hold
+        blocks of one frame part each; what is left over of all parts of a sequence is gathered into tiles of its own.
     tiles: ``[n, 8]`` sequence, first, end (a tile's rows, counted tile by tile), number of full runs, and without
         switches the first key, where keys are no longer seen by every row, and where they are no longer seen at all.
     ptr: ``[n + 1]`` tile i owns rows ``ptr[i]:ptr[i + 1]`` of runs.
@@ -158,7 +155,7 @@ class SequenceLayout:
         self.total, self.total_k = self.queries.total, self.keys.total
         self.batch, self.max_seqlen = len(frames), self.queries.max_seqlen
 
-        made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_sizes(self.device, mask, self.keys))
+        made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
         own = [torch.from_numpy(x).to(self.device) for x in self.queries.tokens]
         keys = own if self.keys is self.queries else [torch.from_numpy(x).to(self.device) for x in self.keys.tokens]
         self.tensors = LayoutTensors(*own, *keys, *(torch.from_numpy(x).to(self.device) for x in made))
@@ -213,17 +210,20 @@ def _with_index(device: torch.device | str) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def plan(queries: Side, keys: Side, mask: int, cross, sizes: TileSizes) -> TilePlan:
-    """The planner on two sides, in C++ where it was built."""
+def plan(queries: Side, keys: Side, mask: int, cross, rows: int, step: int = STEP) -> TilePlan:
+    """The planner on two sides, in C++ where it was built; ``rows``: of a tile of queries, at most."""
     make = _native.C.plan if _native.C else plan_ref
-    return TilePlan(*make(queries.lengths, keys.lengths, mask, np.array(cross, dtype=np.int32), *sizes))
+    return TilePlan(*make(queries.lengths, keys.lengths, mask, np.array(cross, dtype=np.int32), rows, step))
 
 
-def tile_sizes(device: torch.device, mask: str, keys: Side) -> TileSizes:
-    """Those of the kernels that will run, as tuning/ has them for GPUs."""
-    if device.type != "cuda":
-        return TileSizes(64, 64)
-    return TileSizes(**tuning.choose("attention_layout", mask=mask, keys=keys.max_seqlen))
+def tile_rows(device: torch.device, mask: str, keys: Side) -> int:
+    """Query rows of a tile, as the kernels of a device want them."""
+    return 64 if device.type != "cuda" else tuning.choose("attention_layout", mask=mask, keys=keys.max_seqlen)["rows"]
+
+
+def switched(mask: int, cross) -> bool:
+    """Whether a cross-frame switch says otherwise than that a query sees the keys up to some end."""
+    return MASKS[mask] == "frame_causal_prefix" and any(code != 1 for code in cross)
 
 
 def visible_tokens(t: LayoutTensors, mask: str, cross) -> torch.Tensor:
@@ -277,7 +277,7 @@ def _cross_codes(mask: str, cross_frame: Mapping[str, str] | None) -> tuple[int,
 
 def plan_ref(queries, keys, mask, cross, rows, step):
     """The planner in NumPy, by evaluating the mask pair by pair: the specification of the C++ one, and its stand-in."""
-    switched = MASKS[mask] == "frame_causal_prefix" and tuple(cross) != ALL_FULL
+    by_pairs = switched(mask, cross)
     reach, listed, of_queries, of_keys = [], [], _Tiles(), _Tiles()
     row0 = key0 = 0
     for sequence, pair in enumerate(zip(_sequences(queries), _sequences(keys), strict=True)):
@@ -286,7 +286,7 @@ def plan_ref(queries, keys, mask, cross, rows, step):
         ends = seen.sum(1)
         first = row0
         for tile in _gather(_groups(q, MASKS[mask]), rows):
-            if switched:
+            if by_pairs:
                 found, glance = _runs(seen[tile], step), None
             else:
                 least, most = ends[tile].min(), ends[tile].max()
@@ -297,7 +297,7 @@ def plan_ref(queries, keys, mask, cross, rows, step):
             first += len(tile)
         for at in range(0, k.total, step):
             part = seen[:, at : at + step]
-            if switched:
+            if by_pairs:
                 found, glance = _runs(part.T, step), None
             else:
                 # the rows that see some key, and that see all, are the last ones
@@ -305,7 +305,7 @@ def plan_ref(queries, keys, mask, cross, rows, step):
                 middle = every if some == every else q.total - (q.total - every) // step * step
                 found, glance = [(middle, q.total, 1), (some, middle, 0)], (some, middle, q.total)
             of_keys.add(sequence, key0 + at, key0 + at + part.shape[1], found, glance, row0)
-        reach += [] if switched else (key0 + ends).tolist()
+        reach += [] if by_pairs else (key0 + ends).tolist()
         row0, key0 = row0 + q.total, key0 + k.total
     return _ints(reach), _ints(listed, rows), *of_queries.arrays(), *of_keys.arrays()
 

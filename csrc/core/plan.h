@@ -402,11 +402,11 @@ inline void check_tokens(const Side& side, int64_t batch) {
 struct Marks {
   explicit Marks(const Tiles& t) : tiles(t.tiles.size()), ptr(t.ptr.size()), runs(t.runs.size()) {}
 
-  // of a sequence with `row` tokens in its tiles and `column` in its runs
-  void copy(Tiles& t, int64_t copies, int32_t row, int32_t column) const {
+  // of a sequence with `row` tokens in its tiles and `column` in its runs; a glance at the runs moves by `glance`
+  void copy(Tiles& t, int64_t copies, int32_t row, int32_t column, int32_t glance) const {
     const size_t values = t.runs.size() - runs;
     rows_as_int32(t.runs.size() + copies * values, kRunColumns);
-    repeat(t.tiles, tiles, copies, {1, row, row, 0, column, column, column, 0});
+    repeat(t.tiles, tiles, copies, {1, row, row, 0, glance, glance, glance, 0});
     repeat(t.ptr, ptr, copies, {static_cast<int32_t>(values / kRunColumns)});
     repeat(t.runs, runs, copies, {column, column, 0});
   }
@@ -430,8 +430,8 @@ inline Plan make(const Side& queries, const Side& keys, int64_t batch, const Spe
     const Marks of_queries(out.queries), of_keys(out.keys);
     const size_t rows = out.rows.size(), reach = out.reach.size();
     planner.add(q, k, static_cast<int32_t>(b), q_start, k_start, out);
-    of_queries.copy(out.queries, copies, q_tokens, k_tokens);
-    of_keys.copy(out.keys, copies, k_tokens, q_tokens);
+    of_queries.copy(out.queries, copies, q_tokens, k_tokens, spec.switched() ? 0 : k_tokens);
+    of_keys.copy(out.keys, copies, k_tokens, q_tokens, spec.switched() ? 0 : q_tokens);
     repeat(out.rows, rows, copies, {q_tokens});
     repeat(out.reach, reach, copies, {k_tokens});
     q_start += static_cast<int32_t>((copies + 1) * q_tokens);
