@@ -15,7 +15,7 @@ import torch
 
 from . import checks, fsq_math
 from .fsq import check_quantize, fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
-from .sampling import philox
+from .sampling_math import philox
 
 # what the counter's second word says the numbers are for
 SAMPLES, TOKENS = 0, 1

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, checks
 
 NAMESPACE = "flexkernels"
 # the same ops, but Python chooses the backend
@@ -41,12 +41,15 @@ class Op:
     Every callable takes the schema's arguments in their order.
     check: raises TypeError or ValueError for wrong input. The C++ op checks what it needs itself, in a RuntimeError;
         `check` runs where it refused, to say the same in the words of the public function, and before every other road.
+    check_values: raises for what only the values of tensors tell, offsets say. The C++ op looks at them too; on devices
+        where that waits, both do under FLEXKERNELS_CHECK=1 alone.
     reference: plain PyTorch, returns the results. fake: their shapes and dtypes alone.
     triton: the module of flexkernels.triton that has `<name>_triton`, which returns the results; None: there is none.
     cuda_order: what `auto` tries on a CUDA device, as measured. The reference comes last everywhere.
     unsupported: {backend: why it cannot serve these arguments, or None where it can}.
     setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
         through the op raises NotImplementedError.
+    inference: a call with a tensor that needs a gradient raises RuntimeError at once.
     jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
         unless given. None raises NotImplementedError.
     plain: the reference serves whatever backend is asked for: of an op only so that a compiler leaves it as it is.
@@ -58,6 +61,7 @@ class Op:
         schema: str,
         *,
         check: Callable[..., None],
+        check_values: Callable[..., None] | None = None,
         reference: Callable,
         fake: Callable,
         triton: str | None = None,
@@ -65,13 +69,15 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        inference: bool = False,
         jvp: Callable | str | None = "reference",
         plain: bool = False,
     ):
-        self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
+        self.name, self.schema, self.reference, self.triton = name, schema, reference, triton
+        self.check, self.check_values, self.in_place = check, check_values, "!" in schema
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
         self.unsupported = unsupported or {}
-        self.plain = plain
+        self.plain, self.inference = plain, inference
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
             self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
@@ -81,28 +87,41 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args):
+        if self.inference and torch.is_grad_enabled() and _requires_grad(args):
+            raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
+            self._refuse_gradient(args)
             return self._overload(args)(*args)
         if forward_ad._current_level >= 0:
             return self._forward_mode(args)
         op = self._overload(args)
         try:
             if torch.is_grad_enabled() and _requires_grad(args):
+                self._refuse_gradient(args)
                 return op(*args)
             # the autograd kernel of an op is Python: three times what the rest of a small call takes
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         except (RuntimeError, TypeError):
-            self.check(*args)
+            self._check_all(args)
             raise
+
+    def _check_all(self, args):
+        self.check(*args)
+        if self.check_values is not None and checks.values_are_checked(_first_tensor(args)):
+            self.check_values(*args)
+
+    def _refuse_gradient(self, args):
+        if self.in_place and torch.is_grad_enabled() and _requires_grad(args):
+            checks.reject(f"tensors of flexkernels.{self.name}", "need no gradient in place", "requires_grad=True")
 
     def _overload(self, args):
         direct = _forced == "auto" and (self.always_direct or _device(args).type != "cuda")
         return self.direct if direct else self.selected
 
     def _forward_mode(self, args):
-        self.check(*args)
+        self._check_all(args)
         if self.jvp is None:
             raise NotImplementedError(f"flexkernels.{self.name} has no forward-mode derivative (torch.func.jvp)")
         return self.jvp(*args)
@@ -130,7 +149,7 @@ class Op:
 
     def _select(self, *args):
         """The op on the forced backend, or on the first of the device's that serves the call."""
-        self.check(*args)
+        self._check_all(args)
         if self.plain:
             return _contiguous(self.reference(*args))
         device = _device(args)
@@ -211,7 +230,7 @@ def _requires_grad(args) -> bool:
         if isinstance(arg, torch.Tensor):
             if arg.requires_grad:
                 return True
-        elif isinstance(arg, list) and _requires_grad(arg):
+        elif isinstance(arg, (list, tuple)) and _requires_grad(arg):
             return True
     return False
 
@@ -222,12 +241,17 @@ def _contiguous(results):
     return results and tuple(_contiguous(result) for result in results)
 
 
-def _device(args) -> torch.device:
-    """That of the first tensor; the CPU where there is none, which the checks refuse."""
+def _first_tensor(args) -> torch.Tensor | None:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg.device
-    return torch.device("cpu")
+            return arg
+    return None
+
+
+def _device(args) -> torch.device:
+    """That of the first tensor; the CPU where there is none, which the checks refuse."""
+    first = _first_tensor(args)
+    return torch.device("cpu") if first is None else first.device
 
 
 @functools.cache

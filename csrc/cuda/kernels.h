@@ -5,6 +5,7 @@
 #include "../core/flow.h"
 #include "../core/fsq.h"
 #include "../core/fsq_linear.h"
+#include "../core/head_norm.h"
 #include "../core/linear.h"
 #include "../core/norm.h"
 #include "../core/sampling.h"

@@ -41,6 +41,13 @@ def interpreted(place) -> bool:
     return place[0] == "triton" and library.interpreting()
 
 
+def called_ops(monkeypatch) -> list[str]:
+    """A list that gets the name of every op from now on, as it is called."""
+    calls, call = [], library.Op.__call__
+    monkeypatch.setattr(library.Op, "__call__", lambda op, *args: (calls.append(op.name), call(op, *args))[1])
+    return calls
+
+
 def assert_accurate(result: torch.Tensor, formula: torch.Tensor, exact: torch.Tensor):
     """`result` is at most twice as far from `exact` (float64) as `formula`, plain PyTorch in the same dtype, is.
 
