@@ -2,8 +2,8 @@
 
     python tests/support/triton_gate.py cuda-90 hip-gfx942
 
-prints JSON: the kernels' names, and for each target a list of: name, shared (bytes), spills (bytes or registers; null
-without an assembler).
+prints JSON: the kernels' names, and for each target a list of: name, shared (bytes), registers of a thread and spills
+(bytes or registers); both are null without an assembler.
 
 Run by test_triton_compile.py in a process of its own, since kernels imported under TRITON_INTERPRET=1 cannot compile.
 """
@@ -39,7 +39,7 @@ POINTERS = {
 def source(kernel, args, kwargs):
     """What Triton would compile for this launch: types, constants and the alignment it finds."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value, path = values[parameter.name], (index,)
@@ -76,16 +76,21 @@ def assemble(path: Path, architecture: str) -> str | None:
     return None
 
 
-def spills(compiled, target: GPUTarget):
+def usage(compiled, target: GPUTarget) -> dict:
+    """Registers of a thread, and what spills."""
     if target.backend == "hip":
-        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]))
+        count = lambda pattern: sum(int(n) for n in re.findall(pattern, compiled.asm["amdgcn"]))  # noqa: E731
+        return {"registers": count(r"\.vgpr_count:\s*(\d+)"), "spills": count(r"\.[sv]gpr_spill_count:\s*(\d+)")}
     text = compiled.asm["ptx"]
     architecture = re.search(r"\.target (\w+)", text).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(text)
         report = assemble(path, architecture)
-    return None if report is None else sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    if report is None:
+        return {"registers": None, "spills": None}
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+    return {"registers": int(re.search(r"Used (\d+) registers", report).group(1)), "spills": spills}
 
 
 def parse(name: str) -> GPUTarget:
@@ -97,7 +102,7 @@ def gate(target: GPUTarget, launches):
     for kernel, args, kwargs in launches:
         program, options = source(kernel, args, kwargs)
         compiled = triton.compile(program, target=target, options=options)
-        yield {"name": kernel.__name__, "shared": compiled.metadata.shared, "spills": spills(compiled, target)}
+        yield {"name": kernel.__name__, "shared": compiled.metadata.shared, **usage(compiled, target)}
 
 
 if __name__ == "__main__":
