@@ -139,6 +139,13 @@ def _backward(ctx, grad_out, _grad_lse):
 
 _ARGUMENTS = "Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, float? softmax_scale"
 
+
+def _too_many_registers(grad_out, q, *rest) -> str | None:
+    if q.dtype == torch.float32 and q.shape[-1] > 64:
+        return "the float32 gradient of head_dim above 64 does not fit into registers"
+    return None
+
+
 _attention_op = library.Op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -158,5 +165,6 @@ _attention_backward_op = library.Op(
     reference=attention_backward_blocks,
     fake=_attention_backward_fake,
     triton="attention_backward",
+    unsupported={"triton": _too_many_registers},
     cuda_order=("triton",),
 )

@@ -236,7 +236,7 @@ def launch(q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse
     """
     _, q_frame, q_rank, _, k_frame, k_rank, reach, rows, tiles, ptr, runs, *_ = layout
     heads, scale = q.shape[1], scale_of(q, softmax_scale)
-    chosen = chosen or choice("attention_forward", q, rows)
+    chosen = chosen or choice("attention_forward", q, rows, mask, cross)
     if len(tiles) == 0 or heads == 0:
         return
     with torch.cuda.device_of(q):
@@ -247,9 +247,10 @@ def launch(q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse
         )  # fmt: skip
 
 
-def choice(kernel: str, q, rows) -> dict:
+def choice(kernel: str, q, rows, mask, cross) -> dict:
     """Blocks, steps, warps, stages and registers of a kernel, from the tuning table; a block is at most a tile."""
-    chosen = tuning.choose(kernel, bytes=q.element_size(), head_dim=q.shape[2], rows=rows.shape[1])
+    facts = dict(bytes=q.element_size(), head_dim=q.shape[2], rows=rows.shape[1], switched=switched(mask, cross))
+    chosen = tuning.choose(kernel, **facts)
     return chosen | {"block": min(chosen["block"], rows.shape[1])}
 
 

@@ -25,7 +25,7 @@ BACKWARD = (
     (torch.float16, 128, FULL, 128, False, 4),
     (torch.float16, 256, PREFIX, 64, False, 4),
     (torch.float32, 64, SWITCHED, 64, False, 1),
-    (torch.float32, 128, PREFIX, 64, True, 1),
+    (torch.float32, 17, PREFIX, 64, True, 1),
 )
 
 
