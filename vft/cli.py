@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int | None:
 
     import flexkernels
 
-    from .commands.frames import shown_warnings
+    from .reading import shown_warnings
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

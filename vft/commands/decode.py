@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from . import frames, options
+from vft import reading
+
+from . import options
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampler(parser)
     options.add_video_output(parser)
     parser.add_argument("input", help=".vft file; -: standard input")
-    frames.add_audio(parser, "the track that encode --audio copy kept goes into the video")
+    reading.add_audio(parser, "the track that encode --audio copy kept goes into the video")
 
 
 def run(args: argparse.Namespace) -> None:

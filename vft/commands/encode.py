@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import frames, options
+from vft import reading
+
+from . import options
 
 HELP = "Turn a video into a .vft file of tokens, or a folder of videos into many."
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", action="store_true", help="input and output are folders; finished videos are kept")
     add("--packed", type=options.at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
     add("--readers", type=options.at_least(1), default=2, help="with --batch: reading threads (default: 2)")
-    frames.add_reading(parser)
+    reading.add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -112,7 +114,7 @@ def _run_folder(args: argparse.Namespace) -> int:
             checksum=args.checksum, progress=progress,
         )  # fmt: skip
     if rank == 0:
-        frames.print_left_out(summary.left_out)
+        reading.print_left_out(summary.left_out)
     if summary.silent:
         print(f"vft: warning: {summary.silent} audio tracks are left out (--audio copy keeps them)", file=sys.stderr)
     counts = f"{summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed"
