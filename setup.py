@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = (ROOT / "csrc" / "sources.txt").read_text().split()
 MODES = ("auto", "cpu", "cuda", "off")
 # the kernels are tuned for these; PTX of the newest one that nvcc knows covers later GPUs
-CUDA_ARCHS = {"80": "80", "90": "90a", "100": "100"}
+CUDA_ARCHS = {"80": "80", "90": "90a"}
 MIN_TORCH = (2, 10)
 
 

@@ -4,28 +4,110 @@ from pathlib import Path
 
 
 def markdown(report: dict) -> str:
-    """The records as a table, under a line on the machine."""
+    """The records as a table under a line on the machine, then runs of whole models and best tiles, if any."""
     where, ceiling = report["machine"], report["ceilings"]
+    threads = f", {where['threads']} CPU threads" if where["threads"] and not where["gpu"] else ""
     lines = [
-        f"{where['gpu'] or where['processor']}, {where['threads']} CPU threads, torch {where['torch']}, "
-        f"commit {where['commit']}; copy {ceiling['copy_gb_s']:.0f} GB/s, read {ceiling['read_gb_s']:.0f} GB/s, "
+        f"{where['gpu'] or where['processor']}{threads}, torch {where['torch']}, commit {where['commit']}"
+        f"{', ' + where['date'][:10] if where['gpu'] else ''}; copy {ceiling['copy_gb_s']:.0f} GB/s, "
+        f"read {ceiling['read_gb_s']:.0f} GB/s, "
         f"GEMM {ceiling['gemm_fp32_gflop_s']:.0f} (fp32) and {ceiling['gemm_bf16_gflop_s']:.0f} (bf16) GFLOP/s",
         "",
-        "| case | shape | ours | peers, and ours over each | of bound |",
-        "|---|---|---:|---|---:|",
     ]
-    return "\n".join(lines + [row(record) for record in report["records"]])
+    if any(record.get("graph") for record in report["records"]):
+        lines += [
+            "| case | shape | eager | in a graph | by backend | peers in a graph, and ours over each | of bound |",
+            "|---|---|---:|---:|---|---|---:|",
+            *(graph_row(record) for record in report["records"]),
+        ]
+    else:
+        lines += ["| case | shape | ours | peers, and ours over each | of bound |", "|---|---|---:|---|---:|"]
+        lines += [row(record) for record in report["records"]]
+    return "\n".join(lines + runs_table(report.get("runs", [])) + tiles_table(report.get("tiles", [])))
 
 
 def row(record: dict) -> str:
-    shape = " x ".join(f"{n:,}" for n in record["shape"])
     if not record["correct"]:
-        return f"| `{record['name']}` | {shape} | - | **{record['note']}** | - |"
-    shape += f"; {record['note']}" if record["note"] else ""
-    ours = record["ours_ms"]
-    peers = sorted(record["peers"].items(), key=lambda pair: pair[1])
-    listed = ", ".join(f"{name} {duration(ms)} ({ms / ours:.3g}x)" for name, ms in peers)
-    return f"| `{record['name']}` | {shape} | {duration(ours)} | {listed} | {100 * record['fraction_of_bound']:.0f}% |"
+        return f"| `{record['name']}` | {shape_of(record, False)} | - | **{fault(record)}** | - |"
+    ours, fraction = record["ours_ms"], f"{100 * record['fraction_of_bound']:.0f}%"
+    times = f"{duration(ours)} | {peers_of(record['peers'], ours)}"
+    return f"| `{record['name']}` | {shape_of(record)} | {times} | {fraction} |"
+
+
+def graph_row(record: dict) -> str:
+    name = f"| `{record['name']}` |"
+    eager, graph = record["ours_ms"], record.get("graph")
+    if not record["correct"]:
+        others = peers_of((graph or record)["peers"], None)
+        return f"{name} {shape_of(record, False)} | - | - | **{fault(record)}** | {others} | - |"
+    inside = graph and graph["ours_ms"]
+    backends = ", ".join(f"{backend} {duration(ms)}" for backend, ms in (graph or record)["backends"].items())
+    # peers that cannot be captured are compared as called from Python
+    section, ours = (graph, inside) if inside else (record, eager)
+    fraction = f"{100 * section['fraction_of_bound']:.0f}%" if section["fraction_of_bound"] else "-"
+    times = f"{duration(eager) if eager else '-'} | {duration(inside) if inside else '-'}"
+    note = "" if inside else " (eager)"
+    return f"{name} {shape_of(record)} | {times} | {backends} | {peers_of(section['peers'], ours)}{note} | {fraction} |"
+
+
+def shape_of(record: dict, noted: bool = True) -> str:
+    shape = " x ".join(f"{n:,}" for n in record["shape"])
+    return f"{shape}; {record['note']}" if noted and record["note"] else shape
+
+
+def fault(record: dict) -> str:
+    """One line on why a record has no times."""
+    if record.get("error"):
+        return "RAISED: " + record["error"].strip().splitlines()[-1].replace("|", "\\|")
+    return record["note"]
+
+
+def peers_of(peers: dict, ours: float | None) -> str:
+    listed = sorted(peers.items(), key=lambda pair: pair[1])
+    return ", ".join(f"{name} {duration(ms)}" + (f" ({ms / ours:.3g}x)" if ours else "") for name, ms in listed)
+
+
+def runs_table(runs: list[dict]) -> list[str]:
+    """Runs of whole models: what, and its number with a unit."""
+    if not runs:
+        return []
+    lines = ["", "| run | result | conditions |", "|---|---:|---|"]
+    return lines + [f"| {run['name']} | {run['value']:.3g} {run['unit']} | {run['note']} |" for run in runs]
+
+
+def tiles_table(tiles: list[dict]) -> list[str]:
+    """The best tiles of each kernel and layout that was swept."""
+    best = {}
+    for tile in tiles:
+        key = tile["kernel"], tile["class"]
+        if key not in best or tile["ms"] < best[key]["ms"]:
+            best[key] = tile
+    if not best:
+        return []
+    lines = ["", "| kernel | class | best tiles | time | speed |", "|---|---|---|---:|---:|"]
+    return lines + [
+        f"| {kernel} | {name} | {' '.join(f'{k}={v}' for k, v in tile['tiles'].items())} | {duration(tile['ms'])} | "
+        + (f"{tile['tflop_s']:.0f} TFLOP/s |" if tile["tflop_s"] else "- |")
+        for (kernel, name), tile in best.items()
+    ]
+
+
+def line(record: dict) -> str:
+    """A record in one line, for who watches a run."""
+    if not record["correct"]:
+        return f"{record['name']}: {fault(record)}"
+    graph = record["graph"] or timeless(record)
+    inside = f"{duration(graph['ours_ms'])}" if graph["ours_ms"] else "not captured"
+    failed = record["failed"] | graph["failed"]
+    return (
+        f"{record['name']}: eager {duration(record['ours_ms'])}, graph {inside}; "
+        + ", ".join(f"{name} {duration(ms)}" for name, ms in {**graph["backends"], **graph["peers"]}.items())
+        + "".join(f"; {name} raised {text.splitlines()[0][:80]}" for name, text in failed.items())
+    )
+
+
+def timeless(record: dict) -> dict:
+    return {"ours_ms": None, "backends": {}, "peers": record["peers"], "failed": {}}
 
 
 def duration(ms: float) -> str:
@@ -42,7 +124,9 @@ def plot(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [record for record in report["records"] if record["correct"]][::-1]
+    # inside a graph where a case was timed so; what has no times is not drawn
+    records = [record | (record.get("graph") or {}) for record in report["records"] if record["correct"]]
+    records = [record for record in records if record["ours_ms"]][::-1]
     places, where = range(len(records)), report["machine"]
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(10, 1.2 + 0.21 * len(records)), layout="constrained"
@@ -65,6 +149,7 @@ def plot(report: dict, path: Path) -> None:
     ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick < 2 * max(ratios, default=1)]
     right.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     right.minorticks_off()
-    figure.suptitle(f"{where['gpu'] or where['processor']}, {where['threads']} CPU threads, torch {where['torch']}")
+    threads = "" if where["gpu"] else f", {where['threads']} CPU threads"
+    figure.suptitle(f"{where['gpu'] or where['processor']}{threads}, torch {where['torch']}")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -1,13 +1,20 @@
 """Measures our ops against their peers on this machine.
 
     python bench/report.py [--only NAME ...] [--json FILE] [--markdown] [--plot FILE.png] [--compare OLD.json]
-    python bench/report.py --load FILE [--only NAME ...] [--markdown] [--plot FILE.png] [--compare OLD.json]
+    python bench/report.py --load FILE [--only NAME ...] [--plot FILE.png] [--compare OLD.json]
 
-A case whose result is wrong gets no times and no ratio, and the exit code is 1; so it is where --compare finds a case
-that has become slower beyond noise (bench/compare.py). --load takes the records of an earlier run, nothing is measured.
+A case whose result is wrong, or that raises, gets no times and no ratio, and the exit code is 1; so it is where
+--compare finds a case that has become slower beyond noise (bench/compare.py). --load prints the table of an earlier
+run, nothing is measured.
+
+On a GPU each case is timed as called from Python, and under "graph" inside a CUDA graph: the kernels alone. --json FILE
+is written after every case; with --resume the cases that it holds are not measured again. --budget ends the run in
+time: the cases left over are named. Exit code 3: the device was lost to a fault of the last case; --resume goes on.
+--warm N lets N processes compile beforehand what the chosen cases compile, into the caches on disk.
 """
 
 import argparse
+import contextlib
 import datetime
 import fnmatch
 import json
@@ -16,17 +23,23 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from cases import CASES, Case
+from cases import CASES, names_for
 from compare import compare
-from render import markdown, plot
+from graphs import STANDIN
+from measuring import device_lost, record_of
+from render import line, markdown, plot
+from warm import warm
 
 import flexkernels
 from flexkernels import library
-from vft.measure import alternate, bound_ms, ceilings
+from vft.measure import ceilings
+
+DEVICE_LOST = 3
 
 
 def machine(device: str) -> dict:
@@ -71,37 +84,6 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def measure(case: Case, device: str, ceiling: dict, seconds: float) -> dict:
-    """One record. Correctness comes first: without it nothing is timed."""
-    record = {
-        "name": case.name,
-        "device": device,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "shape": case.shape,
-        "ours_ms": None,
-        "peers": {},
-        "quartiles": {},
-        "ratio": None,
-        "bound_ms": bound_ms(case.bytes, case.flops, case.dtype, ceiling, case.bandwidth),
-        "fraction_of_bound": None,
-        "correct": True,
-        "note": case.note,
-    }
-    wrong = case.check()
-    if wrong is not None:
-        return record | {"correct": False, "note": f"WRONG: {wrong}"}
-    timings = alternate({"ours": case.ours, **case.peers}, device, seconds)
-    times = {name: timing.ms for name, timing in timings.items()}
-    ours = times.pop("ours")
-    return record | {
-        "ours_ms": ours,
-        "peers": times,
-        "quartiles": {name: [timing.low, timing.high] for name, timing in timings.items()},
-        "ratio": min(times.values()) / ours if times else None,
-        "fraction_of_bound": record["bound_ms"] / ours,
-    }
-
-
 def write(path: Path, text: str):
     """The whole file or none of it."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -121,21 +103,47 @@ def chosen(patterns: list[str] | None, names: Collection[str]) -> list[str]:
 
 def measured(options: argparse.Namespace) -> dict:
     """The report of a run over the chosen cases; a line of JSON a case on the way, unless a table is to come."""
-    names = chosen(options.only, CASES)
+    names = chosen(options.only, names_for(options.device))
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = {"machine": machine(options.device), "ceilings": ceilings(options.device), "records": []}
-    for name in names:
-        record = measure(CASES[name](options.device), options.device, report["ceilings"], options.seconds)
-        report["records"].append(record)
-        # compiled graphs of one case must not count towards another's limit of recompilations
-        torch._dynamo.reset()
-        if options.json:
-            # after every case, so that a run that is cut off leaves what it has
-            write(options.json, json.dumps(report, indent=1) + "\n")
-        if not options.markdown:
-            print(json.dumps(record), flush=True)
+    began = time.monotonic()
+    with own_stream(options.device):
+        report = begun(options)
+        done = {record["name"] for record in report["records"]}
+        for name in (name for name in names if name not in done):
+            if options.budget and time.monotonic() - began > options.budget:
+                report.setdefault("left_out", []).append(name)
+                continue
+            make = lambda name=name: CASES[name](options.device)  # noqa: E731
+            record = record_of(name, make, options.device, report["ceilings"], options.seconds)
+            report["records"].append(record)
+            # compiled graphs of one case must not count towards another's limit of recompilations
+            torch._dynamo.reset()
+            if options.json:
+                # after every case, so that a run that is cut off leaves what it has
+                write(options.json, json.dumps(report, indent=1) + "\n")
+            if not options.markdown:
+                print(line(record) if options.device == "cuda" or STANDIN else json.dumps(record), flush=True)
+            if record["error"] and device_lost(options.device):
+                raise SystemExit(DEVICE_LOST)
+    if report.get("left_out"):
+        print(f"out of time, not measured: {', '.join(report['left_out'])}", file=sys.stderr)
     return report
+
+
+def begun(options: argparse.Namespace) -> dict:
+    """The report that --resume goes on with, or a new one."""
+    if options.resume and options.json and options.json.exists():
+        report = json.loads(options.json.read_text())
+        report.pop("left_out", None)
+        return report
+    most = ceilings(options.device, 0.05 if STANDIN else 1.0)
+    return {"machine": machine(options.device), "ceilings": most, "records": []}
+
+
+def own_stream(device: str):
+    """A graph is not captured on the default stream, and autograd's backward runs on the stream of its forward."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
 
 
 def loaded(options: argparse.Namespace) -> dict:
@@ -153,6 +161,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw fraction of bound and speed-up there (PNG)")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="flag what is slower than in this earlier report")
     parser.add_argument("--load", type=Path, metavar="FILE", help="take the records from there, measure nothing")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that --json FILE holds")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after this long")
+    parser.add_argument("--warm", type=int, metavar="N", help="only compile, in N processes, and measure nothing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long the contenders of a case take turns")
     parser.add_argument("--threads", type=int, help="CPU threads (default: those of torch)")
@@ -163,8 +174,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parsed(argv)
     # read first: a wrong path must not cost a run
     old = json.loads(options.compare.read_text()) if options.compare else None
+    if options.warm:
+        failed = warm(chosen(options.only, names_for(options.device)), options.device, options.warm, options.budget)
+        print("\n".join(failed) or "all cases ran once")
+        return 0
     report = loaded(options) if options.load else measured(options)
-    if options.markdown:
+    if options.markdown or (options.load and not (options.plot or options.compare)):
         print(markdown(report))
     if options.plot:
         plot(report, options.plot)

@@ -39,8 +39,13 @@ def fsq(device, dtype):
 
 def flow(device, dtype):
     x, v, u = rows(3, 3, 5, 7, 9, dtype=dtype, device=device)
-    for guidance in (CFG(3.0, 0.7), APG(25.0, 0.6, 0.1, -0.5)):
+    for guidance in (None, CFG(3.0), CFG(3.0, 0.7), APG(25.0, 0.6), APG(25.0, 0.6, 0.1, -0.5)):
         settings = {"dt": -0.1, "guidance": guidance}
+        if guidance is None:
+            yield "flow_step", flexkernels.flow_step(x, v, **settings), flexkernels.flow_step_ref(x, v, **settings)
+            continue
+        if isinstance(guidance, APG) and guidance.momentum:
+            settings["momentum_buffer"] = rows(*x.shape, device=device)
         yield "flow_step", flexkernels.flow_step(x, v, u, **settings), flexkernels.flow_step_ref(x, v, u, **settings)
     yield (
         "flow_update",
@@ -81,6 +86,8 @@ def decoding(device, dtype):
     q = rows(2, 1, heads, dim, dtype=dtype, device=device)
     given = (q, *caches, lengths)
     yield "decode_attention", flexkernels.decode_attention(*given), flexkernels.decode_attention_ref(*given)
+    given = (rows(2, 3, heads, dim, dtype=dtype, device=device), *caches, lengths + 2)
+    yield "decode_attention, 3 tokens", flexkernels.decode_attention(*given), flexkernels.decode_attention_ref(*given)
     qkv = rows(2, 1, 3 * 2 * dim, dtype=dtype, device=device)
     mine, plain = caches.clone(), caches.clone()
     out = flexkernels.kv_append_(qkv, *mine, lengths, heads=2, norm="rms")
@@ -90,13 +97,30 @@ def decoding(device, dtype):
     for count in (1, 3, 16):
         given = rows(count, 72, dtype=dtype, device=device), rows(48, 72, dtype=dtype, device=device)
         yield "skinny_linear", flexkernels.skinny_linear(*given), flexkernels.skinny_linear_ref(*given)
+        weight, scale = flexkernels.quantize_rows(given[1])
+        settings = {"weight_scale": scale, "activation": "swiglu"}
+        yield (
+            "skinny_linear int8",
+            flexkernels.skinny_linear(given[0], weight, **settings),
+            flexkernels.skinny_linear_ref(given[0], weight, **settings),
+        )
     logits = 3 * rows(3, 1031, device=device)
     settings = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 1}
     want = flexkernels.sample_logits_ref(logits.cpu(), **settings)
     yield "sample_logits", flexkernels.sample_logits(logits, **settings), want
 
 
+def calls(family, device, dtype):
+    """The calls of a family, up to the first that raises, which is one too: (name, found, wanted)."""
+    try:
+        yield from family(device, dtype)
+    except Exception as error:
+        yield f"{family.__name__} raised {type(error).__name__}: {error}", None, None
+
+
 def close(found, want, dtype) -> bool:
+    if found is None:
+        return False
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (found, want)), strict=True)
     # float32 sums of low-precision terms; a wrong kernel is off by far more
     limit = 1e-4 if dtype == torch.float32 else 0.1
@@ -115,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in DTYPES:
         for family in (fsq, flow, norms, decoding):
             with flexkernels.backend(name):
-                for op, found, want in family(name, dtype):
+                for op, found, want in calls(family, name, dtype):
                     count += 1
                     wrong += [] if close(found, want, dtype) else [f"{op} {dtype}"]
     print(f"{count} calls of the {name} backend, {len(wrong)} wrong" + "".join(f"\n{each}" for each in wrong))

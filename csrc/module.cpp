@@ -57,12 +57,12 @@ plan::Side checked_side(const std::string& of, const Lengths& lengths) {
   return {offsets.data(), prefix.data(), suffix.data()};
 }
 
-plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t block_k, bool transposed) {
+plan::Spec checked_spec(int mask, const Int32s& cross, int32_t rows, int32_t step) {
   check(mask >= plan::kFull && mask <= plan::kFrameCausalPrefix, "mask must be 0 to 3, got " + std::to_string(mask));
   check(cross.size() == 4, "cross must have 4 entries, got " + std::to_string(cross.size()));
-  check(block_q >= 0 && block_k >= 0,
-        "block_q and block_k must not be negative, got " + std::to_string(block_q) + " and " + std::to_string(block_k));
-  plan::Spec spec{mask, {}, block_q, block_k, transposed};
+  check(rows >= 1 && step >= 1,
+        "rows and step must be at least 1, got " + std::to_string(rows) + " and " + std::to_string(step));
+  plan::Spec spec{mask, {}, rows, step};
   for (int i = 0; i < 4; ++i) {
     const int32_t rule = cross.data()[i];
     check(rule >= plan::kNone && rule <= (i == 3 ? plan::kRankCausal : plan::kAll),
@@ -73,24 +73,33 @@ plan::Spec checked_spec(int mask, const Int32s& cross, int32_t block_q, int32_t 
 }
 
 // hands the vector's memory to NumPy
-py::array as_array(std::vector<int32_t> values, py::ssize_t width) {
+py::array as_array(std::vector<int32_t> values) {
   auto* owned = new std::vector<int32_t>(std::move(values));
   const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
-  const py::ssize_t rows = static_cast<py::ssize_t>(owned->size()) / width;
-  if (width == 1) return py::array_t<int32_t>({rows}, owned->data(), owner);
-  return py::array_t<int32_t>({rows, width}, owned->data(), owner);
+  return py::array_t<int32_t>({static_cast<py::ssize_t>(owned->size())}, owned->data(), owner);
 }
 
-py::tuple make_plan(const Lengths& queries, const Lengths& keys, int mask, const Int32s& cross, int32_t block_q,
-                    int32_t block_k, bool transposed) {
+py::array as_matrix(std::vector<int32_t> values, py::ssize_t width) {
+  const py::ssize_t rows = static_cast<py::ssize_t>(values.size()) / width;
+  return as_array(std::move(values)).reshape({rows, width});
+}
+
+py::tuple make_plan(const Lengths& queries, const Lengths& keys, int mask, const Int32s& cross, int32_t rows,
+                    int32_t step) {
   const plan::Side q = checked_side("queries", queries), k = checked_side("keys", keys);
   const py::ssize_t batch = std::get<0>(queries).size() - 1;
   check(std::get<0>(keys).size() - 1 == batch, "keys must have as many sequences as queries, got " +
                                                    std::to_string(std::get<0>(keys).size() - 1) + " and " +
                                                    std::to_string(batch));
-  plan::Plan made = plan::make(q, k, batch, checked_spec(mask, cross, block_q, block_k, transposed));
-  return py::make_tuple(as_array(std::move(made.tiles), 4), as_array(std::move(made.ptr), 1),
-                        as_array(std::move(made.runs), 3));
+  plan::Plan made = plan::make(q, k, batch, checked_spec(mask, cross, rows, step));
+  const auto rows_of = [](plan::Tiles& t) {
+    return std::make_tuple(as_matrix(std::move(t.tiles), plan::kTileColumns), as_array(std::move(t.ptr)),
+                           as_matrix(std::move(t.runs), plan::kRunColumns));
+  };
+  const auto [tiles, ptr, runs] = rows_of(made.queries);
+  const auto [key_tiles, key_ptr, key_runs] = rows_of(made.keys);
+  return py::make_tuple(as_array(std::move(made.reach)), as_matrix(std::move(made.rows), rows), tiles, ptr, runs,
+                        key_tiles, key_ptr, key_runs);
 }
 
 }  // namespace
@@ -102,12 +111,10 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return flexkernels::capability_name(flexkernels::cpu_capability()); },
       "ISA level in use: 'avx512_bf16', 'avx512', 'avx2' or 'baseline'; ValueError when FLEXKERNELS_CPU_CAPABILITY "
       "names no level");
-  m.def("plan", &make_plan, py::arg("queries"), py::arg("keys"), py::arg("mask"), py::arg("cross"), py::arg("block_q"),
-        py::arg("block_k"), py::arg("transposed"), R"(Tile schedule of a packed layout.
+  m.def("plan", &make_plan, py::arg("queries"), py::arg("keys"), py::arg("mask"), py::arg("cross"), py::arg("rows"),
+        py::arg("step"), R"(What attention under a packed layout visits: the arrays of flexkernels.layout.TilePlan.
 
 queries, keys: (frame_offsets int32 [B + 1], prefix_len int32 [F], suffix_len int32 [F]); cross int32 [4]; mask 0 full,
-1 causal, 2 frame_causal, 3 frame_causal_prefix; a block of 0 gives one tile per frame part.
-Returns tiles int32 [n, 4] (sequence, first row, end row, number of full runs), ptr int32 [n + 1] and runs int32 [m, 3]
-(first, end, 1 if every query sees every key), a tile's full runs first. Tiles are of queries and runs of keys, or the
-other way round when transposed. ValueError for input out of range.)");
+1 causal, 2 frame_causal, 3 frame_causal_prefix; rows: of a tile of queries; step: keys of a tile, of which full runs
+are multiples. ValueError for input out of range.)");
 }

@@ -1,11 +1,12 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
 from .attention import attention, attention_ref
-from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_, qk_norm, qk_norm_ref
-from .flow import APG, CFG, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
+from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_
+from .flow import APG, CFG, Prefix, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
 from .fsq_linear import fsq_embed, fsq_embed_ref, fsq_project_quantize, fsq_project_quantize_ref
 from .fsq_train import fsq_quantize_train, fsq_quantize_train_ref
+from .head_norm import qk_norm, qk_norm_ref
 from .integrations import accelerate, restore
 from .layout import SequenceLayout
 from .library import available_backends, backend
@@ -31,6 +32,7 @@ __all__ = [
     "APG",
     "CFG",
     "BlockWeights",
+    "Prefix",
     "SequenceLayout",
     "StackWeights",
     "__version__",

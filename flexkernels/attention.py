@@ -7,23 +7,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 
-from . import checks, legacy
-from .attention_backward import attention_backward_blocks, frames_of
-from .layout import MASKS, LayoutTensors, SequenceLayout, plan_tiles
+from . import checks, library
+from .attention_backward import attention_backward_blocks
+from .layout import MASKS, LayoutTensors, SequenceLayout, visible_tokens
 
-SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, "
-    "float softmax_scale) -> (Tensor, Tensor)"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] layout, Tensor? key_log_weight, "
-    "int mask, int[] cross, float softmax_scale) -> (Tensor, Tensor, Tensor)"
-)
+MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -57,18 +48,21 @@ def attention(
     Raises:
         TypeError, ValueError: wrong dtype, device, shape, or a layout for other lengths, before any launch.
     """
-    _check(q, k, v, layout, key_log_weight)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else checks.finite("softmax_scale", softmax_scale)
-    mask = MASKS.index(layout.mask)
-    out, lse = torch.ops.flexkernels.attention(q, k, v, layout.tensors, key_log_weight, mask, layout.cross, scale)
-    return (out, lse) if return_lse else out
+    out, lse = _attention_op(q, k, v, layout.arguments[0], key_log_weight, *layout.arguments[1:], softmax_scale)
+    return (out, lse.T) if return_lse else out
 
 
 def attention_ref(q, k, v, layout, *, softmax_scale=None, key_log_weight=None, return_lse=False):
     """The specification of :func:`attention`: dense scores, float32 arithmetic (float64 stays float64)."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    out, lse = _attend(q, k, v, layout.visible(), key_log_weight, softmax_scale)
+    return (out, lse.T) if return_lse else out
+
+
+def _attend(q, k, v, seen, key_log_weight, softmax_scale):
+    """out like q and lse [heads, total]; seen: bool, which tokens see which, of those that the layout holds."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     heads = q.shape[1] // k.shape[1]
-    seen = F.pad(layout.visible(), (0, len(k) - layout.total_k, 0, len(q) - layout.total))
+    seen = F.pad(seen, (0, len(k) - seen.shape[1], 0, len(q) - seen.shape[0]))
     wide_q, wide_k, wide_v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
     wide_k, wide_v = wide_k.repeat_interleave(heads, 1), wide_v.repeat_interleave(heads, 1)
     scores = scale * (wide_q.transpose(0, 1) @ wide_k.permute(1, 2, 0))
@@ -77,14 +71,17 @@ def attention_ref(q, k, v, layout, *, softmax_scale=None, key_log_weight=None, r
     scores = scores.masked_fill(~seen, float("-inf"))
     # a row that sees nothing is all -inf: zeros instead of NaN
     weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    out = (weights @ wide_v.transpose(0, 1)).transpose(0, 1).to(q.dtype)
-    return (out, torch.logsumexp(scores, -1).T) if return_lse else out
+    return (weights @ wide_v.transpose(0, 1)).transpose(0, 1).to(q.dtype), torch.logsumexp(scores, -1)
 
 
-def _check(q, k, v, layout, key_log_weight) -> None:
+# validation
+
+
+def _check_attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
+    t = LayoutTensors(*layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x, checks.FLOATS, 3)
-        checks.same_device(name, x, "layout", layout)
+        checks.same_device(name, x, "layout", t.frame)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         checks.reject("k and v", f"be {checks.short(q.dtype)} like q", f"{k.dtype} and {v.dtype}", TypeError)
     checks.shape("v", v, k.shape, " of k")
@@ -92,130 +89,82 @@ def _check(q, k, v, layout, key_log_weight) -> None:
         checks.reject("k", f"have head_dim {q.shape[2]} like q", f"shape {list(k.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         checks.reject("q", f"have a multiple of k's {k.shape[1]} heads", f"{q.shape[1]} heads")
-    if not 1 <= q.shape[2] <= 256:
-        checks.reject("head_dim", "lie between 1 and 256", q.shape[2])
-    if len(q) < layout.total:
-        checks.reject("q", f"have at least the layout's {layout.total} rows", f"{len(q)} rows")
-    if len(k) < layout.total_k:
-        checks.reject("k", f"have at least the layout's {layout.total_k} rows", f"{len(k)} rows")
+    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        checks.reject("head_dim", f"lie between 1 and {MAX_HEAD_DIM}", q.shape[2])
+    for name, x, tokens in (("q", q, t.frame), ("k", k, t.frame_k)):
+        if len(x) < len(tokens):
+            checks.reject(name, f"have at least the layout's {len(tokens)} rows", f"{len(x)} rows")
+    if softmax_scale is not None:
+        checks.finite("softmax_scale", softmax_scale)
     if key_log_weight is not None:
         checks.tensor("key_log_weight", key_log_weight, (torch.float32,), 1)
         checks.shape("key_log_weight", key_log_weight, k.shape[:1])
-        checks.same_device("key_log_weight", key_log_weight, "layout", layout)
+        checks.same_device("key_log_weight", key_log_weight, "layout", t.frame)
+        checks.all_finite("key_log_weight", key_log_weight)
 
 
-def attention_reference(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
-    made = _rebuild(LayoutTensors(*layout), mask, cross)
-    o, s = attention_ref(q, k, v, made, softmax_scale=scale, key_log_weight=key_log_weight, return_lse=True)
-    out.copy_(o)
-    lse.copy_(s)
+def _check_attention_backward(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, softmax_scale):
+    """Of tensors that autograd hands on: what C++ says of them is enough."""
 
 
-def _rebuild(t: LayoutTensors, mask, cross) -> SequenceLayout:
-    sides = ((t.cu_seqlens, t.frame, t.rank), (t.cu_seqlens_k, t.frame_k, t.rank_k))
-    queries, keys = ([frames_of(f[a:b], r[a:b]) for a, b in pairwise(c.tolist())] for c, f, r in sides)
-    return SequenceLayout.from_codes(queries, mask, cross, t.frame.device, keys)
+# reference, shapes, gradient
 
 
-def attention_cpu(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
-    t = LayoutTensors(*layout)
-    sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
-    plan = (t.tiles, t.ptr, t.runs)
-    torch.ops.flexkernels_native.attention_forward(q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse)
-
-
-def attention_backward_cpu(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv) -> None:
-    t = LayoutTensors(*layout)
-    sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
-    plan = (t.tiles, t.ptr, t.runs)
-    torch.ops.flexkernels_native.attention_backward(
-        grad_out, q, k, v, *sides, *plan, key_log_weight, mask, cross, scale, out, lse, dq, dk, dv
-    )
-
-
-def attention_triton(q, k, v, layout, key_log_weight, mask, cross, scale, out, lse) -> None:
-    from .triton import attention as kernels
-
-    t = LayoutTensors(*layout)
-    # rows of no tile
-    out[len(t.frame) :] = 0
-    lse[len(t.frame) :] = float("-inf")
-    kernels.attention_triton(
-        q, k, v, *_metadata(t), t.tiles, t.ptr, t.runs, key_log_weight, mask, cross, scale, out, lse,
-        rows=plan_tiles(q.device).rows,
-    )  # fmt: skip
-
-
-def attention_backward_triton(
-    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv
-) -> None:
-    from .triton import attention as kernels
-
-    t = LayoutTensors(*layout)
-    for grad, used in ((dq, t.frame), (dk, t.frame_k), (dv, t.frame_k)):
-        grad[len(used) :] = 0
-    kernels.attention_backward_triton(
-        grad_out, q, k, v, out, lse, *_metadata(t), t.tiles, t.ptr, t.runs, t.key_tiles, t.key_ptr, t.key_runs,
-        key_log_weight, mask, cross, scale, dq, dk, dv, rows=plan_tiles(q.device).rows,
-    )  # fmt: skip
-
-
-def _metadata(t: LayoutTensors) -> tuple[torch.Tensor, ...]:
-    return t.frame, t.rank, t.frame_k, t.rank_k, t.cu_seqlens, t.cu_seqlens_k
-
-
-def _backward_unsupported(grad_out, q, *_) -> str | None:
-    if q.dtype == torch.float32 and q.shape[-1] > 64:
-        return "the float32 gradient of head_dim above 64 does not fit into registers"
-    return None
-
-
-def _attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
-    # elsewhere looking at values would wait for the device
-    if key_log_weight is not None and key_log_weight.device.type == "cpu" and not key_log_weight.isfinite().all():
-        checks.reject("key_log_weight", "be finite", "NaN or infinity")
-    out, lse = _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    legacy.launch("attention", q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse)
-    return out, lse
+def _attention_reference(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
+    return _attend(q, k, v, visible_tokens(LayoutTensors(*layout), MASKS[mask], cross), key_log_weight, softmax_scale)
 
 
 def _attention_fake(q, k, v, layout, key_log_weight, mask, cross, softmax_scale):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def _attention_backward(grad_out, q, k, v, *rest):
-    grads = _backward_fake(grad_out, q, k, v)
-    grad_out, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, q, k, v))
-    legacy.launch("attention_backward", grad_out, q, k, v, *rest, *grads)
-    return grads
+def _attention_backward_fake(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, softmax_scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _backward_fake(grad_out, q, k, v, *_):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, layout, key_log_weight, mask, cross, scale = inputs
+def _setup(ctx, inputs, output):
+    q, k, v, layout, key_log_weight, *ctx.rest = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, key_log_weight, *layout)
-    ctx.rest = (mask, cross, scale)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, grad_out, _grad_lse):
     q, k, v, out, lse, key_log_weight, *layout = ctx.saved_tensors
-    grads = torch.ops.flexkernels.attention_backward(grad_out, q, k, v, out, lse, layout, key_log_weight, *ctx.rest)
+    grads = _attention_backward_op(grad_out, q, k, v, out, lse, layout, key_log_weight, *ctx.rest)
     return (*grads, [None] * len(layout), None, None, None, None)
 
 
-legacy.define("attention", SCHEMA, _attention, _attention_fake)
-legacy.define("attention_backward", BACKWARD_SCHEMA, _attention_backward, _backward_fake)
-legacy.define_autograd("attention", _backward, _setup_context)
-legacy.register("attention", "reference", attention_reference)
-legacy.register("attention", "cpu", attention_cpu)
-legacy.register("attention", "triton", attention_triton)
-legacy.register("attention_backward", "reference", attention_backward_blocks)
-legacy.register("attention_backward", "cpu", attention_backward_cpu)
-legacy.register("attention_backward", "triton", attention_backward_triton, _backward_unsupported)
+# ops; there are no CUDA kernels of them
+
+_ARGUMENTS = "Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, float? softmax_scale"
+
+
+def _too_many_registers(grad_out, q, *rest) -> str | None:
+    if q.dtype == torch.float32 and q.shape[-1] > 64:
+        return "the float32 gradient of head_dim above 64 does not fit into registers"
+    return None
+
+
+_attention_op = library.Op(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    check=_check_attention,
+    reference=_attention_reference,
+    fake=_attention_fake,
+    triton="attention",
+    cuda_order=("triton",),
+    setup_context=_setup,
+    backward=_backward,
+)
+_attention_backward_op = library.Op(
+    "attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    check=_check_attention_backward,
+    reference=attention_backward_blocks,
+    fake=_attention_backward_fake,
+    triton="attention_backward",
+    unsupported={"triton": _too_many_registers},
+    cuda_order=("triton",),
+)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .layout import MASKS, LayoutTensors, Side, TilePlan, plan, visible
+from .layout import MASKS, LayoutTensors, visible
 
 # rows per block where a frame gives no natural one
 BLOCK_ROWS = 512
@@ -60,28 +61,29 @@ class Group(NamedTuple):
 
 
 def attention_backward_blocks(
-    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, scale, dq, dk, dv
-) -> None:
+    grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, softmax_scale
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dV = P^T dO, dS = P (dP - rowsum(dP P)), dQ = scale dS K, dK = scale dS^T Q, block by block.
 
     A block holds all keys its rows see, so P is recomputed without lse. Products take operands in q's dtype, softmax
     and sums over blocks are float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    for grad in (dq, dk, dv):
-        grad.zero_()
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
     for group in _groups(LayoutTensors(*layout), mask, cross):
         operands = (group.queries.take(q), group.keys.take(k), group.keys.take(v), group.queries.take(grad_out))
         weight = None if key_log_weight is None else group.keys.take(key_log_weight[:, None, None]).mT
         sums = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in operands[:3]]
         for block in group.blocks:
             rows, keys = block.rows, block.keys
-            seen = _seen(group, block, mask, cross).to(q.device) if block.partial else None
+            seen = _seen(group, block.rows, mask, cross)[:, keys].to(q.device) if block.partial else None
             pieces = [x[:, :, s] for x, s in zip(operands, (rows, keys, keys, rows), strict=True)]
             found = _block_backward(*pieces, seen, None if weight is None else weight[..., keys], scale)
             for total, s, value in zip(sums, (rows, keys, keys), found, strict=True):
                 total[:, :, s] += value
-        for span, grad, total in zip((group.queries, group.keys, group.keys), (dq, dk, dv), sums, strict=True):
+        for span, grad, total in zip((group.queries, group.keys, group.keys), grads, sums, strict=True):
             span.put(grad, total)
+    return grads
 
 
 def _block_backward(q, k, v, grad_out, seen, weight, scale):
@@ -105,20 +107,12 @@ def _block_backward(q, k, v, grad_out, seen, weight, scale):
     return ds @ k, dk, dv
 
 
-def _seen(group: Group, block: Block, mask, cross) -> torch.Tensor:
+def _seen(group: Group, rows: slice, mask, cross) -> torch.Tensor:
+    """Bool: which keys of the sequence these rows see."""
     q, k = group.queries, group.keys
-    q_index, k_index = torch.arange(-q.length, 0), torch.arange(-k.length, 0)
-    rows, keys = block.rows, block.keys
-    return visible(
-        MASKS[mask],
-        tuple(cross),
-        q_index[rows],
-        q.frame[rows],
-        q.rank[rows],
-        k_index[keys],
-        k.frame[keys],
-        k.rank[keys],
-    )
+    index = torch.arange(-q.length, 0)[rows]
+    keys = torch.arange(-k.length, 0), k.frame, k.rank
+    return visible(MASKS[mask], tuple(cross), index, q.frame[rows], q.rank[rows], *keys)
 
 
 def _groups(t: LayoutTensors, mask, cross) -> list[Group]:
@@ -137,8 +131,9 @@ def _groups_of(queries: tuple[bytes, ...], keys: tuple[bytes, ...], mask: int, c
             same.setdefault(tuple(part.tobytes() for part in parts), []).append(sequence)
     groups = []
     for sequences in same.values():
-        q, k = (_span(side, sequences) for side in sides)
-        groups.append(Group(q, k, _blocks(q, k, mask, cross)))
+        group = Group(*(_span(side, sequences) for side in sides), [])
+        group.blocks.extend(_blocks(group, mask, cross))
+        groups.append(group)
     return groups
 
 
@@ -156,31 +151,29 @@ def _span(side, sequences: list[int]) -> Span:
     return Span(starts[0], len(starts), frame, rank, index)
 
 
-def _blocks(queries: Span, keys: Span, mask: int, cross: tuple[int, ...]) -> list[Block]:
-    by_frame = MASKS[mask] in ("frame_causal", "frame_causal_prefix")
-    block = 0 if by_frame else BLOCK_ROWS
-    sides = [Side([frames_of(span.frame, span.rank)], "frames") for span in (queries, keys)]
-    made: TilePlan = plan(*sides, mask, cross, block, block)
+def _blocks(group: Group, mask: int, cross: tuple[int, ...]) -> list[Block]:
     blocks: list[Block] = []
-    for i, (_, q0, q1, _) in enumerate(made.tiles.tolist()):
-        runs = made.runs[made.ptr[i] : made.ptr[i + 1]]
-        if not len(runs):
+    for rows in _cuts(group.queries, mask):
+        seen = _seen(group, rows, mask, cross)
+        some = seen.any(0).nonzero()
+        if not len(some):
             continue
-        k0, k1 = int(runs[:, 0].min()), int(runs[:, 1].max())
-        partial = not (runs[:, 2].all() and int((runs[:, 1] - runs[:, 0]).sum()) == k1 - k0)
+        keys = slice(int(some[0]), int(some[-1]) + 1)
+        partial = not bool(seen[:, keys].all())
         last = blocks[-1] if blocks else None
         # neighbours that see the same keys in full are one block
-        if last and not (last.partial or partial) and (last.rows.stop, last.keys) == (q0, slice(k0, k1)):
-            blocks[-1] = last._replace(rows=slice(last.rows.start, q1))
+        if last and not (last.partial or partial) and (last.rows.stop, last.keys) == (rows.start, keys):
+            blocks[-1] = last._replace(rows=slice(last.rows.start, rows.stop))
         else:
-            blocks.append(Block(slice(q0, q1), slice(k0, k1), partial))
+            blocks.append(Block(rows, keys, partial))
     return blocks
 
 
-def frames_of(frame: torch.Tensor, rank: torch.Tensor) -> list[tuple[int, int]]:
-    """The (prefix_len, suffix_len) pairs of a sequence from frame and rank per token, without trailing empty frames."""
-    frame, rank = frame.cpu(), rank.cpu()
-    count = int(frame[-1]) + 1 if len(frame) else 0
-    prefix = torch.bincount(frame[rank < 0], minlength=count)
-    suffix = torch.bincount(frame[rank >= 0], minlength=count)
-    return list(zip(prefix.tolist(), suffix.tolist(), strict=True))
+def _cuts(queries: Span, mask: int) -> list[slice]:
+    """Rows by frame part, or of one block each."""
+    if MASKS[mask] in ("frame_causal", "frame_causal_prefix"):
+        part = 2 * queries.frame + (queries.rank >= 0)
+        bounds = [0, *(part.diff().nonzero()[:, 0] + 1).tolist(), queries.length]
+    else:
+        bounds = [*range(0, queries.length, BLOCK_ROWS), queries.length]
+    return [slice(*pair) for pair in pairwise(bounds)]

@@ -84,6 +84,23 @@ def offsets(name: str, value: torch.Tensor, total: int):
         reject(name, "never fall", value.tolist())
 
 
+def in_range(name: str, values: torch.Tensor, low: int, high: int):
+    """Integers in [low, high]. Looks at the values: for CPU tensors, and never while tracing."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # a list is the quickest way for the few numbers of a decoding step
+    numbers = values.tolist() if values.numel() <= 64 else [int(end) for end in torch.aminmax(values)]
+    for number in numbers:
+        if not low <= number <= high:
+            reject(name, f"lie between {low} and {high}", number)
+
+
+def all_finite(name: str, values: torch.Tensor):
+    """Looks at the values as `in_range` does."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not values.isfinite().all():
+        reject(name, "be finite", "NaN or infinity")
+
+
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Whether to look at numbers inside `tensor`: on the CPU; elsewhere, where it waits, under FLEXKERNELS_CHECK=1."""
     return tensor.device.type == "cpu" or os.environ.get("FLEXKERNELS_CHECK", "0") not in ("", "0")

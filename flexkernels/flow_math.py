@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+# the most states and the most past velocities that one update takes
+MAX_TERMS = 3
 # what the ops and the kernels call the three kinds of guidance
 NO_GUIDANCE, GUIDANCE_CFG, GUIDANCE_APG = 0, 1, 2
 SMALLEST_NORM = 1e-12
@@ -41,6 +43,36 @@ class Numbers(NamedTuple):
     momentum: float
     rescale: float
     prefix_time: float
+
+
+TENSORS, NUMBERS = len(Tensors._fields), len(Numbers._fields)
+
+
+def split(args) -> tuple[Tensors, Numbers, bool]:
+    """The op's arguments as Tensors, Numbers, return_velocity."""
+    end = TENSORS + NUMBERS
+    return Tensors._make(args[:TENSORS]), Numbers._make(args[TENSORS:end]), args[end]
+
+
+def count_rows(tensors: Tensors) -> int:
+    if tensors.row_offsets is None:
+        return tensors.x.shape[0] * tensors.x.shape[1]
+    return tensors.row_offsets.shape[0] - 1
+
+
+def used_terms(tensors: Tensors, numbers: Numbers) -> tuple[list, list, list, list]:
+    """The states, their numbers, the past velocities, theirs: less those, but the first state, whose number is 0."""
+    states = [(x, a) for x, a in zip(tensors.more_x, numbers.a[1:], strict=True) if a]
+    past = [(v, b) for v, b in zip(tensors.past, numbers.past_b, strict=True) if b]
+    states = [(tensors.x, numbers.a[0]), *states]
+    return [x for x, _ in states], [a for _, a in states], [v for v, _ in past], [b for _, b in past]
+
+
+def empty_results(tensors: Tensors, numbers: Numbers, return_velocity: bool):
+    """New memory for the momentum buffer and the velocity; empty where there is none: an op cannot return None."""
+    x = tensors.x
+    momentum_next = x.new_empty(x.shape if numbers.momentum else (0,), dtype=torch.float32)
+    return momentum_next, x.new_empty(x.shape if return_velocity else (0,), dtype=torch.float32)
 
 
 class Rows:
@@ -133,8 +165,9 @@ def rescaling(row: Rows, c: torch.Tensor, v: torch.Tensor, rescale: float) -> to
 
 def combine(flat: Tensors, numbers: Numbers, v: torch.Tensor) -> torch.Tensor:
     """x_next [total] before the prefix: sum a_i x_i + b v + sum past_b_j past_j."""
-    out = numbers.a[0] * flat.x + numbers.b * v
-    for weight, value in zip((*numbers.a[1:], *numbers.past_b), (*flat.more_x, *flat.past), strict=True):
+    states, a, past, past_b = used_terms(flat, numbers)
+    out = a[0] * states[0] + numbers.b * v
+    for weight, value in zip((*a[1:], *past_b), (*states[1:], *past), strict=True):
         out = out + weight * value
     return out
 
@@ -150,6 +183,22 @@ def prefix_values(flat: Tensors, prefix_time: float) -> torch.Tensor:
     if flat.prefix_noise is None:
         return flat.prefix
     return (1 - prefix_time) * flat.prefix + prefix_time * flat.prefix_noise
+
+
+def update(tensors: Tensors, numbers: Numbers, return_velocity: bool, wide: torch.dtype = torch.float32):
+    """x_next, the next momentum buffer and the velocity, the last two empty where there is none; `wide` inside."""
+    x = tensors.x
+    flat, row = flatten(tensors, wide), Rows(count_rows(tensors), tensors.row_offsets, x)
+    v = velocity(flat, row, numbers)
+    out = combine(flat, numbers, v)
+    if tensors.prefix is not None:
+        out = out.index_copy(0, prefix_target(flat, row), prefix_values(flat, numbers.prefix_time))
+    momentum_next, none = x.new_empty((0,), dtype=wide), x.new_empty((0,), dtype=wide)
+    if numbers.momentum:
+        momentum_next = direction(flat, numbers).view(x.shape)
+    # v may be v_cond itself, and no result may share an input's memory
+    v = v.view(x.shape).clone() if return_velocity else none
+    return out.view(x.shape).to(x.dtype), momentum_next, v
 
 
 def update_backward(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import _native
+from . import _native, tuning
 
 MASKS = ("full", "causal", "frame_causal", "frame_causal_prefix")
 CROSS_FRAME = ("prefix_to_prefix", "prefix_to_register", "register_to_prefix", "register_to_register")
@@ -23,39 +23,40 @@ CROSS_VALUES = ("none", "full", "causal")
 ALL_FULL = (1, 1, 1, 1)
 
 
-class PlanTiles(NamedTuple):
-    """Sizes of the plans that a layout carries: rows of a tile, and what its runs are multiples of."""
-
-    rows: int
-    step: int
-
-
-def plan_tiles(device: torch.device) -> PlanTiles:
-    """Those that the kernels of a device want."""
-    return PlanTiles(128, 64) if device.type == "cuda" else PlanTiles(64, 64)
+# keys of a tile, and what full runs hold whole numbers of unless they end with the sequence
+STEP = 64
 
 
 class TilePlan(NamedTuple):
-    """Tiles of one attention call, int32, made by :meth:`SequenceLayout.plan`.
+    """What attention has to visit, int32; made by :func:`plan`.
 
-    tiles: ``[n, 4]`` sequence, first row, end row (rows are indices into the packed queries), number of full runs.
+    reach: ``[total]`` the end of the keys that a query row sees; empty with cross-frame switches, where keys are not
+        seen up to an end.
+    rows: ``[n, most rows of a tile]`` the query rows of each tile, ascending; the last one is repeated. Tiles hold
+        blocks of one frame part each; what is left over of all parts of a sequence is gathered into tiles of its own.
+    tiles: ``[n, 8]`` sequence, first, end (a tile's rows, counted tile by tile), number of full runs, and without
+        switches the first key, where keys are no longer seen by every row, and where they are no longer seen at all.
     ptr: ``[n + 1]`` tile i owns rows ``ptr[i]:ptr[i + 1]`` of runs.
     runs: ``[m, 3]`` first key, end key, 1 if every row of the tile sees every key of the run; the full runs of a tile
         come first, each kind in ascending order.
-
-    Of a transposed plan the tiles are of keys and the runs of queries.
+    key_tiles, key_ptr, key_runs: the same for tiles of keys, whose runs are of query rows; without switches the last
+        columns are the first row that sees a key, the first of those that see all, and the last row's end.
     """
 
+    reach: np.ndarray
+    rows: np.ndarray
     tiles: np.ndarray
     ptr: np.ndarray
     runs: np.ndarray
+    key_tiles: np.ndarray
+    key_ptr: np.ndarray
+    key_runs: np.ndarray
 
 
 class LayoutTensors(NamedTuple):
     """What attention kernels read of a layout: int32 tensors on its device.
 
-    cu_seqlens, frame, rank of the queries and of the keys; the plan and the transposed one, in the sizes of
-    :func:`plan_tiles`.
+    cu_seqlens, frame, rank of the queries and of the keys, and the :class:`TilePlan`.
     """
 
     cu_seqlens: torch.Tensor
@@ -64,6 +65,8 @@ class LayoutTensors(NamedTuple):
     cu_seqlens_k: torch.Tensor
     frame_k: torch.Tensor
     rank_k: torch.Tensor
+    reach: torch.Tensor
+    rows: torch.Tensor
     tiles: torch.Tensor
     ptr: torch.Tensor
     runs: torch.Tensor
@@ -93,12 +96,13 @@ class Side:
         self.total, self.max_seqlen = int(ends[-1]), int(np.diff(self.cu_seqlens).max(initial=0))
 
     @property
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.cu_seqlens, self.frame, self.rank
+
+    @property
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the planner takes: frame_offsets, prefix_len, suffix_len."""
         return self.frame_offsets, self.prefix_len, self.suffix_len
-
-    def sequence(self) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.arange(len(self.cu_seqlens) - 1), np.diff(self.cu_seqlens)))
 
 
 class SequenceLayout:
@@ -121,7 +125,8 @@ class SequenceLayout:
     Attributes:
         cu_seqlens: int32 ``[batch + 1]``; frame: int32 ``[total]`` frame index inside the sequence;
         rank: int32 ``[total]``, -1 for prefix tokens and the register index for suffix tokens;
-        total, total_k, batch, max_seqlen: Python ints; tensors: :class:`LayoutTensors` for the kernels.
+        total, total_k, batch, max_seqlen: Python ints; device: with its index; tensors: :class:`LayoutTensors` for the
+        kernels; arguments: what the ops take of a layout.
 
     Making one takes some hundred microseconds, all on the host; keep it, or use :meth:`cached`.
 
@@ -144,30 +149,25 @@ class SequenceLayout:
         self._build(frames, mask, _cross_codes(mask, cross_frame), device, key_frames)
 
     def _build(self, frames, mask, cross, device, key_frames) -> None:
-        self.mask, self.cross, self.device = mask, cross, torch.device(device)
+        self.mask, self.cross, self.device = mask, cross, _with_index(device)
         self.queries = Side(frames, "frames")
         self.keys = self.queries if key_frames is None else Side(key_frames, "key_frames")
         self.total, self.total_k = self.queries.total, self.keys.total
         self.batch, self.max_seqlen = len(frames), self.queries.max_seqlen
-        self._plans: dict[tuple[int, int, bool], TilePlan] = {}
 
-        own = [torch.from_numpy(x) for x in (self.queries.cu_seqlens, self.queries.frame, self.queries.rank)]
-        other = own
-        if self.keys is not self.queries:
-            other = [torch.from_numpy(x) for x in (self.keys.cu_seqlens, self.keys.frame, self.keys.rank)]
-        rows, step = plan_tiles(self.device)
-        plans = (*self.plan(rows, step), *self.plan(step, rows, transposed=True))
-        moved = [x.to(self.device) for x in own]
-        keys = moved if other is own else [x.to(self.device) for x in other]
-        self.tensors = LayoutTensors(*moved, *keys, *(torch.from_numpy(x).to(self.device) for x in plans))
-        self.cu_seqlens, self.frame, self.rank = moved
+        made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
+        own = [torch.from_numpy(x).to(self.device) for x in self.queries.tokens]
+        keys = own if self.keys is self.queries else [torch.from_numpy(x).to(self.device) for x in self.keys.tokens]
+        self.tensors = LayoutTensors(*own, *keys, *(torch.from_numpy(x).to(self.device) for x in made))
+        self.cu_seqlens, self.frame, self.rank = own
+        self.arguments = list(self.tensors), MASKS.index(mask), list(cross)
 
     @classmethod
     def cached(cls, frames, mask="frame_causal", cross_frame=None, device="cpu", key_frames=None) -> SequenceLayout:
         """The same layout object for equal arguments; the latest 64 are kept."""
         freeze = lambda batch: None if batch is None else tuple(tuple(map(tuple, s)) for s in batch)  # noqa: E731
         cross = tuple(sorted(cross_frame.items())) if cross_frame else None
-        return _cached_layout(freeze(frames), mask, cross, torch.device(device), freeze(key_frames))
+        return _cached_layout(freeze(frames), mask, cross, _with_index(device), freeze(key_frames))
 
     @classmethod
     def from_lengths(
@@ -183,15 +183,6 @@ class SequenceLayout:
         frames = lambda sizes: None if sizes is None else [[(int(n), 0)] for n in sizes]  # noqa: E731
         return cls(frames(lengths), mask, device=device, key_frames=frames(key_lengths))
 
-    @classmethod
-    def from_codes(
-        cls, frames, mask: int, cross: Sequence[int], device: torch.device | str = "cpu", key_frames=None
-    ) -> SequenceLayout:
-        """The layout of the ops' own numbers: ``mask`` indexes MASKS, ``cross`` CROSS_VALUES, as CROSS_FRAME."""
-        layout = cls.__new__(cls)
-        layout._build(frames, MASKS[mask], tuple(int(code) for code in cross), device, key_frames)
-        return layout
-
     def __repr__(self) -> str:
         keys = "" if self.keys is self.queries else f" on {self.total_k} keys"
         return (
@@ -202,32 +193,11 @@ class SequenceLayout:
     @cached_property
     def sequence(self) -> torch.Tensor:
         """int64 ``[total]``: the sequence each token belongs to."""
-        return self.queries.sequence().to(self.device)
+        return _sequence(self.cu_seqlens)
 
     def visible(self) -> torch.Tensor:
         """Dense bool ``[total, total_k]``, entry (q, k) true where q may see k. For tests and small layouts only."""
-        q_sequence, k_sequence = self.sequence, self.keys.sequence().to(self.device)
-        t = self.tensors
-        # positions counted from the end of the sequence, on both sides
-        q_index = torch.arange(self.total, device=self.device) - t.cu_seqlens[1:][q_sequence]
-        k_index = torch.arange(self.total_k, device=self.device) - t.cu_seqlens_k[1:][k_sequence]
-        inside = visible(self.mask, self.cross, q_index, t.frame, t.rank, k_index, t.frame_k, t.rank_k)
-        return inside & (q_sequence[:, None] == k_sequence[None, :])
-
-    def plan(self, block_q: int = 128, block_k: int = 128, transposed: bool = False) -> TilePlan:
-        """The tiles an attention kernel has to visit, as NumPy arrays, cached per tile size.
-
-        Tiles start at the sequence start and never cross a sequence. ``block_q=0`` or ``block_k=0`` gives one tile per
-        frame part (prefix or suffix). Tiles in which no row sees any key are left out; neighbouring tiles of one kind
-        are one run. ``transposed`` lists, for each tile of keys, the queries that see them.
-        """
-        if block_q < 0 or block_k < 0:
-            raise ValueError(f"block_q and block_k must be >= 0, got {block_q} and {block_k}")
-        key = (block_q, block_k, transposed)
-        if key not in self._plans:
-            mask = MASKS.index(self.mask)
-            self._plans[key] = plan(self.queries, self.keys, mask, self.cross, block_q, block_k, transposed)
-        return self._plans[key]
+        return visible_tokens(self.tensors, self.mask, self.cross)
 
 
 @lru_cache(maxsize=64)
@@ -235,11 +205,39 @@ def _cached_layout(frames, mask, cross_frame, device, key_frames) -> SequenceLay
     return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames)
 
 
-def plan(queries: Side, keys: Side, mask: int, cross, block_q: int, block_k: int, transposed: bool = False) -> TilePlan:
-    """The planner on two sides, in C++ where it was built."""
+def _with_index(device: torch.device | str) -> torch.device:
+    """The device that tensors made on `device` say they are on: "cuda" is the current one, "cuda:0" say."""
+    return torch.empty(0, device=device).device
+
+
+def plan(queries: Side, keys: Side, mask: int, cross, rows: int, step: int = STEP) -> TilePlan:
+    """The planner on two sides, in C++ where it was built; ``rows``: of a tile of queries, at most."""
     make = _native.C.plan if _native.C else plan_ref
-    cross = np.array(cross, dtype=np.int32)
-    return TilePlan(*make(queries.lengths, keys.lengths, mask, cross, block_q, block_k, transposed))
+    return TilePlan(*make(queries.lengths, keys.lengths, mask, np.array(cross, dtype=np.int32), rows, step))
+
+
+def tile_rows(device: torch.device, mask: str, keys: Side) -> int:
+    """Query rows of a tile, as the kernels of a device want them."""
+    return 64 if device.type != "cuda" else tuning.choose("attention_layout", mask=mask, keys=keys.max_seqlen)["rows"]
+
+
+def switched(mask: int, cross) -> bool:
+    """Whether a cross-frame switch says otherwise than that a query sees the keys up to some end."""
+    return MASKS[mask] == "frame_causal_prefix" and any(code != 1 for code in cross)
+
+
+def visible_tokens(t: LayoutTensors, mask: str, cross) -> torch.Tensor:
+    """Bool ``[total, total_k]``: which token sees which."""
+    q_sequence, k_sequence = _sequence(t.cu_seqlens), _sequence(t.cu_seqlens_k)
+    # positions counted from the end of the sequence, on both sides
+    q_index = torch.arange(len(t.frame), device=t.frame.device) - t.cu_seqlens[1:][q_sequence]
+    k_index = torch.arange(len(t.frame_k), device=t.frame.device) - t.cu_seqlens_k[1:][k_sequence]
+    inside = visible(mask, tuple(cross), q_index, t.frame, t.rank, k_index, t.frame_k, t.rank_k)
+    return inside & (q_sequence[:, None] == k_sequence[None, :])
+
+
+def _sequence(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device).repeat_interleave(cu_seqlens.diff())
 
 
 def visible(mask, cross, q_index, q_frame, q_rank, k_index, k_frame, k_rank) -> torch.Tensor:
@@ -277,32 +275,86 @@ def _cross_codes(mask: str, cross_frame: Mapping[str, str] | None) -> tuple[int,
     return tuple(codes)
 
 
-def plan_ref(queries, keys, mask, cross, block_q, block_k, transposed):
-    """The planner in NumPy, by evaluating the mask tile by tile: the specification of the C++ one, and its stand-in."""
-    tiles, ptr, runs = [], [0], []
-    starts = [0, 0]
+def plan_ref(queries, keys, mask, cross, rows, step):
+    """The planner in NumPy, by evaluating the mask pair by pair: the specification of the C++ one, and its stand-in."""
+    by_pairs = switched(mask, cross)
+    reach, listed, of_queries, of_keys = [], [], _Tiles(), _Tiles()
+    row0 = key0 = 0
     for sequence, pair in enumerate(zip(_sequences(queries), _sequences(keys), strict=True)):
-        sides = [Side([frames], "frames") for frames in pair]
-        bounds = [_tile_bounds(side, block) for side, block in zip(sides, (block_q, block_k), strict=True)]
-        seen = _seen(*sides, mask, cross)
-        if transposed:
-            seen, bounds = seen.T, bounds[::-1]
-        row_start, start = starts[::-1] if transposed else starts
-        for q0, q1 in bounds[0]:
-            found = {True: [], False: []}
-            for k0, k1 in bounds[1]:
-                if seen[q0:q1, k0:k1].any():
-                    same = found[bool(seen[q0:q1, k0:k1].all())]
-                    if same and same[-1][1] == start + k0:
-                        same[-1][1] = start + k1
-                    else:
-                        same.append([start + k0, start + k1])
-            tiles.append((sequence, row_start + q0, row_start + q1, len(found[True])))
-            runs += [(*run, int(full)) for full in (True, False) for run in found[full]]
-            ptr.append(len(runs))
-        starts = [at + side.total for at, side in zip(starts, sides, strict=True)]
-    as_int = lambda rows, width: np.array(rows, dtype=np.int32).reshape(-1, width)  # noqa: E731
-    return as_int(tiles, 4), np.array(ptr, dtype=np.int32), as_int(runs, 3)
+        q, k = (Side([frames], "frames") for frames in pair)
+        seen = _seen(q, k, mask, cross)
+        ends = seen.sum(1)
+        first = row0
+        for tile in _gather(_groups(q, MASKS[mask]), rows):
+            if by_pairs:
+                found, glance = _runs(seen[tile], step), None
+            else:
+                least, most = ends[tile].min(), ends[tile].max()
+                middle = most if least == most else least // step * step
+                found, glance = [(0, middle, 1), (middle, most, 0)], (0, middle, most)
+            of_queries.add(sequence, first, first + len(tile), found, glance, key0)
+            listed.append(row0 + np.pad(tile, (0, rows - len(tile)), "edge"))
+            first += len(tile)
+        for at in range(0, k.total, step):
+            part = seen[:, at : at + step]
+            if by_pairs:
+                found, glance = _runs(part.T, step), None
+            else:
+                # the rows that see some key, and that see all, are the last ones
+                some, every = (q.total - int(n.sum()) for n in (part.any(1), part.all(1)))
+                middle = every if some == every else q.total - (q.total - every) // step * step
+                found, glance = [(middle, q.total, 1), (some, middle, 0)], (some, middle, q.total)
+            of_keys.add(sequence, key0 + at, key0 + at + part.shape[1], found, glance, row0)
+        reach += [] if by_pairs else (key0 + ends).tolist()
+        row0, key0 = row0 + q.total, key0 + k.total
+    return _ints(reach), _ints(listed, rows), *of_queries.arrays(), *of_keys.arrays()
+
+
+class _Tiles:
+    def __init__(self):
+        self.tiles, self.ptr, self.runs = [], [0], []
+
+    def add(self, sequence, first, end, found, glance, start):
+        found = [(start + begin, start + stop, full) for begin, stop, full in found if begin < stop]
+        glance = [start + at for at in glance] if glance else [0, 0, 0]
+        self.tiles.append((sequence, first, end, sum(full for *_, full in found), *glance, 0))
+        self.runs += found
+        self.ptr.append(len(self.runs))
+
+    def arrays(self):
+        return _ints(self.tiles, 8), _ints(self.ptr), _ints(self.runs, 3)
+
+
+def _ints(values, width=None) -> np.ndarray:
+    return np.array(values, dtype=np.int32).reshape(-1 if width is None else (-1, width))
+
+
+def _groups(side: Side, mask: str) -> list[np.ndarray]:
+    """Rows that see the same keys, or nearly: the sequence, its frames, or the parts of these."""
+    if mask in ("full", "causal"):
+        group = np.zeros(side.total)
+    else:
+        group = side.frame if mask == "frame_causal" else 2 * side.frame + (side.rank >= 0)
+    return [np.flatnonzero(group == value) for value in np.unique(group)]
+
+
+def _gather(groups: list[np.ndarray], rows: int) -> list[np.ndarray]:
+    """Whole blocks of each group, then blocks of what is left over; in the order of their last rows."""
+    whole = [group[at : at + rows] for group in groups for at in range(0, len(group) - rows + 1, rows)]
+    rest = np.concatenate([np.zeros(0, dtype=int), *(group[len(group) // rows * rows :] for group in groups)])
+    return sorted(whole + [rest[at : at + rows] for at in range(0, len(rest), rows)], key=lambda tile: tile[-1])
+
+
+def _runs(seen: np.ndarray, step: int) -> list[tuple[int, int, int]]:
+    """Runs [begin, end, full] of the columns that rows see, full ones first, neighbouring tiles of a kind in one."""
+    found = {True: [], False: []}
+    for at in range(0, seen.shape[1], step):
+        part = seen[:, at : at + step]
+        if part.any():
+            same = found[bool(part.all())]
+            begin = same.pop()[0] if same and same[-1][1] == at else at
+            same.append((begin, at + part.shape[1]))
+    return [(*run, int(full)) for full in (True, False) for run in found[full]]
 
 
 def _sequences(lengths) -> list[list[tuple[int, int]]]:
@@ -318,9 +370,3 @@ def _seen(queries: Side, keys: Side, mask: int, cross) -> np.ndarray:
         torch.from_numpy(side.rank),
     ]
     return visible(MASKS[mask], tuple(int(c) for c in cross), *as_tensors(queries), *as_tensors(keys)).numpy()
-
-
-def _tile_bounds(side: Side, block: int) -> list[tuple[int, int]]:
-    parts = [n for pair in zip(side.prefix_len.tolist(), side.suffix_len.tolist(), strict=True) for n in pair if n]
-    bounds = [0, *np.cumsum(parts).tolist()] if block == 0 else [*range(0, side.total, block), side.total]
-    return list(pairwise(bounds)) if side.total else []

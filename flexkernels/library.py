@@ -5,7 +5,7 @@ of csrc/ops, which checks, allocates and launches: one dispatch. What needs more
 
     a gradient                  the autograd formula registered on the op, whose backward is an Op too
     torch.compile, FakeTensor   the same op, by its `fake`
-    forward-mode derivatives    the reference formula, which PyTorch differentiates
+    torch.func, forward mode    the reference formula, which PyTorch differentiates
     a forced backend, Triton    torch.ops.flexkernels_select.<op>: the same op, its backend chosen in Python
 """
 
@@ -19,9 +19,10 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, checks
 
 NAMESPACE = "flexkernels"
 # the same ops, but Python chooses the backend
@@ -38,17 +39,20 @@ _library = {space: torch.library.Library(space, "FRAGMENT") for space in (NAMESP
 class Op:
     """One op: its schema, its checks, its backends and its derivatives.
 
-    Every callable takes the schema's arguments in their order.
+    Every callable takes the schema's arguments in their order, several tensors as a list.
     check: raises TypeError or ValueError for wrong input. The C++ op checks what it needs itself, in a RuntimeError;
         `check` runs where it refused, to say the same in the words of the public function, and before every other road.
+    check_values: raises for what only the values of tensors tell, offsets say. The C++ op looks at them too; on devices
+        where that waits, both do under FLEXKERNELS_CHECK=1 alone.
     reference: plain PyTorch, returns the results. fake: their shapes and dtypes alone.
     triton: the module of flexkernels.triton that has `<name>_triton`, which returns the results; None: there is none.
     cuda_order: what `auto` tries on a CUDA device, as measured. The reference comes last everywhere.
     unsupported: {backend: why it cannot serve these arguments, or None where it can}.
     setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
         through the op raises NotImplementedError.
-    jvp: what is computed, and differentiated by PyTorch, where forward-mode derivatives are asked for: the reference
-        unless given. None raises NotImplementedError.
+    inference: a call with a tensor that needs a gradient raises RuntimeError at once.
+    jvp: what is computed, and differentiated by PyTorch, for forward-mode derivatives and nested transforms of
+        torch.func: the reference unless given. None raises NotImplementedError.
     plain: the reference serves whatever backend is asked for: of an op only so that a compiler leaves it as it is.
     """
 
@@ -58,6 +62,7 @@ class Op:
         schema: str,
         *,
         check: Callable[..., None],
+        check_values: Callable[..., None] | None = None,
         reference: Callable,
         fake: Callable,
         triton: str | None = None,
@@ -65,59 +70,89 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        inference: bool = False,
         jvp: Callable | str | None = "reference",
         plain: bool = False,
     ):
-        self.name, self.schema, self.check, self.reference, self.triton = name, schema, check, reference, triton
+        self.name, self.schema, self.reference, self.triton = name, schema, reference, triton
+        self.check, self.check_values, self.in_place = check, check_values, "!" in schema
         self.orders = {"cpu": ("cpu", "reference"), "cuda": (*cuda_order, "reference")}
         self.unsupported = unsupported or {}
-        self.plain = plain
+        self.plain, self.inference = plain, inference
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
             self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
         )
         # with CUDA kernels loaded, Python chooses on CUDA devices unless the C++ op is simply the one to take
         self.always_direct = cuda_order[0] == "cuda" or _native.cuda_unavailable is not None
+        self.written = [i for i, argument in enumerate(self.direct._schema.arguments) if argument.is_write]
         OPS[name] = self
 
     def __call__(self, *args):
+        if self.inference and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
             return self._overload(args)(*args)
-        if forward_ad._current_level >= 0:
-            return self._forward_mode(args)
         op = self._overload(args)
         try:
-            if torch.is_grad_enabled() and _requires_grad(args):
+            if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
                 return op(*args)
             # the autograd kernel of an op is Python: three times what the rest of a small call takes
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                results = op(*args)
         except (RuntimeError, TypeError):
-            self.check(*args)
+            self._check_all(args)
             raise
+        if self.in_place:
+            self._note_writes(args)
+        return results
+
+    def _check_all(self, args):
+        self.check(*args)
+        if self.check_values is not None and checks.values_are_checked(_first_tensor(args)):
+            self.check_values(*args)
 
     def _overload(self, args):
         direct = _forced == "auto" and (self.always_direct or _device(args).type != "cuda")
         return self.direct if direct else self.selected
-
-    def _forward_mode(self, args):
-        self.check(*args)
-        if self.jvp is None:
-            raise NotImplementedError(f"flexkernels.{self.name} has no forward-mode derivative (torch.func.jvp)")
-        return self.jvp(*args)
 
     def _define(self, space: str, schema: str, fake, setup_context, backward):
         library, qualified = _library[space], f"{space}::{self.name}"
         library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(self.name, self._select, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, functools.partial(self._fake, fake), lib=library)
-        # in-place ops take no tensor that needs a gradient
-        if "!" not in schema:
-            torch.library.register_autograd(
-                qualified, backward or self._no_gradient, setup_context=setup_context, lib=library
-            )
-        return getattr(getattr(torch.ops, space), self.name).default
+        overload = getattr(getattr(torch.ops, space), self.name).default
+        # what torch.library.register_autograd registers, behind what it leaves out
+        formula = make_autograd_impl(overload, Info(backward or self._no_gradient, setup_context))
+        kernel = functools.partial(self._differentiable, formula)
+        library.impl(self.name, kernel, "Autograd", with_keyset=True)
+        return overload
+
+    def _differentiable(self, formula, keyset, *args):
+        """The op where derivatives may be asked for: its autograd kernel."""
+        needs_gradient = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if self.in_place and needs_gradient:
+            checks.reject(f"tensors of flexkernels.{self.name}", "need no gradient in place", "requires_grad=True")
+        # formulas do not nest in transforms of torch.func, and PyTorch would leave tangents out without a word
+        nested = needs_gradient and torch._C._are_functorch_transforms_active()
+        if nested or (_may_have_tangents() and _has_tangent(args)):
+            return self._by_pytorch(args)
+        results = formula(keyset, *args)
+        if self.in_place:
+            self._note_writes(args)
+        return results
+
+    def _by_pytorch(self, args):
+        """The op by a formula that PyTorch differentiates."""
+        self.check(*args) if torch.compiler.is_compiling() else self._check_all(args)
+        if self.jvp is None:
+            raise NotImplementedError(f"flexkernels.{self.name} has no such derivative (torch.func, forward mode)")
+        return _contiguous(self.jvp(*args))
+
+    def _note_writes(self, args):
+        # so that autograd refuses a backward that needs what was overwritten
+        torch.autograd.graph.increment_version([args[i] for i in self.written])
 
     def _fake(self, fake, *args):
         # tensors of meta beside others come here too
@@ -130,7 +165,7 @@ class Op:
 
     def _select(self, *args):
         """The op on the forced backend, or on the first of the device's that serves the call."""
-        self.check(*args)
+        self._check_all(args)
         if self.plain:
             return _contiguous(self.reference(*args))
         device = _device(args)
@@ -206,12 +241,19 @@ def _known(name: str) -> str:
 _forced = _known(os.environ.get(ENVIRONMENT) or "auto")
 
 
-def _requires_grad(args) -> bool:
+def _may_have_tangents() -> bool:
+    """Whether a look for tangents is worth its time: there is a dual level, or PyTorch is tracing or in torch.func."""
+    if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def _has_tangent(args) -> bool:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            if arg.requires_grad:
+            if forward_ad.unpack_dual(arg, level=0).tangent is not None:
                 return True
-        elif isinstance(arg, list) and _requires_grad(arg):
+        elif isinstance(arg, list) and _has_tangent(arg):
             return True
     return False
 
@@ -222,12 +264,17 @@ def _contiguous(results):
     return results and tuple(_contiguous(result) for result in results)
 
 
-def _device(args) -> torch.device:
-    """That of the first tensor; the CPU where there is none, which the checks refuse."""
+def _first_tensor(args) -> torch.Tensor | None:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg.device
-    return torch.device("cpu")
+            return arg
+    return None
+
+
+def _device(args) -> torch.device:
+    """That of the first tensor; the CPU where there is none, which the checks refuse."""
+    first = _first_tensor(args)
+    return torch.device("cpu") if first is None else first.device
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, legacy
+from . import checks, library
 
 MAX_ROWS = 16
 INT8_LARGEST = 127
@@ -38,9 +38,7 @@ def skinny_linear(
     gradient: call it under torch.no_grad().
     Source: arXiv 2002.05202 (SwiGLU).
     """
-    _check(x, weight, bias, residual, activation, weight_scale)
-    _check_no_grad(x, weight, bias, residual, weight_scale)
-    return _linear_op(x, weight, weight_scale, bias, residual, activation == "swiglu")
+    return _linear_op(x, weight, weight_scale, bias, residual, _is_swiglu(activation))
 
 
 def skinny_linear_ref(
@@ -53,8 +51,9 @@ def skinny_linear_ref(
     weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `skinny_linear` in plain PyTorch; it takes float64 too and then computes so."""
-    _check(x, weight, bias, residual, activation, weight_scale, (*checks.FLOATS, torch.float64))
-    return _reference(x, weight, weight_scale, bias, residual, activation == "swiglu")
+    arguments = x, weight, weight_scale, bias, residual, _is_swiglu(activation)
+    _check_skinny_linear(*arguments, floats=(*checks.FLOATS, torch.float64))
+    return _skinny_linear_reference(*arguments)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +78,13 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # validation
 
 
-def _check(x, weight, bias, residual, activation, weight_scale, floats=checks.FLOATS):
+def _is_swiglu(activation: str | None) -> bool:
+    if activation is not None and activation != "swiglu":
+        checks.reject("activation", 'be None or "swiglu"', repr(activation))
+    return activation is not None
+
+
+def _check_skinny_linear(x, weight, weight_scale, bias, residual, swiglu, floats=checks.FLOATS):
     checks.tensor("x", x, floats, 2)
     if x.shape[0] > MAX_ROWS:
         checks.reject("x", f"have at most {MAX_ROWS} rows", x.shape[0])
@@ -87,9 +92,7 @@ def _check(x, weight, bias, residual, activation, weight_scale, floats=checks.FL
     checks.shape("weight", weight, (weight.shape[0], x.shape[1]))
     checks.same_device("weight", weight, "x", x)
     n = weight.shape[0]
-    if activation not in (None, "swiglu"):
-        checks.reject("activation", 'be None or "swiglu"', repr(activation))
-    if activation == "swiglu" and n % 2:
+    if swiglu and n % 2:
         checks.reject("weight", "have an even number of rows with swiglu", n)
     if weight.dtype == torch.int8:
         scale_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -99,7 +102,7 @@ def _check(x, weight, bias, residual, activation, weight_scale, floats=checks.FL
     if bias is not None:
         _check_beside(x, "bias", bias, x.dtype, (n,))
     if residual is not None:
-        _check_beside(x, "residual", residual, x.dtype, (x.shape[0], n // 2 if activation else n))
+        _check_beside(x, "residual", residual, x.dtype, (x.shape[0], n // 2 if swiglu else n))
 
 
 def _check_beside(x, name, value, dtype, shape):
@@ -108,42 +111,10 @@ def _check_beside(x, name, value, dtype, shape):
     checks.same_device(name, value, "x", x)
 
 
-def _check_no_grad(*tensors):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError("skinny_linear has no gradient: call it under torch.no_grad(), or use torch's linear layer")
-
-
 # the op
 
 
-def _linear_impl(x, weight, weight_scale, bias, residual, swiglu):
-    out = _linear_fake(x, weight, weight_scale, bias, residual, swiglu)
-    if out.numel() == 0:
-        return out
-    x, residual = _rows(x), None if residual is None else _rows(residual)
-    weight, weight_scale, bias = (None if t is None else t.contiguous() for t in (weight, weight_scale, bias))
-    legacy.launch("skinny_linear", x, weight, weight_scale, bias, residual, swiglu, out)
-    return out
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def _linear_fake(x, weight, weight_scale, bias, residual, swiglu):
-    n = weight.shape[0]
-    return x.new_empty((x.shape[0], n // 2 if swiglu else n))
-
-
-_linear_op = legacy.define(
-    "skinny_linear",
-    "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? residual, bool swiglu) -> Tensor",
-    _linear_impl,
-    _linear_fake,
-)
-
-
-def _reference(x, weight, weight_scale, bias, residual, swiglu):
+def _skinny_linear_reference(x, weight, weight_scale, bias, residual, swiglu):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(wide) @ weight.to(wide).T
     if weight_scale is not None:
@@ -158,25 +129,17 @@ def _reference(x, weight, weight_scale, bias, residual, swiglu):
     return y.to(x.dtype)
 
 
-# backends: each fills out [m, n'] from contiguous rows
+def _skinny_linear_fake(x, weight, weight_scale, bias, residual, swiglu):
+    n = weight.shape[0]
+    return x.new_empty((x.shape[0], n // 2 if swiglu else n))
 
 
-def skinny_linear_reference(*args):
-    *arguments, out = args
-    out.copy_(_reference(*arguments))
-
-
-def skinny_linear_native(*args):
-    torch.ops.flexkernels_native.skinny_linear(*args)
-
-
-def skinny_linear_triton(*args):
-    from .triton import linear
-
-    linear.skinny_linear_triton(*args)
-
-
-legacy.register("skinny_linear", "reference", skinny_linear_reference)
-legacy.register("skinny_linear", "cpu", skinny_linear_native)
-legacy.register("skinny_linear", "triton", skinny_linear_triton)
-legacy.register("skinny_linear", "cuda", skinny_linear_native)
+_linear_op = library.Op(
+    "skinny_linear",
+    "(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? residual, bool swiglu) -> Tensor",
+    check=_check_skinny_linear,
+    reference=_skinny_linear_reference,
+    fake=_skinny_linear_fake,
+    triton="linear",
+    inference=True,
+)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, library, norm_math
-from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, checked_segment, residual_sum
+from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, residual_sum
 
 # a Triton block holds a row in registers
 MAX_WIDTH = 8192
@@ -38,8 +38,7 @@ def adaln_norm(
         On the CPU a value outside raises; elsewhere it is clamped, since looking would wait for the device.
 
     Returns [n, d] in x's dtype, contiguous; empty for an empty x. Statistics and arithmetic are float32.
-    Raises TypeError or ValueError for wrong dtypes, shapes, devices or numbers; from the C++ kernel a segment out of
-    range is a RuntimeError.
+    Raises TypeError or ValueError for wrong dtypes, shapes, devices or numbers.
     Source: adaptive layer norm of arXiv 2212.09748, section 3.2.
     """
     return _adaln_norm_op(x, shift, scale, segment, eps)
@@ -220,22 +219,22 @@ def _check_swiglu_backward(grad_out, x):
     checks.shape("grad_out", grad_out, (x.shape[0], x.shape[1] // 2))
 
 
-# references; on the CPU the C++ ops look at the values of segment too
+def _check_segment(segment, *tables):
+    """Looks at its values, on the CPU: elsewhere it is clamped."""
+    rows = next((table.shape[0] for table in tables if table is not None), None)
+    if segment is None or rows is None or segment.device.type != "cpu" or not segment.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(segment))
+    if low < 0 or high >= rows:
+        checks.reject("segment", f"lie between 0 and {rows - 1}", low if low < 0 else high)
 
 
-def _adaln_norm_reference(x, shift, scale, segment, eps):
-    segment = checked_segment(segment, shift, scale)
-    return norm_math.layer_norm(x, shift, scale, segment, eps)
+# references
 
 
 def _gated_residual_adaln_norm_reference(x, y, gate, shift, scale, segment, eps):
-    segment = checked_segment(segment, gate, shift, scale)
     total = residual_sum(x, y, gate, segment)
     return total, norm_math.layer_norm(total, shift, scale, segment, eps)
-
-
-def _gated_residual_reference(x, y, gate, segment):
-    return residual_sum(x, y, gate, checked_segment(segment, gate))
 
 
 def _rms_norm_reference(x, weight, residual, eps):
@@ -377,7 +376,8 @@ _adaln_norm_op = library.Op(
     "adaln_norm",
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? segment, float eps) -> Tensor",
     check=_check_adaln_norm,
-    reference=_adaln_norm_reference,
+    check_values=lambda x, shift, scale, segment, eps: _check_segment(segment, shift, scale),
+    reference=norm_math.layer_norm,
     fake=lambda x, shift, scale, segment, eps: _empty(x),
     setup_context=_adaln_norm_setup,
     backward=_adaln_norm_backward,
@@ -387,6 +387,7 @@ _gated_residual_adaln_norm_op = library.Op(
     "gated_residual_adaln_norm",
     "(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? segment, float eps) -> (Tensor, Tensor)",
     check=_check_gated_residual_adaln_norm,
+    check_values=lambda x, y, gate, shift, scale, segment, eps: _check_segment(segment, gate, shift, scale),
     reference=_gated_residual_adaln_norm_reference,
     fake=lambda x, y, gate, shift, scale, segment, eps: (_empty(x), _empty(x)),
     setup_context=_gated_residual_adaln_norm_setup,
@@ -397,7 +398,8 @@ _gated_residual_op = library.Op(
     "gated_residual",
     "(Tensor x, Tensor y, Tensor gate, Tensor? segment) -> Tensor",
     check=_check_gated_residual,
-    reference=_gated_residual_reference,
+    check_values=lambda x, y, gate, segment: _check_segment(segment, gate),
+    reference=residual_sum,
     fake=lambda x, y, gate, segment: _empty(x),
     setup_context=_gated_residual_setup,
     backward=_gated_residual_backward,
@@ -420,6 +422,7 @@ _norm_backward_op = library.Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_gradients,
     reference=norm_math.norm_backward,
+    jvp=norm_math.differentiable_norm_backward,
     fake=_norm_backward_fake,
     **_ROW,
 )

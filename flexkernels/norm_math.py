@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import checks
-
 # gradients that norm_backward is asked for, beside that of x
 GRAD_Y, GRAD_GATE, GRAD_SHIFT, GRAD_SCALE = 1, 2, 4, 8
 
@@ -18,18 +16,6 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 def rows_of(table: torch.Tensor, segment: torch.Tensor | None) -> torch.Tensor:
     """[n, d] for a segment, else [1, d]."""
     return wide(table) if segment is None else wide(table).index_select(0, segment)
-
-
-def checked_segment(segment: torch.Tensor | None, *tables: torch.Tensor | None) -> torch.Tensor | None:
-    """`segment`, or None where no table is there to take rows of. Looks at the values, on the CPU alone."""
-    rows = next((table.shape[0] for table in tables if table is not None), None)
-    if segment is None or rows is None:
-        return None
-    if segment.device.type == "cpu" and segment.numel():
-        low, high = (int(end) for end in torch.aminmax(segment))
-        if low < 0 or high >= rows:
-            checks.reject("segment", f"lie between 0 and {rows - 1}", low if low < 0 else high)
-    return segment
 
 
 def residual_sum(x, y, gate, segment) -> torch.Tensor:
@@ -110,7 +96,23 @@ def backward_results(grad_out, grad_sum, rows: int, wanted: int):
     )
 
 
-def norm_backward(grad_out, grad_sum, v, y, gate, scale, segment, order, offsets, rows, eps, rms, wanted):
+def _segment_sums(terms, order, offsets) -> torch.Tensor:
+    """Float64 inside."""
+    total = (terms if order is None else terms[order]).double()
+    return torch.segment_reduce(total, "sum", offsets=offsets, axis=0, unsafe=True, initial=0).to(terms.dtype)
+
+
+def _added_sums(terms, order, offsets) -> torch.Tensor:
+    """`_segment_sums` with a forward-mode derivative, which segment_reduce does not have."""
+    rows, each = len(offsets) - 1, torch.arange(len(terms), device=terms.device)
+    segment = torch.searchsorted(offsets, each, right=True) - 1
+    total = (terms if order is None else terms[order]).double()
+    return total.new_zeros((rows, terms.shape[1])).index_add(0, segment, total).to(terms.dtype)
+
+
+def norm_backward(
+    grad_out, grad_sum, v, y, gate, scale, segment, order, offsets, rows, eps, rms, wanted, sums=_segment_sums
+):
     """grad_x = grad_sum + (d out / d sum)^T grad_out, grad_y = gate[s] * grad_x, and over each segment's rows
     grad_gate = sum grad_x * y, grad_shift = sum grad_out, grad_scale = sum grad_out * xhat."""
     dv = torch.zeros_like(wide(grad_out)) if grad_sum is None else wide(grad_sum)
@@ -128,7 +130,7 @@ def norm_backward(grad_out, grad_sum, v, y, gate, scale, segment, order, offsets
     none = like.new_zeros((0,))
 
     def table(bit, terms):
-        return _segment_sums(terms(), order, offsets) if wanted & bit else none.float()
+        return sums(terms(), order, offsets) if wanted & bit else none.float()
 
     return (
         dv.to(like.dtype) if grad_out is not None else none,
@@ -139,9 +141,8 @@ def norm_backward(grad_out, grad_sum, v, y, gate, scale, segment, order, offsets
     )
 
 
-def _segment_sums(terms, order, offsets) -> torch.Tensor:
-    terms = (terms if order is None else terms[order]).double()
-    return torch.segment_reduce(terms, "sum", offsets=offsets, axis=0, unsafe=True, initial=0).float()
+def differentiable_norm_backward(*args):
+    return norm_backward(*args, sums=_added_sums)
 
 
 def swiglu(x) -> torch.Tensor:

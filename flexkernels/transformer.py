@@ -10,23 +10,16 @@ arithmetic may take less time than calling its eight ops one by one from Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 
-from . import checks, legacy
-from .decode import (
-    _check_caches,
-    _check_range,
-    decode_attention,
-    decode_attention_ref,
-    kv_append_,
-    kv_append_ref_,
-)
-from .linear import MAX_ROWS, skinny_linear, skinny_linear_ref
-from .norm import rms_norm, rms_norm_ref
+from . import checks, library
+from .decode import check_caches, decode_attention_ref, kv_append_ref_
+from .linear import MAX_ROWS, skinny_linear_ref
+from .norm import rms_norm_ref
+from .transformer_parts import Parts
 
 Matrix = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -129,139 +122,98 @@ def transformer_step_(
     i % contexts; cross_len: int32 [contexts], the valid keys of each. Both exactly where the weights have cross_q.
     eps: of the norms.
 
-    It equals its parts (`rms_norm`, `skinny_linear`, `kv_append_`, `decode_attention`) bit by bit. On the CPU it is one
-    native call; on GPUs it launches the parts, for a CUDA graph to hold. No rows: no change.
+    It equals its parts (`rms_norm`, `skinny_linear`, `kv_append_`, `decode_attention`) on the same backend bit by bit.
+    No rows: no change.
     Raises TypeError or ValueError for a wrong dtype, device, shape or stride; a cache_len outside 1 .. max_len or a
     cross_len outside 0 .. c raises ValueError on the CPU and is not looked for elsewhere. RuntimeError where autograd
     would need a gradient.
     """
-    _check(x, weights, k_cache, v_cache, cache_len, cross, cross_len)
-    pairs = [] if cross is None else [tensor for pair in cross for tensor in pair]
-    arguments = (weights.norms, weights.weights, weights.scales, pairs, cross_len, checks.at_least("eps", eps, 0))
-    _step_op(x, k_cache, v_cache, cache_len, *arguments)
+    _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps))
 
 
 def transformer_step_ref_(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None, eps=1e-6) -> None:
     """The specification of `transformer_step_`, made of the references of its parts; float64 stays float64."""
-    pairs = [] if cross is None else [tensor for pair in cross for tensor in pair]
-    arguments = (weights.norms, weights.weights, weights.scales, pairs, cross_len, eps)
-    REFERENCES.step(x, k_cache, v_cache, cache_len, *arguments)
-
-
-class Parts(NamedTuple):
-    """The ops that a step is made of, or their references."""
-
-    rms_norm: Callable
-    skinny_linear: Callable
-    kv_append_: Callable
-    decode_attention: Callable
-
-    def step(self, x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
-        norms, cross, heads = iter(norms), iter(cross), k_cache.shape[2]
-        matrices = iter(zip(weights, scales or [None] * len(weights), strict=True))
-
-        def normed(y):
-            return self.rms_norm(y, next(norms)[0], eps=eps)
-
-        def linear(y, **options):
-            weight, scale = next(matrices)
-            return self.skinny_linear(y, weight, weight_scale=scale, **options)
-
-        y = x
-        for k, v in zip(k_cache, v_cache, strict=True):
-            q = self.kv_append_(linear(normed(y))[:, None], k, v, cache_len, heads=heads)
-            y = linear(self.decode_attention(q, k, v, cache_len).flatten(1), residual=y)
-            if cross_len is not None:
-                contexts = len(cross_len)
-                q = linear(normed(y)).view(len(x) // contexts, contexts, heads, -1).transpose(0, 1)
-                out = self.decode_attention(q, next(cross), next(cross), cross_len, causal=False)
-                y = linear(out.transpose(0, 1).reshape(x.shape), residual=y)
-            y = linear(linear(normed(y), activation="swiglu"), residual=y)
-        x.copy_(y)
-
-
-REFERENCES = Parts(rms_norm_ref, skinny_linear_ref, kv_append_ref_, decode_attention_ref)
-OPS = Parts(rms_norm, skinny_linear, kv_append_, decode_attention)
+    _REFERENCES.step(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps))
 
 
 # validation
 
 
-def _check(x, weights, k_cache, v_cache, cache_len, cross, cross_len):
-    checks.tensor("x", x, checks.FLOATS, 2)
+def _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps):
+    """The op's arguments, which do not know what the weights are of."""
     if not isinstance(weights, StackWeights):
         checks.reject("weights", "be StackWeights", type(weights).__name__, TypeError)
-    if x.dtype != weights.like.dtype or x.device != weights.like.device:
-        have = f"{checks.short(weights.like.dtype)} on {weights.like.device}"
+    if (cross is not None, cross_len is not None) != (weights.cross, weights.cross):
+        must = "be given together" if weights.cross else "be None: the weights have no cross_q"
+        given = [name for name, value in (("cross", cross), ("cross_len", cross_len)) if value is not None]
+        checks.reject("cross and cross_len", must, " and ".join(given) or "neither")
+    pairs = [] if cross is None else [tensor for pair in cross for tensor in pair]
+    lists = weights.norms, weights.weights, weights.scales, pairs
+    return x, k_cache, v_cache, cache_len, *lists, cross_len, eps
+
+
+def _check_transformer_step_(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
+    checks.tensor("x", x, checks.FLOATS, 2)
+    like, layers = norms[0], len(norms) // (2 if cross_len is None else 3)
+    if x.dtype != like.dtype or x.device != like.device:
+        have = f"{checks.short(like.dtype)} on {like.device}"
         checks.reject("x", f"be {have} like the weights", f"{checks.short(x.dtype)} on {x.device}")
-    rows = x.shape[0]
-    checks.shape("x", x, (rows, weights.width))
+    rows, width = x.shape[0], like.shape[1]
+    checks.shape("x", x, (rows, width))
     if rows > MAX_ROWS:
         checks.reject("x", f"have at most {MAX_ROWS} rows", rows)
     if not x.is_contiguous():
         checks.reject("x", "be contiguous", f"strides {x.stride()}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.tensor(name, cache, (x.dtype,), 5)
-        if cache.shape[0] != weights.layers or cache.shape[2] * cache.shape[4] != weights.width:
-            expected = f"have {weights.layers} layers, and heads * head_dim = {weights.width}"
-            checks.reject(name, expected, list(cache.shape))
-    _check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
-    _check_cross(x, weights, k_cache, cross, cross_len)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, k_cache, v_cache, *weights.weights)):
-        raise RuntimeError("transformer_step_ has no gradient: call it under torch.no_grad()")
+        if cache.shape[0] != layers or cache.shape[2] * cache.shape[4] != width:
+            checks.reject(name, f"have {layers} layers, and heads * head_dim = {width}", list(cache.shape))
+    check_caches(k_cache[0], v_cache[0], cache_len, "x", x, k_cache.shape[4])
+    _check_lengths("cache_len", cache_len, 1, k_cache.shape[3])
+    if cross_len is not None:
+        _check_contexts(x, k_cache, cross, cross_len, layers)
+    checks.at_least("eps", eps, 0)
 
 
-def _check_cross(x, weights, k_cache, cross, cross_len):
-    if (cross is not None, cross_len is not None) != (weights.cross, weights.cross):
-        must = "be given together" if weights.cross else "be None: the weights have no cross_q"
-        given = [name for name, value in (("cross", cross), ("cross_len", cross_len)) if value is not None]
-        checks.reject("cross and cross_len", must, " and ".join(given) or "neither")
-    if cross is None:
-        return
-    if len(cross) != weights.layers:
-        checks.reject("cross", f"have one pair for each of {weights.layers} layers", len(cross))
+def _check_contexts(x, k_cache, cross, cross_len, layers):
+    if len(cross) != 2 * layers:
+        checks.reject("cross", f"have one pair for each of {layers} layers", len(cross) // 2)
     contexts = cross_len.shape[0] if cross_len.dim() else 0
     if contexts == 0 or x.shape[0] % contexts:
         checks.reject("cross_len", f"have as many entries as divide {x.shape[0]} rows", list(cross_len.shape))
-    for k, v in cross:
-        _check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
+    for k, v in zip(cross[::2], cross[1::2], strict=True):
+        check_caches(k, v, cross_len, "x", x[:contexts], k_cache.shape[4])
         if k.shape[1] != k_cache.shape[2]:
             checks.reject("cross", f"have {k_cache.shape[2]} heads like k_cache", k.shape[1])
+        _check_lengths("cross_len", cross_len, 0, k.shape[2])
+
+
+def _check_lengths(name, lengths, low, high):
+    # a trace has no values
+    if not torch.compiler.is_compiling():
+        checks.in_range(name, lengths, low, high)
 
 
 # the op
 
 
-def _step_impl(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
-    if x.numel() == 0:
-        return
-    _check_range("cache_len", cache_len, 1, k_cache.shape[3])
-    if cross_len is not None:
-        _check_range("cross_len", cross_len, 0, min(k.shape[2] for k in cross))
-        cross_len = cross_len.contiguous()
-    legacy.launch(
-        "transformer_step", x, k_cache, v_cache, cache_len.contiguous(), norms, weights, scales, cross, cross_len, eps
-    )
+_REFERENCES = Parts(
+    norm=lambda x, weight, eps: rms_norm_ref(x, weight, eps=eps),
+    linear=lambda x, weight, scale, residual, swiglu: skinny_linear_ref(
+        x, weight, weight_scale=scale, residual=residual, activation="swiglu" if swiglu else None
+    ),
+    append=lambda qkv, k, v, cache_len, heads: kv_append_ref_(qkv, k, v, cache_len, heads=heads),
+    attend=lambda q, k, v, cache_len, causal: decode_attention_ref(q, k, v, cache_len, causal=causal),
+)
 
-
-_step_op = legacy.define(
+_step_op = library.Op(
     "transformer_step_",
     "(Tensor(a!) x, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cache_len, Tensor[] norms, Tensor[] weights, "
     "Tensor[] scales, Tensor[] cross, Tensor? cross_len, float eps) -> ()",
-    _step_impl,
-    lambda *_: None,
+    check=_check_transformer_step_,
+    reference=_REFERENCES.step,
+    fake=lambda *_: None,
+    triton="transformer",
+    inference=True,
+    jvp=None,
 )
-
-
-# backends: each works in place
-
-
-def transformer_step_native(*args):
-    torch.ops.flexkernels_native.transformer_step_(*args)
-
-
-legacy.register("transformer_step", "reference", REFERENCES.step)
-legacy.register("transformer_step", "cpu", transformer_step_native)
-# launches one by one, which a CUDA graph makes cheap
-legacy.register("transformer_step", "triton", OPS.step)
-legacy.register("transformer_step", "cuda", OPS.step)

@@ -5,12 +5,14 @@ Threads read videos and cut them into chunks; the chunks of several videos are e
 line a JSON object about one video:
 
     {"file": "a/b.mp4", "model": "tiny", "registers": 32, "frames": 81, "tokens": 672,
-     "checksum": SHA-256 of the token file}
+     "checksum": SHA-256 of the token file, "source": {"bytes": 52011, "modified": nanoseconds},
+     "asked": options other than the default ones, "warnings": what was lost of the video}
     {"file": "a/bad.mp4", "error": why it could not be encoded}
 
-A line is written after its token file is complete. Lines count only while their checksum is that of the file, so the
-parts need no order among them and the number of processes may change from run to run; videos without such a line,
-bad ones too, are encoded in the next run.
+A line is written after its token file is complete. Lines count only while their checksum is that of the file, their
+video has the size and the time of modification that they state, and they were asked for the same, so the parts need no
+order among them and the number of processes may change from run to run; videos without such a line, bad ones too, are
+encoded in the next run.
 """
 
 import hashlib
@@ -26,43 +28,21 @@ from pathlib import Path
 import torch
 
 from vft.files import check_output, replacing
+from vft.scan import scan
+from vft.stills import still_groups
 from vft.video import cut_chunks, open_video
-
-SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
-    ".webm", ".wmv", ".y4m",
-)  # fmt: skip
+from vft.video.audio import save_audio
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of videos: encoded now, already there, and failed."""
+    """Numbers of videos: encoded now, already there, and failed; files left out and why; videos with unused audio."""
 
     encoded: int
     skipped: int
     failed: int
-
-
-def find_videos(folder: str | os.PathLike) -> list[str]:
-    """The videos below a folder, by suffix: sorted paths relative to it, with ``/``. Hidden files are left out.
-
-    Raises:
-        OSError: ``folder`` is not a folder, or one in it cannot be read.
-        ValueError: there is no video.
-    """
-    if not os.path.isdir(folder):
-        raise OSError(f"{os.fspath(folder)}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
-
-    def refuse(error: OSError):
-        raise error
-
-    found = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        names = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        found += [Path(parent, name).relative_to(folder).as_posix() for name in names]
-    if not found:
-        raise ValueError(f"{os.fspath(folder)}: no videos in it (none ends in {', '.join(SUFFIXES)})")
-    return sorted(found)
+    left_out: dict[str, str] = field(default_factory=dict)
+    silent: int = 0
 
 
 def shard(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -91,6 +71,10 @@ def encode_folder(
     readers: int = 2,
     rank: int = 0,
     world_size: int = 1,
+    fps: float | None = None,
+    strict: bool = False,
+    audio: bool = False,
+    checksum: bool = False,
     progress: Callable[[int, int, dict | None], None] = lambda done, total, line: None,
 ) -> Summary:
     """Encodes every ``world_size``-th video below ``source``, from the ``rank``-th of the sorted list on.
@@ -100,6 +84,9 @@ def encode_folder(
         keep: registers of each latent frame that are written (default: all).
         packed: chunks encoded in one call. At most twice as many are in memory, and one more for each reader.
         readers: threads that read videos.
+        fps, strict: see :func:`vft.video.open_video`.
+        audio: copy audio tracks beside the token files, see :func:`vft.video.audio.save_audio`.
+        checksum: tell by the SHA-256 of a video whether it has changed, not by its time of modification.
         progress: called with videos done, videos in all, and None at the start, then the manifest line of each video.
 
     The chunks of several videos share a call, so a value on the edge between two levels may round otherwise than in
@@ -116,25 +103,58 @@ def encode_folder(
     keep = tokenizer.registers if keep is None else keep
     if not 1 <= keep <= tokenizer.registers:
         raise ValueError(f"keep must be between 1 and {tokenizer.registers}, got {keep}")
-    videos = find_videos(source)[rank::world_size]
+    found = scan(source)
+    videos = found.videos[rank::world_size]
     output = _folder(output)
+    asked = ({} if fps is None else {"fps": fps}) | ({"audio": True} if audio else {})
     finished = read_manifest(output, videos)
-    todo = [f for f in videos if f not in finished or _other(finished[f], tokenizer.name, keep)]
-    skipped, failed = len(videos) - len(todo), 0
-    jobs = [_Job(file, Path(source, file)) for file in todo]
-    with _manifest(output, rank, set(todo)) as write, closing(_encoded(tokenizer, jobs, packed, readers)) as encoded:
+    jobs = []
+    for file in videos:
+        job = _Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
+        entry = finished.get(file)
+        wanted = entry and (entry["model"], entry["registers"]) == (tokenizer.name, keep)
+        if not wanted or not _current(entry, job) or (strict and entry.get("warnings")):
+            jobs.append(job)
+    skipped, failed, silent = len(videos) - len(jobs), 0, 0
+    with (
+        _manifest(output, rank, {job.file for job in jobs}) as write,
+        closing(_encoded(tokenizer, jobs, packed, readers, strict)) as encoded,
+    ):
         progress(skipped, len(videos), None)
         for count, job in enumerate(encoded, skipped + 1):
             line = _save(job, output, keep, tokenizer)
             job.ids.clear()
             failed += "error" in line
+            silent += job.audio and not audio
             write(line)
             progress(count, len(videos), line)
-    return Summary(len(todo) - failed, skipped, failed)
+    return Summary(len(jobs) - failed, skipped, failed, found.left_out, silent)
 
 
-def _other(entry: dict, model: str, registers: int) -> bool:
-    return (entry["model"], entry["registers"]) != (model, registers)
+def _facts(path: Path, checksum: bool) -> dict:
+    """What tells whether a video has changed; a file that is gone has none."""
+    try:
+        stat = path.stat()
+        facts = {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+        if checksum:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            facts["checksum"] = digest.hexdigest()
+        return facts
+    except OSError:
+        return {}
+
+
+def _current(entry: dict, job: "_Job") -> bool:
+    """Whether a finished line was asked for the same, of a video that has not changed."""
+    if entry.get("asked", {}) != job.asked:
+        return False
+    # lines of earlier versions do not state their source
+    stated = entry.get("source", job.facts)
+    key = "checksum" if "checksum" in job.facts else "modified"
+    return (stated.get("bytes"), stated.get(key)) == (job.facts.get("bytes"), job.facts.get(key))
 
 
 def read_manifest(output: str | os.PathLike, files: list[str] | None = None) -> dict[str, dict]:
@@ -206,9 +226,14 @@ class _Job:
 
     file: str
     path: Path
+    facts: dict = field(default_factory=dict)
+    asked: dict = field(default_factory=dict)
+    audio: bool = False
+    warnings: list[str] = field(default_factory=list)
     source: tuple[float, int, int] = (0.0, 0, 0)
     frames: int = 0
     ids: list[torch.Tensor] = field(default_factory=list)
+    still: list[list[bool]] = field(default_factory=list)
     error: str | None = None
 
     def fail(self, error: Exception) -> None:
@@ -222,26 +247,29 @@ def _save(job: _Job, output: Path, keep: int, tokenizer) -> dict:
         path = _target(output, job.file)
         try:
             fps, height, width = job.source
-            tokens = tokenizer.join_chunks(job.ids, fps, job.frames, height, width).truncate(keep)
+            tokens = tokenizer.join_chunks(job.ids, job.still, fps, job.frames, height, width).truncate(keep)
             data = tokens.to_bytes()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
+            if job.asked.get("audio"):
+                save_audio(job.path, path)
         except (ValueError, OSError) as error:
             job.fail(error)
     if job.error is not None:
         return {"file": job.file, "error": job.error}
     return {
         "file": job.file, "model": tokens.model, "registers": tokens.registers, "frames": tokens.frames,
-        "tokens": tokens.ids.numel(), "checksum": hashlib.sha256(data).hexdigest(),
+        "tokens": tokens.ids.numel(), "checksum": hashlib.sha256(data).hexdigest(), "source": job.facts,
+        **({"asked": job.asked} if job.asked else {}), **({"warnings": job.warnings} if job.warnings else {}),
     }  # fmt: skip
 
 
-def _encoded(tokenizer, jobs: list[_Job], packed: int, readers: int) -> Iterator[_Job]:
+def _encoded(tokenizer, jobs: list[_Job], packed: int, readers: int, strict: bool) -> Iterator[_Job]:
     """Reads and encodes videos; yields each job once, in the order in which they end."""
     group: list[tuple[_Job, torch.Tensor]] = []
     ended: list[_Job] = []
-    with closing(_read_ahead(tokenizer, jobs, packed, readers)) as items:
+    with closing(_read_ahead(tokenizer, jobs, packed, readers, strict)) as items:
         for job, chunk in items:
             if chunk is None:
                 ended.append(job)
@@ -274,7 +302,9 @@ def _encode(tokenizer, group: list[tuple[_Job, torch.Tensor]]) -> None:
         job.ids.append(ids)
 
 
-def _read_ahead(tokenizer, jobs: list[_Job], bound: int, readers: int) -> Iterator[tuple[_Job, torch.Tensor | None]]:
+def _read_ahead(
+    tokenizer, jobs: list[_Job], bound: int, readers: int, strict: bool
+) -> Iterator[tuple[_Job, torch.Tensor | None]]:
     """(job, chunk) of all videos, those of one video in order, then (job, None); threads read ``bound`` items ahead.
 
     Closing the generator ends the threads.
@@ -292,7 +322,7 @@ def _read_ahead(tokenizer, jobs: list[_Job], bound: int, readers: int) -> Iterat
             except queue.Empty:
                 return
             try:
-                for chunk in _chunks(tokenizer, job):
+                for chunk in _chunks(tokenizer, job, strict):
                     items.put((job, chunk))
                     if stop.is_set():
                         return
@@ -318,10 +348,12 @@ def _read_ahead(tokenizer, jobs: list[_Job], bound: int, readers: int) -> Iterat
                 items.get(timeout=0.05)
 
 
-def _chunks(tokenizer, job: _Job) -> Iterator[torch.Tensor]:
-    config = tokenizer.config
-    with open_video(job.path, tokenizer.size) as video:
-        job.source = video.fps, video.height, video.width
-        for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap):
+def _chunks(tokenizer, job: _Job, strict: bool) -> Iterator[torch.Tensor]:
+    config, stride = tokenizer.config, tokenizer.codec.temporal_stride
+    with open_video(job.path, tokenizer.size, fps=job.asked.get("fps"), strict=strict, warn=False) as video:
+        job.source, job.audio = (video.fps, video.height, video.width), video.audio
+        for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap, stride):
             job.frames += new
+            job.still.append(still_groups(chunk, stride))
             yield chunk
+    job.warnings += video.warnings

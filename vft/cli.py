@@ -57,9 +57,11 @@ def _run(args: argparse.Namespace) -> int | None:
 
     import flexkernels
 
+    from .reading import shown_warnings
+
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with flexkernels.backend(args.backend) if args.backend else contextlib.nullcontext():
+    with shown_warnings(), flexkernels.backend(args.backend) if args.backend else contextlib.nullcontext():
         return args.run(args)
 
 

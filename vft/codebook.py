@@ -8,6 +8,7 @@ The config's ``fsq_levels`` say that a checkpoint holds projections; a model is 
 
 from __future__ import annotations
 
+import functools
 from itertools import combinations
 from typing import Any
 
@@ -61,10 +62,16 @@ def codebook_cross_entropy(h: torch.Tensor, features: torch.Tensor, ids: torch.T
     return _CodebookCrossEntropy.apply(h, features.to(h.dtype), ids)
 
 
+@functools.lru_cache(maxsize=8)
+def _layout(rows: int, keys: int, device: torch.device) -> flexkernels.SequenceLayout:
+    """Kept, since making one copies to the device: that takes longer than the loss, and a CUDA graph cannot hold it."""
+    return flexkernels.SequenceLayout.from_lengths([rows], "full", device, [keys])
+
+
 class _CodebookCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, features, ids):
-        layout = flexkernels.SequenceLayout.from_lengths([len(h)], "full", h.device, [len(features)])
+        layout = _layout(len(h), len(features), h.device)
         rows = features[:, None]
         mean, lse = flexkernels.attention(h[:, None], rows, rows, layout, softmax_scale=1.0, return_lse=True)
         target = features[ids].float()

@@ -276,7 +276,7 @@ class Generator(nn.Module):
 
         Args:
             flat_ids: int ``[n, L]`` in time-first order, L at most ``seq_len``; the last id is not looked at.
-            class_id, text_emb, text_mask: as in :meth:`generate`, one for all rows or one a row.
+            class_id, text_emb, text_mask: as in :meth:`stream`, one for all rows or one a row.
             unconditional: the null class or caption instead.
 
         Empty flat_ids give empty logits. Raises TypeError or ValueError for wrong arguments.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import flexkernels
-from flexkernels import APG, CFG, solvers
+from flexkernels import APG, CFG, Prefix, solvers
 
 # velocities that a step of each solver evaluates; the first step of ab3 evaluates two
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1, "ab3": 1, "dpm2m": 1}
@@ -201,9 +201,9 @@ class _State:
 
     def _take_prefix(self, noise, prefix) -> None:
         frames = [p.shape[1] for p in prefix]
-        self.prefix = _flat(prefix).float()
-        self.prefix_noise = _flat([x[:, :k] for x, k in zip(noise, frames, strict=True)]) if self.noised else None
-        self.prefix_offsets = _row_offsets([p.shape for p in prefix], self.stage.device)
+        taken = _flat([x[:, :k] for x, k in zip(noise, frames, strict=True)]) if self.noised else None
+        offsets = _row_offsets([p.shape for p in prefix], self.stage.device)
+        self.prefix = Prefix(_flat(prefix).float(), offsets, taken)
         if not self.noised:
             for x, p, k in zip(self.samples(), prefix, frames, strict=True):
                 x[:, :k] = p
@@ -228,8 +228,8 @@ class _State:
             guidance=guidance,
             momentum_buffer=momentum,
             row_offsets=self.offsets,
+            prefix=self._overwrite(evaluation),
             return_velocity=len(evaluation.keep) > 0,
-            **self._overwrite(evaluation),
         )
         known = [*self.past, *v]
         self.past = [known[i] for i in evaluation.keep]
@@ -237,12 +237,11 @@ class _State:
             self.states = [self.stage, self.states[0]]
         return momentum
 
-    def _overwrite(self, evaluation: Evaluation) -> dict:
+    def _overwrite(self, evaluation: Evaluation) -> Prefix | None:
         at_end = evaluation.last and evaluation.t_next == 0
         if self.prefix is None or (self.noised and at_end):
-            return {}
-        noise = {"prefix_noise": self.prefix_noise, "prefix_time": evaluation.t_next} if self.noised else {}
-        return {"prefix": self.prefix, "prefix_offsets": self.prefix_offsets, **noise}
+            return None
+        return replace(self.prefix, time=evaluation.t_next) if self.noised else self.prefix
 
 
 def _flat(samples: Iterable[torch.Tensor]) -> torch.Tensor:

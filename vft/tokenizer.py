@@ -24,6 +24,7 @@ from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
 from .packing import Member
 from .solver import Velocity, evaluations, sample, schedule
+from .stills import hold, join_ids, repeats, still_groups
 from .tokens import VideoTokens
 from .vae import load_codec
 from .video import Video, cut_chunks, open_video, preprocess
@@ -230,40 +231,43 @@ class Tokenizer(nn.Module):
         self,
         video: str | os.PathLike | Video | torch.Tensor,
         *,
-        fps: float = 25.0,
+        fps: float | None = None,
         batch: int = 8,
         generator: torch.Generator | None = None,
+        strict: bool = False,
     ) -> VideoTokens | list[VideoTokens]:
         """Tokenizes video of any length, chunk by chunk: memory does not grow with the length of a file.
 
         Args:
             video: a path; a :class:`vft.video.Video`; uint8 ``[T, H, W, 3]``; or float ``[B, 3, T, H, W]`` in
                 [-1, 1] at the working size. Paths and uint8 frames are resized and centre-cropped to ``size``.
-            fps: written into the tokens where the input does not know its rate.
+            fps: frames a second taken from a path (default: its own rate), or those of a tensor (default: 25).
             batch: chunks encoded in one packed call.
             generator: samples the codec's posterior, where it has one; by default its mean is taken.
+            strict: refuse a damaged file, see :func:`vft.video.open_video`.
 
         Returns:
             :class:`VideoTokens`; for a float batch of B > 1, a list of B.
 
-        A length that is not 1 + 16 n is padded with the last frame; ``frames`` keeps the true number.
+        A length that is not 1 + 4 n is padded with the last frame; ``frames`` keeps the true number.
 
         Raises:
             ValueError: an unreadable video, no frames, a wrong shape or type, non-finite values.
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        rate = 25.0 if fps is None else fps
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_stream(c.unbind(1), fps, c.shape[-2:], batch, generator) for c in video]
+            clips = [self._encode_stream(c.unbind(1), rate, c.shape[-2:], batch, generator) for c in video]
             return clips[0] if len(clips) == 1 else clips
         if isinstance(video, (str, os.PathLike)):
-            with open_video(video, self.size) as stream:
+            with open_video(video, self.size, fps=fps, strict=strict) as stream:
                 source = stream.height, stream.width
                 return self._encode_stream(stream.frames, stream.fps, source, batch, generator)
         if isinstance(video, torch.Tensor):
-            video = Video(video, fps, *video.shape[1:3]) if video.dim() == 4 else video
+            video = Video(video, rate, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
         source = video.height, video.width
@@ -271,12 +275,13 @@ class Tokenizer(nn.Module):
 
     def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
         # frames: uint8 [H, W, 3] or float [3, H, W] each
-        count, ids = 0, []
-        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap)
+        count, ids, still, stride = 0, [], [], self.codec.temporal_stride
+        cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, stride)
         while group := list(islice(cut, batch)):
             count += sum(new for _, new in group)
+            still += [still_groups(chunk, stride) for chunk, _ in group]
             ids += self.encode_chunks([chunk for chunk, _ in group], generator)
-        return self.join_chunks(ids, fps, count, *source)
+        return self.join_chunks(ids, still, fps, count, *source)
 
     @torch.no_grad()
     def encode_chunks(
@@ -305,12 +310,13 @@ class Tokenizer(nn.Module):
             raise ValueError("video must be finite, got NaN or infinity")
         return chunk.transpose(0, 1)
 
-    def join_chunks(self, ids: Sequence[torch.Tensor], fps: float, frames: int, height: int, width: int) -> VideoTokens:
-        """The tokens of one video from those of its chunks in order; every chunk but the first drops its first row."""
-        rows = torch.cat([ids[0], *(chunk[1:] for chunk in ids[1:])])
-        return VideoTokens(
-            rows, fps, frames, int(height), int(width), self.name, self.config.levels, self.config.chunk_size
-        )
+    def join_chunks(
+        self, ids: Sequence[torch.Tensor], still: Sequence[list[bool]], fps: float, frames: int, height: int, width: int
+    ) -> VideoTokens:
+        """The tokens of one video from those of its chunks in order, see :func:`vft.stills.join_ids`; ``still`` are
+        the values of :func:`vft.stills.still_groups` of each chunk."""
+        rows, config = join_ids(ids, still), self.config
+        return VideoTokens(rows, fps, frames, int(height), int(width), self.name, config.levels, config.chunk_size)
 
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
@@ -338,7 +344,8 @@ class Tokenizer(nn.Module):
         """Decodes chunk by chunk in bounded memory: yields float32 ``[3, t, H, W]`` pieces that make up all frames.
 
         Every chunk after the first starts from the last frame decoded so far: its latents condition the chunk, and its
-        tokens stand in for the chunk's first latent frame.
+        tokens stand in for the chunk's first latent frame. A latent frame that repeats the ids before it shows the last
+        frame again.
         """
         if tuple(tokens.levels) != self.config.levels:
             raise ValueError(f"tokens must have levels {list(self.config.levels)}, got {list(tokens.levels)}")
@@ -349,30 +356,44 @@ class Tokenizer(nn.Module):
         count = len(times) - 1
         height, width = self._frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
-        first, rest = self._token_chunks(tokens.ids)
-        chunks, left, last = [first, *rest], tokens.frames, None
+        chunks = self._token_chunks(tokens.ids)
+        still = self._token_chunks(repeats(tokens.ids))
+        stride, left, last = self.codec.temporal_stride, tokens.frames, None
         prefix = None if conditioning is None else self._encode_frames(conditioning[None])
         for i, ids in enumerate(chunks):
+            same = still[i].tolist()
             if i > 0:
                 prefix = self._encode_frames(last)
                 ids = torch.cat([self.encode_latents(prefix)[0][:, : ids.shape[1]].cpu(), ids])
-            frames = 1 + (len(ids) - 1) * self.codec.temporal_stride
-            shape = self.codec.latent_shape(frames, height, width)
+                same = [False, *same]
+            shape = self.codec.latent_shape(1 + (len(ids) - 1) * stride, height, width)
             noise = torch.randn(shape, generator=generator).to(self.device)
+            # latent frames at the end that repeat what is shown need no decoding
+            moving = max(len(same) - same[::-1].index(False), 1 if prefix is None else prefix.shape[2])
             report = None if progress is None else lambda n, done=i * count: progress(done + n, len(chunks) * count)
-            latents = self.decode_latents(
-                [ids], keep, times, guidance, solver, [noise], None if prefix is None else [prefix[0]], progress=report
-            )
-            video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+            if i > 0 and moving == 1:
+                video = last
+                if report is not None:
+                    report(count)
+            else:
+                latents = self.decode_latents(
+                    [ids[:moving]], keep, times, guidance, solver, [noise[:, :moving]],
+                    None if prefix is None else [prefix[0]], progress=report,
+                )  # fmt: skip
+                video = self.codec.decode(latents[0][None]).clamp(-1, 1)
+                # its first frame is the one shown last
+                video = video if last is None else torch.cat([last, video[:, :, 1:]], 2)
+            video = hold(video, same, stride)
             last = video[:, :, -1:]
             piece = video[0, :, (i > 0) * self.config.overlap :][:, :left]
             left -= piece.shape[1]
             yield piece
 
-    def _token_chunks(self, ids: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    def _token_chunks(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        # rows of latent frames [T, ...]; the first chunk holds one more
         per_chunk = (self.config.chunk_size - 1) // self.codec.temporal_stride
-        first, rest = ids[: 1 + per_chunk], ids[1 + per_chunk :]
-        return first, rest.split(per_chunk) if len(rest) else ()
+        first, rest = rows[: 1 + per_chunk], rows[1 + per_chunk :]
+        return [first, *(rest.split(per_chunk) if len(rest) else ())]
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.codec.encode(frames.to(self.device), generator).to(self.dtype)

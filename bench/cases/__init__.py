@@ -3,9 +3,15 @@
 import importlib
 import pkgutil
 
-from .case import CASES, Case
+from .case import CASES, GPU_ONLY, Case
 
 for module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{module.name}")
 
-__all__ = ["CASES", "Case"]
+
+def names_for(device: str) -> list[str]:
+    """The cases that are measured on a device."""
+    return [name for name in CASES if device == "cuda" or name not in GPU_ONLY]
+
+
+__all__ = ["CASES", "GPU_ONLY", "Case", "names_for"]

@@ -66,8 +66,42 @@ def attention_forward(name: str, dtype: torch.dtype, device: str) -> Case:
         "SDPA by blocks": lambda: blocks(q, k, v, weight),
         "compiled FlexAttention": lambda: flex(q, k, v),
     }
+    if device == "cuda" and dtype != torch.float32:
+        peers["cuDNN, dense mask"] = lambda: attention_peers.cudnn(q, k, v, bias)
     flops = 4 * HEAD_DIM * q.shape[1] * int(visible.sum())
     return Case(dtype, list(q.shape), ours, peers, check, size(q, k, v, q), flops, "flops count seen pairs")
+
+
+def attention_long(mask: str, length: int, heads: int, head_dim: int, device: str) -> Case:
+    """One long sequence, where the best attention kernels of all show what they can; bfloat16."""
+    layout = flexkernels.SequenceLayout.from_lengths([length], mask, device)
+    q, k, v = torch.randn(3, length, heads, head_dim, device=device).bfloat16()
+    causal = mask == "causal"
+
+    def ours():
+        return flexkernels.attention(q, k, v, layout)
+
+    def check():
+        # the rows of the first, a middle and the last query tile against float64
+        rows = torch.cat([torch.arange(at, at + 64) for at in (0, length // 2 - 32, length - 64)]).to(device)
+        wide = [x.double().transpose(0, 1) for x in (q[rows], k, v)]
+        seen = torch.arange(length, device=device)[None, :] <= rows[:, None] if causal else None
+        exact = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=seen).transpose(0, 1)
+        plain = attention_peers.dense_mask(q[rows], k, v, seen)
+        return accurate(ours()[rows], plain, exact)
+
+    flex = attention_peers.Flex(layout, None, device)
+    peers = {
+        "flash SDPA": lambda: attention_peers.flash(q, k, v, causal),
+        "cuDNN SDPA": lambda: attention_peers.cudnn(q, k, v, causal=causal),
+        "compiled FlexAttention": lambda: flex(q, k, v),
+    }
+    third = attention_peers.fa3(causal)
+    if third:
+        peers["FA3"] = lambda: third(q, k, v)
+    pairs = length * (length + 1) // 2 if causal else length**2
+    note = f"{mask}, one sequence; flops count seen pairs"
+    return Case(q.dtype, list(q.shape), ours, peers, check, size(q, k, v, q), 4 * head_dim * heads * pairs, note)
 
 
 def attention_backward(name: str, dtype: torch.dtype, device: str) -> Case:
@@ -102,3 +136,6 @@ for layout_name, short, data_type in (
     ("encoder", "fp32", torch.float32), ("encoder", "bf16", torch.bfloat16), ("decoder", "fp32", torch.float32),
 ):  # fmt: skip
     case(f"attention_{layout_name}_backward_{short}")(partial(attention_backward, layout_name, data_type))
+for mask_name, head_dim_ in (("full", 64), ("causal", 64), ("full", 128)):
+    long = partial(attention_long, mask_name, 16_384, 1024 // head_dim_, head_dim_)
+    case(f"attention_{mask_name}16k_d{head_dim_}_bf16", gpu_only=True)(long)

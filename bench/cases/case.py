@@ -13,7 +13,8 @@ class Case:
 
     ours and peers take nothing and compute the same thing. check says why our result is wrong, or None; nothing is
     timed against a wrong result. bytes and flops are the least that any implementation must move and compute; bandwidth
-    is "copy", or "read" where next to nothing is written.
+    is "copy", or "read" where next to nothing is written. captures: whether calls may be captured in a CUDA graph, as
+    those cannot that make graphs of their own; in_graph: what is captured in place of ours, where that makes one.
     """
 
     dtype: torch.dtype
@@ -25,13 +26,17 @@ class Case:
     flops: int = 0
     note: str = ""
     bandwidth: str = "copy"
+    captures: bool = True
+    in_graph: Callable | None = None
     name: str = field(default="", init=False)
 
 
 CASES: dict[str, Callable[[str], Case]] = {}
+# cases too large for a CPU
+GPU_ONLY: set[str] = set()
 
 
-def case(name: str):
+def case(name: str, gpu_only: bool = False):
     def add(make):
         def named(device: str) -> Case:
             torch.manual_seed(0)
@@ -40,6 +45,8 @@ def case(name: str):
             return result
 
         CASES[name] = named
+        if gpu_only:
+            GPU_ONLY.add(name)
         return named
 
     return add

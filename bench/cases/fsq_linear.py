@@ -40,6 +40,7 @@ def fsq_embed(device: str) -> Case:
     weight, bias, positions = (torch.randn(shape, device=device) for shape in ((WIDTH, 6), (WIDTH,), (256, WIDTH)))
     index, formula = torch.arange(ROWS, dtype=torch.int32, device=device) % 256, fsq_peers.Formula(LEVELS, device)
     tables = {"positions": positions, "position_index": index}
+    codes = formula.dequantize(ids)
 
     def ours():
         return flexkernels.fsq_embed(ids, LEVELS, weight, bias, **tables)
@@ -51,6 +52,9 @@ def fsq_embed(device: str) -> Case:
 
     return Case(
         weight.dtype, [ROWS, WIDTH], ours,
-        {"eager formula": lambda: peers.embed(formula, ids, weight, bias, positions, index)},
+        {
+            "eager formula": lambda: peers.embed(formula, ids, weight, bias, positions, index),
+            "F.linear alone": lambda: torch.nn.functional.linear(codes, weight, bias),
+        },
         check, size(ids, index, weight, bias, positions, ours()), note="linear from 6, 256 positions",
     )  # fmt: skip

@@ -32,7 +32,11 @@ def linear_case(device: str, dtype, n: int, k: int, rows=2, int8=False, activati
     note = "int8 weight" if int8 else activation or ""
     flops = 2 * rows * weight.numel()
     moved = size(x, weight, ours())
-    return Case(dtype, [rows, n, k], ours, {"torch linear": peer}, check, moved, flops, note, bandwidth="read")
+    others = {"torch linear": peer}
+    if int8 or activation:
+        wide = weight.to(dtype)
+        others["F.linear alone"] = lambda: linear_peers.linear(x, wide)
+    return Case(dtype, [rows, n, k], ours, others, check, moved, flops, note, bandwidth="read")
 
 
 def add_head(rows: int, dtype: torch.dtype, suffix: str):

@@ -27,6 +27,7 @@ def filtered(device: str, shape) -> Case:
     peers = {
         "sort and multinomial": lambda x: sampling_peers.sort_and_draw(x, *numbers),
         "topk and multinomial": lambda x: sampling_peers.topk_and_draw(x, *numbers),
+        "topk alone": lambda x: sampling_peers.topk(x, numbers[1]),
     }
     note = "temperature 0.9, top-k 100, top-p 0.9"
     return sample_case(device, peers, note, shape, temperature=0.9, top_k=100, top_p=0.9)

@@ -36,7 +36,7 @@ class Step:
         self.latents = torch.randn(len(KEEP), 16, FRAMES, SIDE, SIDE, device=device)
         choices = draw(self.latents, REGISTERS, torch.Generator().manual_seed(0), null_probability=0.0)
         self.choices = replace(choices, keep=list(KEEP))
-        self.dense = peers.masks(FRAMES, (SIDE // 2) ** 2, REGISTERS)
+        self.dense = peers.masks(FRAMES, (SIDE // 2) ** 2, REGISTERS, device)
         # at rate 0 the weights stay, so that every turn computes the same
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
 
@@ -89,7 +89,9 @@ def train_step(dtype: torch.dtype, device: str) -> Case:
     # weights, gradients and two moments, read and written
     moved = 8 * size(*it.model.parameters())
     peers = {"dense-mask SDPA": partial(it.step, it.plain)}
-    return Case(dtype, list(it.latents.shape), partial(it.step, it.ours), peers, it.check, moved, it.flops(), note)
+    ours = partial(it.step, it.ours)
+    # made in eager steps by whoever trains
+    return Case(dtype, list(it.latents.shape), ours, peers, it.check, moved, it.flops(), note, captures=False)
 
 
 def cross_entropy(dtype: torch.dtype, device: str) -> Case:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
@@ -16,6 +17,35 @@ def dense_mask(q, k, v, mask):
     Source: torch.nn.functional.scaled_dot_product_attention with attn_mask, PyTorch documentation.
     """
     return F.scaled_dot_product_attention(*as_batch(q, k, v), attn_mask=mask)[0].transpose(0, 1)
+
+
+def cudnn(q, k, v, mask=None, causal=False):
+    """Source: SDPA as above, its cuDNN backend forced by torch.nn.attention.sdpa_kernel."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(*as_batch(q, k, v), attn_mask=mask, is_causal=causal)[0].transpose(0, 1)
+
+
+def flash(q, k, v, causal=False):
+    """Source: SDPA as above, its flash backend forced; it takes no mask."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(*as_batch(q, k, v), is_causal=causal)[0].transpose(0, 1)
+
+
+def fa3(causal=False):
+    """FlashAttention-3 where its forward-only wheel can be imported (Hopper, bfloat16), else None.
+
+    Source: the package fa3-fwd, flash_attn_func.
+    """
+    try:
+        from fa3_fwd_interface import flash_attn_func
+    except ImportError:
+        return None
+
+    def call(q, k, v):
+        out = flash_attn_func(q[None], k[None], v[None], causal=causal)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return call
 
 
 class Blocks:
@@ -55,9 +85,12 @@ class Flex:
 
     def __init__(self, layout, weight, device):
         sequence, frame, rank = layout.sequence, layout.frame, layout.rank
-        prefix = layout.mask == "frame_causal_prefix"
+        prefix, plain = layout.mask == "frame_causal_prefix", layout.mask in ("full", "causal")
+        causal = layout.mask == "causal"
 
         def visible(_b, _h, q, k):
+            if plain:
+                return (sequence[q] == sequence[k]) & ((k <= q) if causal else (k >= 0))
             own = (frame[k] == frame[q]) & (rank[k] <= rank[q]) if prefix else frame[k] == frame[q]
             return (sequence[q] == sequence[k]) & ((frame[k] < frame[q]) | own)
 

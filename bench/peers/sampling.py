@@ -28,6 +28,11 @@ def topk_and_draw(logits, temperature, top_k, top_p):
     return order.gather(1, torch.multinomial(p, 1))[:, 0]
 
 
+def topk(logits, top_k):
+    """The first filter and nothing else. Source: torch.topk, PyTorch documentation."""
+    return logits.topk(top_k)
+
+
 def draw(logits, temperature):
     """Source: torch.multinomial, PyTorch documentation."""
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]

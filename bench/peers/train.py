@@ -9,13 +9,13 @@ from vft.train.loss import RANGE_WEIGHT, VALUE_RANGE
 from .tokenizer import layer_norm
 
 
-def masks(frames, patches, registers):
+def masks(frames, patches, registers, device):
     """Dense bool [L, L] of the encoder (earlier frames; own frame causal over registers) and of the decoder.
 
     Source: arXiv 2604.12887, the masks of its encoder and decoder.
     """
-    frame = torch.arange(frames).repeat_interleave(patches + registers)
-    index = torch.arange(patches + registers).repeat(frames)
+    frame = torch.arange(frames, device=device).repeat_interleave(patches + registers)
+    index = torch.arange(patches + registers, device=device).repeat(frames)
     earlier, own = frame[None, :] < frame[:, None], frame[None, :] == frame[:, None]
     return earlier | own & ((index[None, :] <= index[:, None]) | (index[None, :] < patches)), earlier | own
 
@@ -49,10 +49,11 @@ def embed_registers(decoder, codes, choices, frames):
     """Source: nested and condition dropout of arXiv 2604.12887, by overwriting registers."""
     n = decoder.config.registers
     x = decoder.code_embed(codes) + decoder.register_posemb((frames, n))
-    index, frame = torch.arange(n).repeat(frames), torch.arange(frames).repeat_interleave(n)
-    masked = index >= torch.tensor(choices.keep)[:, None]
-    prefix = frame < torch.tensor(choices.prefix_frames)[:, None]
-    null = torch.tensor(choices.null)[:, None].expand_as(masked)
+    index = torch.arange(n, device=x.device).repeat(frames)
+    frame = torch.arange(frames, device=x.device).repeat_interleave(n)
+    masked = index >= torch.tensor(choices.keep, device=x.device)[:, None]
+    prefix = frame < torch.tensor(choices.prefix_frames, device=x.device)[:, None]
+    null = torch.tensor(choices.null, device=x.device)[:, None].expand_as(masked)
     for hit, token in ((masked, decoder.mask_token), (prefix, decoder.prefix_token), (null, decoder.null_token)):
         x = torch.where(hit[..., None], token.to(x.dtype), x)
     return x
@@ -67,7 +68,7 @@ def velocity(decoder, patches, t, registers, grid, mask):
     x = (decoder.patch_embed(patches) + decoder.patch_posemb(grid)).unflatten(1, (frames, -1))
     count = x.shape[2]
     x = torch.cat([x, registers.unflatten(1, (frames, -1))], 2)
-    part = (torch.arange(x.shape[2]) >= count).long().repeat(frames)
+    part = (torch.arange(x.shape[2], device=x.device) >= count).long().repeat(frames)
     x = x.flatten(1, 2)
     temb = decoder.time_embed(t)
     for block in decoder.blocks:
@@ -89,7 +90,8 @@ def loss(model, latents, choices, dense):
     grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch, strict=True))
     values = encode(model.encoder, torch.stack([patchify(x, config.patch) for x in latents]), grid, dense[0])
     codes = straight_through(values.float(), config.levels)
-    frames = torch.arange(grid[0]) >= torch.tensor(choices.prefix_frames)[:, None]
+    prefix = torch.tensor(choices.prefix_frames, device=latents.device)
+    frames = torch.arange(grid[0], device=latents.device) >= prefix[:, None]
     t = torch.where(frames, choices.t[:, None], choices.prefix_t[:, None])[:, None, :, None, None]
     noise = torch.stack(choices.noise)
     noised = torch.stack([patchify(x, config.patch) for x in (1 - t) * latents + t * noise])
@@ -103,7 +105,7 @@ def loss(model, latents, choices, dense):
 
 def straight_through(z, levels):
     """Source: arXiv 2309.15505, appendix A.1."""
-    levels = torch.tensor(levels, dtype=z.dtype)
+    levels = torch.tensor(levels, dtype=z.dtype, device=z.device)
     half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
     bound = (z + torch.atanh(offset / half)).tanh() * half - offset
     return (bound + (bound.round() - bound).detach()) / (levels // 2)

@@ -23,12 +23,13 @@ struct FlowUpdate {
   const float* momentum_buffer;   // [total] or null
   const int64_t* row_offsets;     // [rows + 1] or null: rows of row_length
   const float* prefix;            // flat, or null
-  const int64_t* prefix_offsets;  // [rows + 1]
+  const int64_t* prefix_offsets;  // [rows + 1] or null: prefix_length in each row
   const float* prefix_noise;      // like prefix, or null
   void* x_next;                   // [total], may be x[0]
   float* momentum_next;           // [total] or null
   float* velocity;                // [total] or null
   int64_t rows, row_length;       // row_length: the mean one when row_offsets is given
+  int64_t prefix_length;
   int guidance;
   float b, scale, threshold, eta, momentum, rescale, prefix_time;
   Dtype x_dtype, v_dtype;
@@ -41,6 +42,10 @@ struct FlowCoefficients {
 
 FLEXKERNELS_HD int64_t flow_row_begin(const FlowUpdate& p, int64_t row) {
   return p.row_offsets ? p.row_offsets[row] : row * p.row_length;
+}
+
+FLEXKERNELS_HD int64_t flow_prefix_begin(const FlowUpdate& p, int64_t row) {
+  return p.prefix_offsets ? p.prefix_offsets[row] : row * p.prefix_length;
 }
 
 // whether alpha and beta depend on sums over the row

@@ -19,6 +19,8 @@ struct SkinnyLinear {
   int64_t k, outputs, x_stride, residual_stride;
   int m;
   bool swiglu;
+  // the kernel queued before this one does not write the weight, so it is read while that one runs
+  bool constant_weight;
   Dtype dtype;  // of x and out
   WeightType weight_type;
 };

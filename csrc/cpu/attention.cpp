@@ -23,9 +23,9 @@ ForwardBuffers buffers(const AttentionForward& p) {
   Room room{p.scratch};
   take_shared(p, room, &b);
   b.v = room.take(padded_keys(p) * padded_width(p));
-  b.sum = room.take(kBlockRows * padded_width(p));
-  b.partial = room.take(kBlockRows * W);
-  b.most = room.take(kBlockRows);
+  b.sum = room.take(block_rows(p) * padded_width(p));
+  b.partial = room.take(block_rows(p) * W);
+  b.most = room.take(block_rows(p));
   b.bytes = room.lanes * 4;
   return b;
 }
@@ -78,15 +78,15 @@ void softmax(const Plan& w, const KeyBlock& keys, int rows, float scale) {
 }
 
 template <typename Plan>
-void write_rows(const Plan& w, int64_t first_row, int rows, int head) {
+void write_rows(const Plan& w, const QueryBlock& block) {
   using T = typename Plan::T;
   const AttentionForward& p = w.p;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t at = (first_row + r) * p.heads + head;
+  for (int r = 0; r < block.count; ++r) {
+    const int64_t row = block.rows[r];
     const float total = sum_of_lanes(load(w.b.partial + r * W)), most = w.b.most[r];
     const bool nothing = total == 0.0f;
-    if (p.lse) p.lse[at] = nothing ? kHidden : most / Plan::Math::kUnit + logf(total);
-    T* out = static_cast<T*>(p.out) + at * p.head_dim;
+    p.lse[block.head * p.total_q + row] = nothing ? kHidden : most / Plan::Math::kUnit + logf(total);
+    T* out = static_cast<T*>(p.out) + (row * p.heads + block.head) * p.head_dim;
     const float* o = w.b.sum + r * w.width;
     const vf divisor = splat(nothing ? 1.0f : total);
     int i = 0;
@@ -96,16 +96,17 @@ void write_rows(const Plan& w, int64_t first_row, int rows, int head) {
 }
 
 template <typename Plan>
-void attend_rows(const Plan& w, int64_t tile, int64_t row, int rows, int head) {
-  pack_queries(w, row, rows, head);
+void attend_rows(const Plan& w, int64_t tile, const QueryBlock& block) {
+  const int rows = block.count;
+  pack_queries(w, block);
   memset(w.b.sum, 0, sizeof(float) * rows * w.width);
   memset(w.b.partial, 0, sizeof(float) * rows * W);
   for (int r = 0; r < rows; ++r) w.b.most[r] = kHidden;
-  visit_keys(w, tile, row, rows, [&](const KeyBlock& keys) {
+  visit_keys(w, tile, block, [&](const KeyBlock& keys) {
     softmax(w, keys, rows, w.p.key_log_weight ? 1.0f : w.scale);
     add_rows(w, keys, rows, w.b.score, w.b.v, w.b.sum);
   });
-  write_rows(w, row, rows, head);
+  write_rows(w, block);
 }
 
 template <typename Math, typename T>
@@ -114,8 +115,7 @@ void attend(const AttentionForward& p, int64_t begin, int64_t end) {
   int packed_sequence = -1, packed_head = -1;
   for (int64_t item = begin; item < end; ++item) {
     const AttentionItem at = attention_item(p, item);
-    const int32_t* tile = p.q_tiles + 4 * at.tile;
-    const int sequence = tile[0];
+    const int sequence = p.tile(at.tile)[0];
     const auto w = walk_sequence<Math, T>(p, b, sequence);
     if (sequence != packed_sequence) pack_tokens(w);
     if (sequence != packed_sequence || at.kv_head != packed_head) {
@@ -126,9 +126,7 @@ void attend(const AttentionForward& p, int64_t begin, int64_t end) {
     packed_head = at.kv_head;
     const int group = p.heads / p.kv_heads;
     for (int head = at.kv_head * group; head < (at.kv_head + 1) * group; ++head) {
-      for (int64_t row = tile[1]; row < tile[2]; row += kBlockRows) {
-        attend_rows(w, at.tile, row, static_cast<int>(tile[2] - row < kBlockRows ? tile[2] - row : kBlockRows), head);
-      }
+      for_blocks(p, at.tile, head, [&](const QueryBlock& block) { attend_rows(w, at.tile, block); });
     }
   }
 }
@@ -138,13 +136,10 @@ void attend(const AttentionForward& p, int64_t begin, int64_t end) {
 int64_t attention_scratch_bytes(const AttentionForward& p) { return buffers(p).bytes; }
 
 void attention_forward_kernel(const AttentionForward& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) attend<Single, float>(p, begin, end);
-  if (p.dtype == Dtype::f16) attend<Single, f16>(p, begin, end);
-#if defined(__AVX512BF16__)
-  if (p.dtype == Dtype::bf16) attend<Pair, bf16>(p, begin, end);
-#else
-  if (p.dtype == Dtype::bf16) attend<Single, bf16>(p, begin, end);
-#endif
+  with_float(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    attend<MathOf<T>, T>(p, begin, end);
+  });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

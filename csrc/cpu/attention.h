@@ -8,7 +8,10 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include <type_traits>
+
+#include "dispatch.h"
+#include "lanes.h"
 
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
@@ -30,22 +33,6 @@ static_assert(kBlockKeys % kPanel == 0, "blocks are whole panels");
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int least(int a, int b) { return a < b ? a : b; }
 
-inline vf splat(float x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (vf)_mm256_set1_ps(x);
-#else
-  return vf{x, x, x, x};
-#endif
-}
-
-inline vi iota() {
-  vi lanes;
-  for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
-  return lanes;
-}
-
 inline vi load(const int32_t* p) {
   vi v;
   memcpy(&v, p, sizeof v);
@@ -65,7 +52,7 @@ inline vf largest(vf a, vf b) {
 
 inline float largest_lane(vf v) {
 #pragma GCC unroll 4
-  for (int step = W / 2; step > 0; step /= 2) v = largest(__builtin_shuffle(v, iota() ^ step), v);
+  for (int step = W / 2; step > 0; step /= 2) v = largest(__builtin_shuffle(v, lane_numbers() ^ step), v);
   return v[0];
 }
 
@@ -183,6 +170,14 @@ struct Pair {
     memcpy(row + i * (W / 2), &both, sizeof both);
   }
 };
+#endif
+
+#if defined(__AVX512BF16__)
+template <typename T>
+using MathOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, Single>;
+#else
+template <typename T>
+using MathOf = Single;
 #endif
 
 // c [R, C * W] (+)= a b in lanes of Math, b [depth, C * W]; a is [R, depth], or [depth, R] where it is transposed
@@ -303,6 +298,10 @@ struct Room {
 
 inline int64_t padded_keys(const AttentionForward& p) { return round_up(p.max_keys, kPanel); }
 inline int64_t padded_width(const AttentionForward& p) { return round_up(p.head_dim, W); }
+// rows of a block of queries, an even number
+inline int64_t block_rows(const AttentionForward& p) {
+  return least(kBlockRows, static_cast<int>(round_up(p.max_rows, 2)));
+}
 
 inline void take_shared(const AttentionForward& p, Room& room, Buffers* b) {
   const int64_t keys = padded_keys(p), width = padded_width(p);
@@ -310,8 +309,8 @@ inline void take_shared(const AttentionForward& p, Room& room, Buffers* b) {
   b->weight = room.take(keys);
   b->frame = reinterpret_cast<int32_t*>(room.take(keys));
   b->rank = reinterpret_cast<int32_t*>(room.take(keys));
-  b->q = room.take(kBlockRows * width);
-  b->score = room.take(kBlockRows * kScoreRow);
+  b->q = room.take(block_rows(p) * width);
+  b->score = room.take(block_rows(p) * kScoreRow);
 }
 
 // the arguments, and what follows from them for one sequence
@@ -373,8 +372,8 @@ template <typename Plan>
 void pack_tokens(const Plan& w) {
   const AttentionForward& p = w.p;
   const int64_t size = w.k_count * sizeof(int32_t);
-  memcpy(w.b.frame, p.k_frame + w.k_base, size);
-  memcpy(w.b.rank, p.k_rank + w.k_base, size);
+  if (!p.reach) memcpy(w.b.frame, p.k_frame + w.k_base, size);
+  if (!p.reach) memcpy(w.b.rank, p.k_rank + w.k_base, size);
   if (!p.key_log_weight) return;
   for (int64_t key = 0; key < round_up(w.k_count, W); ++key) {
     w.b.weight[key] = key < w.k_count ? p.key_log_weight[w.k_base + key] * Plan::Math::kUnit : 0.0f;
@@ -391,11 +390,17 @@ const typename Plan::T* signed_query(const Plan& w, int64_t row, int head, typen
   return room;
 }
 
+// the query rows of a block, of one head
+struct QueryBlock {
+  const int32_t* rows;
+  int count, head;
+};
+
 template <typename Plan>
-void pack_queries(const Plan& w, int64_t row, int rows, int head) {
+void pack_queries(const Plan& w, const QueryBlock& block) {
   typename Plan::T room[kAttentionMaxHeadDim];
-  for (int r = 0; r < rows; ++r) {
-    const auto* q = signed_query(w, row + r, head, room);
+  for (int r = 0; r < block.count; ++r) {
+    const auto* q = signed_query(w, block.rows[r], block.head, room);
     float* to = w.b.q + r * w.width;
     for (int t = 0; t < w.depth; t += W) store(to + t, Plan::Math::lanes(q, t, w.p.head_dim));
   }
@@ -456,18 +461,25 @@ void cut_scores(const Plan& w, const KeyBlock& keys, int rows) {
   }
 }
 
-// -inf where the mask forbids; the tile may reach beyond the block
+// -inf where the mask forbids; the run may reach beyond the block
 template <typename Plan>
-void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, int64_t first_row, int rows) {
+void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, const QueryBlock& block) {
   const AttentionForward& p = w.p;
   const int first = (begin > keys.begin ? begin : keys.begin) / W * W, last = least(end, keys.end);
-  for (int r = 0; r < rows; ++r) {
-    const int64_t row = first_row + r;
-    const int32_t position = static_cast<int32_t>(row - w.q_base) + w.k_count - w.q_count;
-    const AttentionQuery query{position, p.q_frame[row], p.q_rank[row]};
+  for (int r = 0; r < block.count; ++r) {
+    const int64_t row = block.rows[r];
     float* score = w.b.score + r * kScoreRow - keys.column;
+    if (p.reach) {
+      const int seen = p.reach[row] - w.k_base;
+      // whole vectors of seen keys stay as they are
+      for (int key = seen > first ? seen / W * W : first; key < last; key += W) {
+        store(score + key, lane_numbers() + key < seen ? load(score + key) : splat(kHidden));
+      }
+      continue;
+    }
     for (int key = first; key < last; key += W) {
-      const vi seen = attention_visible<vi>(p.mask, query, iota() + key, load(w.b.frame + key), load(w.b.rank + key));
+      const vi seen =
+          attention_visible<vi>(p.mask, p.q_frame[row], p.q_rank[row], load(w.b.frame + key), load(w.b.rank + key));
       store(score + key, seen ? load(score + key) : splat(kHidden));
     }
   }
@@ -476,34 +488,43 @@ void mask_scores(const Plan& w, const KeyBlock& keys, int begin, int end, int64_
 // visit(keys) with the scores of a query block, in b.score, for all that it sees, at most kBlockKeys at a time: scores
 // are in units of 1 / w.scale, or of 1 / kUnit where keys are weighted, and -inf where a key is not seen
 template <typename Plan, typename Visit>
-void visit_run(const Plan& w, int first_tile, int last_tile, int64_t row, int rows, const Visit& visit) {
-  const int32_t* tiles = w.p.k_tiles;
-  const int run_end = tiles[3 * last_tile + 1] - w.k_base;
-  int tile = first_tile;
-  for (int begin = tiles[3 * first_tile] - w.k_base, end; begin < run_end; begin = end) {
-    end = least(run_end, (begin / kBlockKeys + 1) * kBlockKeys);
+void visit_span(const Plan& w, int first_run, int last_run, const QueryBlock& block, const Visit& visit) {
+  const int32_t* runs = w.p.runs;
+  const int span_end = runs[3 * last_run + 1] - w.k_base;
+  int run = first_run;
+  for (int begin = runs[3 * first_run] - w.k_base, end; begin < span_end; begin = end) {
+    end = least(span_end, (begin / kBlockKeys + 1) * kBlockKeys);
     const int column = begin / W * W;
     const KeyBlock keys{begin, end, column, static_cast<int>(round_up(end, W) - column) / W};
-    multiply_panels(w, keys, rows, w.b.q, w.b.k, w.b.score);
-    if (w.p.key_log_weight) weigh_scores(w, keys, rows);
-    if (begin > column || end % W) cut_scores(w, keys, rows);
-    for (; tile <= last_tile && tiles[3 * tile] - w.k_base < end; ++tile) {
-      const int tile_end = tiles[3 * tile + 1] - w.k_base;
-      if (!tiles[3 * tile + 2]) mask_scores(w, keys, tiles[3 * tile] - w.k_base, tile_end, row, rows);
+    multiply_panels(w, keys, block.count, w.b.q, w.b.k, w.b.score);
+    if (w.p.key_log_weight) weigh_scores(w, keys, block.count);
+    if (begin > column || end % W) cut_scores(w, keys, block.count);
+    for (; run <= last_run && runs[3 * run] - w.k_base < end; ++run) {
+      const int run_end = runs[3 * run + 1] - w.k_base;
+      if (!runs[3 * run + 2]) mask_scores(w, keys, runs[3 * run] - w.k_base, run_end, block);
       // the next block has the rest of it
-      if (tile_end > end) break;
+      if (run_end > end) break;
     }
     visit(keys);
   }
 }
 
 template <typename Plan, typename Visit>
-void visit_keys(const Plan& w, int64_t tile, int64_t row, int rows, const Visit& visit) {
-  const int32_t* tiles = w.p.k_tiles;
-  for (int first = w.p.k_ptr[tile], last; first < w.p.k_ptr[tile + 1]; first = last + 1) {
-    // tiles that adjoin are one run
-    for (last = first; last + 1 < w.p.k_ptr[tile + 1] && tiles[3 * last + 1] == tiles[3 * last + 3];) ++last;
-    visit_run(w, first, last, row, rows, visit);
+void visit_keys(const Plan& w, int64_t tile, const QueryBlock& block, const Visit& visit) {
+  const int32_t *runs = w.p.runs, *ptr = w.p.ptr + tile;
+  for (int first = ptr[0], last; first < ptr[1]; first = last + 1) {
+    // runs that adjoin are one span
+    for (last = first; last + 1 < ptr[1] && runs[3 * last + 1] == runs[3 * last + 3];) ++last;
+    visit_span(w, first, last, block, visit);
+  }
+}
+
+// body(block) for the query blocks of a tile and a head
+template <typename Body>
+void for_blocks(const AttentionForward& p, int64_t tile, int head, const Body& body) {
+  const int32_t* rows = p.rows + tile * p.tile_rows;
+  for (int first = 0; first < p.rows_of(tile); first += kBlockRows) {
+    body(QueryBlock{rows + first, least(p.rows_of(tile) - first, kBlockRows), head});
   }
 }
 

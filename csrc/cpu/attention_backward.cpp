@@ -33,40 +33,48 @@ BackwardBuffers buffers(const AttentionBackward& p) {
   float** const of_keys[] = {&b.v, &b.k_rows, &b.dk, &b.dv};
   for (float** rows : of_keys) *rows = room.take(keys * width);
   float** const of_queries[] = {&b.grad, &b.grad_rows, &b.q_rows, &b.dq};
-  for (float** rows : of_queries) *rows = room.take(kBlockRows * width);
-  b.slope = room.take(kBlockRows * kScoreRow);
-  b.weight_rows = room.take(kBlockRows / 2 * kScoreRow);
-  b.slope_rows = room.take(kBlockRows / 2 * kScoreRow);
-  b.shift = room.take(kBlockRows);
-  b.mean = room.take(kBlockRows);
+  const int64_t block = block_rows(p.forward);
+  for (float** rows : of_queries) *rows = room.take(block * width);
+  b.slope = room.take(block * kScoreRow);
+  b.weight_rows = room.take(block / 2 * kScoreRow);
+  b.slope_rows = room.take(block / 2 * kScoreRow);
+  b.shift = room.take(block);
+  b.mean = room.take(block);
   b.bytes = room.lanes * 4;
   return b;
 }
 
 template <typename Plan>
-void pack_block(const AttentionBackward& all, const Plan& w, int64_t first, int rows, int head) {
+void pack_block(const AttentionBackward& all, const Plan& w, const QueryBlock& block) {
   using Math = typename Plan::Math;
   using T = typename Plan::T;
   const AttentionForward& p = w.p;
-  pack_queries(w, first, rows, head);
-  const T* grad = static_cast<const T*>(all.grad_out) + first * all.grad_row + head * all.grad_head;
-  const int even = static_cast<int>(round_up(rows, Math::kPack));
-  pack_rows(w, grad, all.grad_row, rows, even, w.b.grad_rows);
+  pack_queries(w, block);
+  const auto grad_of = [&](int64_t row) {
+    return static_cast<const T*>(all.grad_out) + row * all.grad_row + block.head * all.grad_head;
+  };
   T signed_q[Math::kPack][kAttentionMaxHeadDim];
-  for (int r = 0; r < rows; r += Math::kPack) {
-    const T* q[Math::kPack];
+  for (int r = 0; r < block.count; r += Math::kPack) {
+    const T *q[Math::kPack], *grad[Math::kPack];
     for (int i = 0; i < Math::kPack; ++i) {
-      q[i] = r + i < rows ? signed_query(w, first + r + i, head, signed_q[i]) : nullptr;
+      const bool exists = r + i < block.count;
+      q[i] = exists ? signed_query(w, block.rows[r + i], block.head, signed_q[i]) : nullptr;
+      grad[i] = exists ? grad_of(block.rows[r + i]) : nullptr;
     }
-    float* to = w.b.q_rows + r / Math::kPack * w.width;
-    for (int t = 0; t < w.width; t += W) store(to + t, Math::column(q, t, p.head_dim));
+    const int64_t to = r / Math::kPack * w.width;
+    for (int t = 0; t < w.width; t += W) {
+      store(w.b.q_rows + to + t, Math::column(q, t, p.head_dim));
+      store(w.b.grad_rows + to + t, Math::column(grad, t, p.head_dim));
+    }
   }
-  for (int r = 0; r < rows; ++r, grad += all.grad_row) {
+  for (int r = 0; r < block.count; ++r) {
+    const int64_t row = block.rows[r];
+    const T* grad = grad_of(row);
     for (int t = 0; t < w.depth; t += W) store(w.b.grad + r * w.width + t, Math::lanes(grad, t, p.head_dim));
-    const int64_t at = (first + r) * p.heads + head;
+    const float lse = p.lse[block.head * p.total_q + row];
     // a row that sees nothing has -inf, and weights exp(-inf - 0)
-    w.b.shift[r] = p.lse[at] == kHidden ? 0.0f : p.lse[at] * Math::kUnit;
-    const T* out = static_cast<const T*>(p.out) + at * p.head_dim;
+    w.b.shift[r] = lse == kHidden ? 0.0f : lse * Math::kUnit;
+    const T* out = static_cast<const T*>(p.out) + (row * p.heads + block.head) * p.head_dim;
     vf sum = {};
     for (int t = 0; t < p.head_dim; t += W) {
       const Part part{least(W, p.head_dim - t)};
@@ -155,11 +163,12 @@ void write_row(const float* from, float factor, int size, T* to) {
 }
 
 template <typename Plan>
-void block_gradients(const AttentionBackward& all, const Plan& w, int64_t tile, int64_t first, int rows, int head) {
+void block_gradients(const AttentionBackward& all, const Plan& w, int64_t tile, const QueryBlock& block) {
   constexpr bool kPairs = Plan::Math::kPack == 2;
-  pack_block(all, w, first, rows, head);
+  const int rows = block.count;
+  pack_block(all, w, block);
   memset(w.b.dq, 0, sizeof(float) * rows * w.width);
-  visit_keys(w, tile, first, rows, [&](const KeyBlock& keys) {
+  visit_keys(w, tile, block, [&](const KeyBlock& keys) {
     multiply_panels(w, keys, rows, w.b.grad, w.b.v, w.b.slope);
     const float scale = w.p.key_log_weight ? 1.0f : w.scale;
     if constexpr (kPairs) {
@@ -175,7 +184,7 @@ void block_gradients(const AttentionBackward& all, const Plan& w, int64_t tile, 
   const AttentionForward& p = w.p;
   for (int r = 0; r < rows; ++r) {
     write_row(w.b.dq + r * w.width, p.softmax_scale, p.head_dim,
-              static_cast<T*>(all.dq) + ((first + r) * p.heads + head) * p.head_dim);
+              static_cast<T*>(all.dq) + (int64_t{block.rows[r]} * p.heads + block.head) * p.head_dim);
   }
 }
 
@@ -198,11 +207,7 @@ void gradients(const AttentionBackward& all, int64_t begin, int64_t end) {
     const int group = p.heads / p.kv_heads;
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-        const int32_t* rows = p.q_tiles + 4 * tile;
-        for (int64_t row = rows[1]; row < rows[2]; row += kBlockRows) {
-          const int64_t left = rows[2] - row;
-          block_gradients(all, w, tile, row, static_cast<int>(left < kBlockRows ? left : kBlockRows), head);
-        }
+        for_blocks(p, tile, head, [&](const QueryBlock& block) { block_gradients(all, w, tile, block); });
       }
     }
     for (int64_t key = 0; key < w.k_count; ++key) {
@@ -219,13 +224,10 @@ void gradients(const AttentionBackward& all, int64_t begin, int64_t end) {
 int64_t attention_backward_scratch_bytes(const AttentionBackward& p) { return buffers(p).bytes; }
 
 void attention_backward_kernel(const AttentionBackward& p, int64_t begin, int64_t end) {
-  if (p.forward.dtype == Dtype::f32) gradients<Single, float>(p, begin, end);
-  if (p.forward.dtype == Dtype::f16) gradients<Single, f16>(p, begin, end);
-#if defined(__AVX512BF16__)
-  if (p.forward.dtype == Dtype::bf16) gradients<Pair, bf16>(p, begin, end);
-#else
-  if (p.forward.dtype == Dtype::bf16) gradients<Single, bf16>(p, begin, end);
-#endif
+  with_float(p.forward.dtype, [&](auto element) {
+    using T = decltype(element);
+    gradients<MathOf<T>, T>(p, begin, end);
+  });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

@@ -1,6 +1,7 @@
 // Guided flow update: per row one pass for the sums that some guidance needs, one that writes x_next.
 #include "../core/flow.h"
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -114,7 +115,7 @@ template <typename X>
 void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin) {
   if (!p.prefix) return;
   X* out = static_cast<X*>(p.x_next) + begin;
-  const int64_t first = p.prefix_offsets[row], last = p.prefix_offsets[row + 1];
+  const int64_t first = flow_prefix_begin(p, row), last = flow_prefix_begin(p, row + 1);
   for (int64_t i = first; i < last; ++i) from_float(flow_prefix(p, i), out + (i - first));
 }
 
@@ -158,19 +159,12 @@ void update_rows(const FlowUpdate& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename X>
-void update_of_v(const FlowUpdate& p, int64_t begin, int64_t end) {
-  if (p.v_dtype == Dtype::f32) update_rows<X, float>(p, begin, end);
-  if (p.v_dtype == Dtype::bf16) update_rows<X, bf16>(p, begin, end);
-  if (p.v_dtype == Dtype::f16) update_rows<X, f16>(p, begin, end);
-}
-
 }  // namespace
 
 void flow_update_kernel(const FlowUpdate& p, int64_t begin, int64_t end) {
-  if (p.x_dtype == Dtype::f32) update_of_v<float>(p, begin, end);
-  if (p.x_dtype == Dtype::bf16) update_of_v<bf16>(p, begin, end);
-  if (p.x_dtype == Dtype::f16) update_of_v<f16>(p, begin, end);
+  with_float(p.x_dtype, [&](auto x) {
+    with_float(p.v_dtype, [&](auto v) { update_rows<decltype(x), decltype(v)>(p, begin, end); });
+  });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

@@ -1,5 +1,8 @@
-// Sampling of a row: its guided logits go to a scratch buffer; top-k and top-p become one threshold on the logit,
-// found by bisection over the values still in question; the race then visits the tiles that hold a kept token.
+// Sampling of a row by one thread. It owns the whole row: the guided logits are written once to a scratch buffer that
+// every later pass reads. Top-k and top-p each become one threshold on the logit, found by bisection; whenever a step
+// has settled a part of the values, the rest moves to a smaller pool, so that all steps together cost about two passes.
+// It gives the bits of every other backend because counts and masses are integers, whose sums have no order, and the
+// race (the least variate over weight) is decided by values that are each one rounded operation after another.
 #include "../core/sampling.h"
 
 #include "kernels.h"

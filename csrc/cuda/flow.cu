@@ -116,7 +116,7 @@ __device__ void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin, in
   // the step wrote these elements from other threads
   __syncthreads();
   X* out = static_cast<X*>(p.x_next) + begin;
-  const int64_t first = p.prefix_offsets[row], given = p.prefix_offsets[row + 1] - first;
+  const int64_t first = flow_prefix_begin(p, row), given = flow_prefix_begin(p, row + 1) - first;
   const int64_t count = given < end - begin ? given : end - begin;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) from_float(flow_prefix(p, first + i), out + i);
 }

@@ -6,6 +6,7 @@
 #include "../core/fsq.h"
 #include "../core/fsq_linear.h"
 #include "../core/fsq_train.h"
+#include "../core/head_norm.h"
 #include "../core/linear.h"
 #include "../core/norm.h"
 #include "../core/sampling.h"

@@ -15,7 +15,8 @@ struct Launch {
   unsigned shared = 0;   // bytes of dynamic shared memory
   unsigned cluster = 1;  // blocks of a cluster, along x
   // programmatic dependent launch: the kernel may start while the one before it ends, so it must call
-  // ptx::wait_for_predecessors() before it touches what that one wrote or read
+  // ptx::wait_for_predecessors() before it touches what that one wrote or read. ptx::launch_dependents() comes after
+  // that: then only the kernel before it can still be under way when a kernel starts
   bool overlap = false;
 };
 
@@ -23,6 +24,14 @@ inline void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the next launch starts clean
   throw std::runtime_error(std::string(op) + " did not launch: " + cudaGetErrorString(error));
+}
+
+// of the current device
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_launch("multiprocessors", cudaGetDevice(&device));
+  check_launch("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 template <typename T>

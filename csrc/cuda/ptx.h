@@ -419,6 +419,11 @@ FLEXKERNELS_PTX uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+FLEXKERNELS_PTX uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
 #if __CUDA_ARCH__ >= 900
 FLEXKERNELS_PTX uint32_t add_bf16x2(uint32_t a, uint32_t b) {
   uint32_t y;

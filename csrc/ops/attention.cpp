@@ -1,93 +1,198 @@
-// The attention ops: schemas and CPU launches. Outputs are allocated by the caller; an op only fills them.
-#include "attention.h"
-
+// Structured attention and its gradient on the CPU. A layout is the list of tensors that flexkernels/layout.py names.
 #include <math.h>
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
+#include <vector>
 
-#include "cpu.h"
+#include "../core/attention.h"
+#include "op.h"
 
 namespace flexkernels {
 namespace {
 
 using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
 
-// offsets [batch + 1] must start at 0, never fall, and end within `rows`; returns the longest sequence
-int64_t check_cu_seqlens(const char* name, const int32_t* offsets, int64_t batch, int64_t rows, int64_t tokens) {
+// LayoutTensors of flexkernels/layout.py
+enum LayoutTensor : int { kCuSeqlens, kFrame, kRank, kCuSeqlensK, kFrameK, kRankK, kReach, kRows, kTiles, kPtr, kRuns };
+constexpr size_t kLayoutTensors = 14;
+
+// [rows, heads, head_dim] whose rows and heads may be strided
+void check_heads(const char* name, const Tensor& t, const Tensor& q) {
+  check_dim(name, t, 3);
+  check_scalar_type(name, t, q.scalar_type());
+  check_device(name, t, q);
+  STD_TORCH_CHECK(t.size(2) == q.size(2), name, " must have head_dim ", q.size(2), " like q, got ", t.size(2));
+}
+
+const int32_t* read_ints(const char* name, const Tensor& t, int64_t dim, int64_t least, const Tensor& like) {
+  check_scalar_type(name, t, ScalarType::Int);
+  check_dim(name, t, dim);
+  check_layout(name, t, like);
+  STD_TORCH_CHECK(t.numel() >= least, name, " must have at least ", least, " elements, got ", t.numel());
+  return read<int32_t>(t);
+}
+
+AttentionMask checked_mask(int64_t mask, const Ints& cross) {
+  STD_TORCH_CHECK(mask >= kMaskFull && mask <= kMaskFrameCausalPrefix, "mask must be 0, 1, 2 or 3, got ", mask);
+  STD_TORCH_CHECK(cross.size() == 4, "cross must have 4 entries, got ", cross.size());
+  AttentionMask made{static_cast<int>(mask), {}};
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(cross[i] >= kCrossNone && cross[i] <= kCrossCausal, "cross must hold 0, 1 or 2, got ", cross[i]);
+    made.cross[i] = static_cast<int>(cross[i]);
+  }
+  return made;
+}
+
+// offsets [batch + 1] must start at 0, never fall, and end at `tokens`, within `rows`; returns the longest sequence
+int check_cu_seqlens(const char* name, const int32_t* offsets, int64_t batch, int64_t rows, int64_t tokens) {
   STD_TORCH_CHECK(offsets[0] == 0, name, " must start at 0, got ", offsets[0]);
-  int64_t longest = 0;
+  int longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(offsets[b] <= offsets[b + 1], name, " must not fall, got ", offsets[b], " before ", offsets[b + 1]);
-    longest = std::max<int64_t>(longest, offsets[b + 1] - offsets[b]);
+    longest = std::max(longest, offsets[b + 1] - offsets[b]);
   }
-  STD_TORCH_CHECK(offsets[batch] <= rows && offsets[batch] <= tokens, name, " must end within the ", rows,
-                  " rows and their ", tokens, " frames, got ", offsets[batch]);
+  STD_TORCH_CHECK(offsets[batch] == tokens && tokens <= rows, name, " must end with its ", tokens,
+                  " frames, within the ", rows, " rows, got ", offsets[batch]);
   return longest;
 }
 
-// query tiles must ascend, and they and their keys stay inside their sequence
-void check_plan(const AttentionForward& p, int64_t k_tiles) {
-  STD_TORCH_CHECK(p.k_ptr[0] == 0 && p.k_ptr[p.tiles] == k_tiles, "k_ptr must run from 0 to ", k_tiles, ", got ",
-                  p.k_ptr[0], " to ", p.k_ptr[p.tiles]);
-  int64_t row = 0;
-  for (int64_t i = 0; i < p.tiles; ++i) {
-    const int32_t* q = p.q_tiles + 4 * i;
-    STD_TORCH_CHECK(q[0] >= 0 && q[0] < p.batch, "q_tiles must name one of ", p.batch, " sequences, got ", q[0]);
-    STD_TORCH_CHECK(row <= q[1] && q[1] < q[2] && p.cu_seqlens_q[q[0]] <= q[1] && q[2] <= p.cu_seqlens_q[q[0] + 1],
-                    "q_tiles must ascend inside their sequences, got rows ", q[1], " to ", q[2], " of sequence ", q[0]);
-    row = q[2];
-    STD_TORCH_CHECK(p.k_ptr[i] <= p.k_ptr[i + 1], "k_ptr must not fall, got ", p.k_ptr[i], " before ", p.k_ptr[i + 1]);
-    for (int64_t j = p.k_ptr[i]; j < p.k_ptr[i + 1] && j < k_tiles; ++j) {
-      const int32_t* k = p.k_tiles + 3 * j;
-      STD_TORCH_CHECK(p.cu_seqlens_k[q[0]] <= k[0] && k[0] < k[1] && k[1] <= p.cu_seqlens_k[q[0] + 1],
-                      "k_tiles must lie inside their sequences, got keys ", k[0], " to ", k[1], " of sequence ", q[0]);
+// tiles must ascend and, with their rows and keys, stay inside their sequence; returns the most rows of one
+int check_plan(const AttentionForward& p, int64_t runs) {
+  STD_TORCH_CHECK(p.ptr[0] == 0 && p.ptr[p.tile_count] == runs, "ptr must run from 0 to ", runs, ", got ", p.ptr[0],
+                  " to ", p.ptr[p.tile_count]);
+  int32_t row = 0, sequence = 0, most = 0;
+  for (int64_t i = 0; i < p.tile_count; ++i) {
+    const int32_t *tile = p.tile(i), *rows = p.rows + i * p.tile_rows, count = tile[2] - tile[1];
+    STD_TORCH_CHECK(sequence <= tile[0] && tile[0] < p.batch, "tiles must ascend among ", p.batch, " sequences, got ",
+                    tile[0], " after ", sequence);
+    STD_TORCH_CHECK(tile[1] == row && count >= 1 && count <= p.tile_rows, "tiles must have 1 to ", p.tile_rows,
+                    " rows, counted on from ", row, ", got ", tile[1], " to ", tile[2]);
+    row = tile[2];
+    sequence = tile[0];
+    most = std::max(most, count);
+    const int32_t *q = p.cu_seqlens_q + sequence, *k = p.cu_seqlens_k + sequence;
+    for (int32_t r = 0; r < count; ++r) {
+      STD_TORCH_CHECK(q[0] <= rows[r] && rows[r] < q[1] && (r == 0 || rows[r - 1] < rows[r]),
+                      "rows must ascend inside their sequences, got ", rows[r], " in sequence ", sequence);
+    }
+    STD_TORCH_CHECK(p.ptr[i] <= p.ptr[i + 1], "ptr must not fall, got ", p.ptr[i], " before ", p.ptr[i + 1]);
+    for (int64_t j = p.ptr[i]; j < p.ptr[i + 1] && j < runs; ++j) {
+      const int32_t* run = p.runs + 3 * j;
+      STD_TORCH_CHECK(k[0] <= run[0] && run[0] < run[1] && run[1] <= k[1],
+                      "runs must lie inside their sequences, got keys ", run[0], " to ", run[1], " of sequence ",
+                      sequence);
     }
   }
+  STD_TORCH_CHECK(row == p.cu_seqlens_q[p.batch], "tiles must hold all ", p.cu_seqlens_q[p.batch], " rows, got ", row);
+  return most;
 }
 
-void clear_rows(const AttentionForward& p, int64_t begin, int64_t end) {
-  const int64_t row = static_cast<int64_t>(p.heads) * p.head_dim * (p.dtype == Dtype::f32 ? 4 : 2);
-  memset(static_cast<char*>(p.out) + begin * row, 0, (end - begin) * row);
-  if (p.lse) std::fill(p.lse + begin * p.heads, p.lse + end * p.heads, -INFINITY);
-}
-
-// rows of no query tile: out 0, lse -inf
-void clear_gaps(const AttentionForward& p) {
-  int64_t row = 0;
-  for (int64_t i = 0; i < p.tiles; ++i) {
-    if (row < p.q_tiles[4 * i + 1]) clear_rows(p, row, p.q_tiles[4 * i + 1]);
-    row = p.q_tiles[4 * i + 2];
+void check_weights(const float* weights, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(isfinite(weights[i]), "key_log_weight must be finite, got ", weights[i]);
   }
-  clear_rows(p, row, p.total_q);
 }
 
-// a contiguous gradient like t, all zeros: what no query reaches stays so
-void* write_gradient(const char* name, const Tensor& grad, const Tensor& t) {
-  check_scalar_type(name, grad, t.scalar_type());
-  check_numel(name, grad, t.numel());
-  check_layout(name, grad, t);
-  void* data = grad.mutable_data_ptr();
-  if (grad.numel() > 0) memset(data, 0, grad.numel() * grad.element_size());
-  return data;
-}
+// the arguments of a call, checked, and what keeps their pointers alive
+class Arguments {
+ public:
+  Arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& layout,
+            const OptionalTensor& key_log_weight, int64_t mask, const Ints& cross, std::optional<double> softmax_scale)
+      : kept_{dense_rows(q), dense_rows(k), dense_rows(v)}, weight_(as_contiguous(key_log_weight)) {
+    p.dtype = float_dtype("q", q);
+    check_heads("q", q, q);
+    check_heads("k", k, q);
+    check_heads("v", v, q);
+    STD_TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= kAttentionMaxHeadDim, "head_dim must lie between 1 and ",
+                    kAttentionMaxHeadDim, ", got ", q.size(2));
+    STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1), "v must have k's ", k.size(0), " rows and ",
+                    k.size(1), " heads, got ", v.size(0), " and ", v.size(1));
+    STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q must have a multiple of k's ", k.size(1),
+                    " heads, got ", q.size(1));
+    STD_TORCH_CHECK(q.size(0) <= INT32_MAX && k.size(0) <= INT32_MAX, "q and k must have fewer than 2**31 rows, got ",
+                    q.size(0), " and ", k.size(0));
+    p.total_q = q.size(0);
+    p.total_k = k.size(0);
+    p.heads = static_cast<int>(q.size(1));
+    p.kv_heads = static_cast<int>(k.size(1));
+    p.head_dim = static_cast<int>(q.size(2));
+    p.q = kept_[0].const_data_ptr();
+    p.k = kept_[1].const_data_ptr();
+    p.v = kept_[2].const_data_ptr();
+    p.q_row = kept_[0].stride(0);
+    p.q_head = kept_[0].stride(1);
+    p.k_row = kept_[1].stride(0);
+    p.k_head = kept_[1].stride(1);
+    p.v_row = kept_[2].stride(0);
+    p.v_head = kept_[2].stride(1);
+    p.mask = checked_mask(mask, cross);
+    const double scale = softmax_scale ? *softmax_scale : 1 / sqrt(static_cast<double>(p.head_dim));
+    STD_TORCH_CHECK(isfinite(scale), "softmax_scale must be finite, got ", scale);
+    p.softmax_scale = static_cast<float>(scale);
+    if (weight_) check_dim("key_log_weight", *weight_, 1);
+    p.key_log_weight = read_optional<float>("key_log_weight", weight_, ScalarType::Float, p.total_k, q);
+    if (weight_) check_weights(p.key_log_weight, p.total_k);
+    take(layout, q);
+  }
+
+  AttentionForward p{};
+
+ private:
+  void take(const Tensors& layout, const Tensor& q) {
+    STD_TORCH_CHECK(layout.size() == kLayoutTensors, "layout must hold ", kLayoutTensors, " tensors, got ",
+                    layout.size());
+    p.cu_seqlens_q = read_ints("cu_seqlens", layout[kCuSeqlens], 1, 1, q);
+    p.batch = layout[kCuSeqlens].numel() - 1;
+    p.cu_seqlens_k = read_ints("cu_seqlens_k", layout[kCuSeqlensK], 1, p.batch + 1, q);
+    const int64_t rows = layout[kFrame].numel(), keys = layout[kFrameK].numel();
+    p.q_frame = read_ints("frame", layout[kFrame], 1, 0, q);
+    p.q_rank = read_ints("rank", layout[kRank], 1, rows, q);
+    p.k_frame = read_ints("frame_k", layout[kFrameK], 1, 0, q);
+    p.k_rank = read_ints("rank_k", layout[kRankK], 1, keys, q);
+    check_cu_seqlens("cu_seqlens", p.cu_seqlens_q, p.batch, p.total_q, rows);
+    p.max_keys = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, keys);
+
+    p.reach = read_ints("reach", layout[kReach], 1, 0, q);
+    const bool switched = p.mask.code == kMaskFrameCausalPrefix &&
+                          std::any_of(p.mask.cross, p.mask.cross + 4, [](int rule) { return rule != kCrossFull; });
+    check_numel("reach", layout[kReach], switched ? 0 : rows);
+    if (switched) p.reach = nullptr;
+    p.tiles = read_ints("tiles", layout[kTiles], 2, 0, q);
+    p.tile_count = layout[kTiles].size(0);
+    check_size("tiles", layout[kTiles], 1, kAttentionTileColumns);
+    p.rows = read_ints("rows", layout[kRows], 2, 0, q);
+    check_size("rows", layout[kRows], 0, p.tile_count);
+    p.tile_rows = static_cast<int>(layout[kRows].size(1));
+    p.ptr = read_ints("ptr", layout[kPtr], 1, 0, q);
+    check_numel("ptr", layout[kPtr], p.tile_count + 1);
+    p.runs = read_ints("runs", layout[kRuns], 2, 0, q);
+    check_size("runs", layout[kRuns], 1, 3);
+    p.max_rows = check_plan(p, layout[kRuns].size(0));
+  }
+
+  Tensor kept_[3];
+  OptionalTensor weight_;
+};
 
 // work of one head's query tile: rows times keys, and a share of what every tile costs
 int64_t tile_work(const AttentionForward& p, int64_t tile) {
   int64_t keys = 64;
-  for (int32_t j = p.k_ptr[tile]; j < p.k_ptr[tile + 1]; ++j) keys += p.k_tiles[3 * j + 1] - p.k_tiles[3 * j];
-  return keys * (p.q_tiles[4 * tile + 2] - p.q_tiles[4 * tile + 1]);
+  for (int32_t j = p.ptr[tile]; j < p.ptr[tile + 1]; ++j) keys += p.runs[3 * j + 1] - p.runs[3 * j];
+  return keys * p.rows_of(tile);
 }
 
 // bounds of `parts` runs of items of about equal work
 Ints equal_shares(const AttentionForward& p, int64_t parts) {
-  Ints work(p.tiles);
+  Ints work(p.tile_count);
   int64_t total = 0;
-  for (int64_t i = 0; i < p.tiles; ++i) total += (work[i] = tile_work(p, i)) * p.kv_heads;
+  for (int64_t i = 0; i < p.tile_count; ++i) total += (work[i] = tile_work(p, i)) * p.kv_heads;
   Ints bounds{0};
   int64_t item = 0, done = 0;
-  for (int64_t first = 0, last; first < p.tiles; first = last) {
-    last = attention_first_tile(p, p.q_tiles[4 * first] + 1);
+  for (int64_t first = 0, last; first < p.tile_count; first = last) {
+    last = attention_first_tile(p, p.tile(first)[0] + 1);
     for (int head = 0; head < p.kv_heads; ++head) {
       for (int64_t i = first; i < last; ++i, ++item) {
         // a part ends where the middle of the next item lies beyond its share
@@ -106,8 +211,9 @@ Ints equal_shares(const AttentionForward& p, int64_t parts) {
 // threads that are worth starting: each gets at least 2^18 multiply-adds of the forward
 int64_t useful_threads(const AttentionForward& p) {
   double work = 0;
-  for (int64_t i = 0; i < p.tiles; ++i) work += static_cast<double>(tile_work(p, i)) * p.heads * p.head_dim;
-  return std::clamp<int64_t>(static_cast<int64_t>(work / (1 << 18)), 1, torch::stable::get_num_threads());
+  for (int64_t i = 0; i < p.tile_count; ++i) work += static_cast<double>(tile_work(p, i)) * p.heads * p.head_dim;
+  const int64_t worth = static_cast<int64_t>(work / (1 << 18));
+  return worth <= 1 ? 1 : std::min<int64_t>(worth, torch::stable::get_num_threads());
 }
 
 // work(part, scratch) for every part, `bytes` of aligned scratch each
@@ -115,18 +221,19 @@ template <typename Work>
 void run_parts(int64_t parts, int64_t bytes, const Tensor& like, const Work& work) {
   constexpr int64_t kAlign = 64;
   bytes = (bytes + kAlign - 1) / kAlign * kAlign;
-  const Tensor scratch = torch::stable::new_empty(like, {parts * bytes + kAlign}, ScalarType::Byte);
+  const Tensor scratch = empty(like, {parts * bytes + kAlign}, ScalarType::Byte);
   char* start = static_cast<char*>(scratch.mutable_data_ptr());
   start += (kAlign - reinterpret_cast<uintptr_t>(start) % kAlign) % kAlign;
+  if (parts == 1) return work(0, start);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) work(part, start + part * bytes);
   });
 }
 
 void run_forward(const AttentionForward& p, const Tensor& like) {
-  if (p.tiles == 0 || p.heads == 0) return;
+  if (p.tile_count == 0 || p.heads == 0) return;
   const int64_t threads = useful_threads(p);
-  const Ints bounds = equal_shares(p, threads);
+  const Ints bounds = threads == 1 ? Ints{0, p.tile_count * p.kv_heads} : equal_shares(p, threads);
   const auto kernel = FLEXKERNELS_SELECT(attention_forward_kernel);
   run_parts(threads, FLEXKERNELS_SELECT(attention_scratch_bytes)(p), like, [&](int64_t part, char* scratch) {
     AttentionForward own = p;
@@ -137,7 +244,7 @@ void run_forward(const AttentionForward& p, const Tensor& like) {
 
 // threads take (sequence, key head) as they become free: no item depends on another
 void run_backward(const AttentionBackward& p, const Tensor& like) {
-  if (p.forward.tiles == 0 || p.forward.heads == 0) return;
+  if (p.forward.tile_count == 0 || p.forward.heads == 0) return;
   const int64_t items = p.forward.batch * p.forward.kv_heads;
   const int64_t threads = std::min(useful_threads(p.forward), items);
   const auto kernel = FLEXKERNELS_SELECT(attention_backward_kernel);
@@ -149,67 +256,66 @@ void run_backward(const AttentionBackward& p, const Tensor& like) {
   });
 }
 
-// the forward's arguments, with what only values can tell checked too
-AttentionForward checked_args(AttentionForward p, const Tensor& q_frame, const Tensor& k_frame, const Tensor& k_tiles) {
-  check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch, p.total_q, q_frame.numel());
-  const int64_t longest = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch, p.total_k, k_frame.numel());
-  p.max_keys = static_cast<int>(longest);
-  check_plan(p, k_tiles.size(0));
-  return p;
+// rows of no sequence: out 0, lse -inf
+void clear_rest(const AttentionForward& p) {
+  const int64_t used = p.cu_seqlens_q[p.batch], rest = p.total_q - used;
+  if (rest == 0) return;
+  const int64_t row = static_cast<int64_t>(p.heads) * p.head_dim * (p.dtype == Dtype::f32 ? 4 : 2);
+  memset(static_cast<char*>(p.out) + used * row, 0, rest * row);
+  for (int head = 0; head < p.heads; ++head) std::fill_n(p.lse + head * p.total_q + used, rest, -INFINITY);
 }
 
-void attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                           const Tensor& cu_seqlens_k, const Tensor& q_frame, const Tensor& q_rank,
-                           const Tensor& k_frame, const Tensor& k_rank, const Tensor& q_tiles, const Tensor& k_ptr,
-                           const Tensor& k_tiles, OptionalTensor key_log_weight, int64_t mask, Ints cross,
-                           double softmax_scale, const Tensor& out, OptionalTensor lse) {
-  const AttentionForward p = checked_args(
-      attention_forward_args(q, k, v, cu_seqlens_q, cu_seqlens_k, q_frame, q_rank, k_frame, k_rank, q_tiles, k_ptr,
-                             k_tiles, key_log_weight, mask, cross, softmax_scale, out, lse),
-      q_frame, k_frame, k_tiles);
-  clear_gaps(p);
+// out like q, lse [heads, total_q]
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensors layout,
+                                     OptionalTensor key_log_weight, int64_t mask, Ints cross,
+                                     std::optional<double> softmax_scale) {
+  Arguments given(q, k, v, layout, key_log_weight, mask, cross, softmax_scale);
+  AttentionForward& p = given.p;
+  const Tensor out = empty(q, {p.total_q, p.heads, p.head_dim}, q.scalar_type());
+  const Tensor lse = empty(q, {p.heads, p.total_q}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  clear_rest(p);
   run_forward(p, q);
+  return {out, lse};
 }
 
-void attention_backward_cpu(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& q_frame,
-                            const Tensor& q_rank, const Tensor& k_frame, const Tensor& k_rank, const Tensor& q_tiles,
-                            const Tensor& k_ptr, const Tensor& k_tiles, OptionalTensor key_log_weight, int64_t mask,
-                            Ints cross, double softmax_scale, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                            const Tensor& dk, const Tensor& dv) {
+// a contiguous gradient like t, all zeros: what no query reaches stays so
+Tensor zeros(const Tensor& t) {
+  const Tensor made = empty(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
+  if (made.numel() > 0) memset(made.mutable_data_ptr(), 0, bytes_of(made));
+  return made;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      Tensors layout, OptionalTensor key_log_weight, int64_t mask,
+                                                      Ints cross, std::optional<double> softmax_scale) {
+  const Arguments given(q, k, v, layout, key_log_weight, mask, cross, softmax_scale);
   AttentionBackward p{};
-  p.forward = checked_args(
-      attention_forward_args(q, k, v, cu_seqlens_q, cu_seqlens_k, q_frame, q_rank, k_frame, k_rank, q_tiles, k_ptr,
-                             k_tiles, key_log_weight, mask, cross, softmax_scale, out, lse),
-      q_frame, k_frame, k_tiles);
-  check_heads("grad_out", grad_out, q);
-  STD_TORCH_CHECK(grad_out.size(0) == q.size(0) && grad_out.size(1) == q.size(1), "grad_out must have q's ", q.size(0),
-                  " rows and ", q.size(1), " heads, got ", grad_out.size(0), " and ", grad_out.size(1));
-  p.grad_out = grad_out.const_data_ptr();
-  p.grad_row = grad_out.stride(0);
-  p.grad_head = grad_out.stride(1);
-  p.dq = write_gradient("dq", dq, q);
-  p.dk = write_gradient("dk", dk, k);
-  p.dv = write_gradient("dv", dv, v);
+  p.forward = given.p;
+  check_like("grad_out", grad_out, q);
+  check_like("out", out, q);
+  check_layout("out", out, q);
+  const Tensor grad = dense_rows(grad_out);
+  p.grad_out = grad.const_data_ptr();
+  p.grad_row = grad.stride(0);
+  p.grad_head = grad.stride(1);
+  p.forward.out = const_cast<void*>(out.const_data_ptr());
+  const int64_t rows = p.forward.total_q * p.forward.heads;
+  p.forward.lse = const_cast<float*>(read_optional<float>("lse", lse, ScalarType::Float, rows, q));
+  const Tensor dq = zeros(q), dk = zeros(k), dv = zeros(v);
+  p.dq = dq.mutable_data_ptr();
+  p.dk = dk.mutable_data_ptr();
+  p.dv = dv.mutable_data_ptr();
   run_backward(p, q);
+  return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace flexkernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor q_frame, "
-      "Tensor q_rank, Tensor k_frame, Tensor k_rank, Tensor q_tiles, Tensor k_ptr, Tensor k_tiles, "
-      "Tensor? key_log_weight, int mask, int[] cross, float softmax_scale, Tensor(a!) out, Tensor(b!)? lse) -> ()");
-  m.def(
-      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "Tensor q_frame, Tensor q_rank, Tensor k_frame, Tensor k_rank, Tensor q_tiles, Tensor k_ptr, Tensor k_tiles, "
-      "Tensor? key_log_weight, int mask, int[] cross, float softmax_scale, Tensor out, Tensor lse, Tensor(a!) dq, "
-      "Tensor(b!) dk, Tensor(c!) dv) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&flexkernels::attention_forward_cpu));
-  m.impl("attention_backward", TORCH_BOX(&flexkernels::attention_backward_cpu));
+FLEXKERNELS_OPS(m) {
+  m.impl("attention", TORCH_BOX(&flexkernels::attention));
+  m.impl("attention_backward", TORCH_BOX(&flexkernels::attention_backward));
 }

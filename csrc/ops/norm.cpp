@@ -1,6 +1,4 @@
 // The norm ops and SwiGLU.
-#include <math.h>
-
 #include <tuple>
 
 #include "../core/norm.h"
@@ -27,10 +25,6 @@ Tensor kernel_rows(const Tensor& t) {
 OptionalTensor kernel_rows(const OptionalTensor& t) {
   if (t) return kernel_rows(*t);
   return t;
-}
-
-void check_eps(double eps) {
-  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 // on a GPU looking at them would wait: the kernels clamp
@@ -140,9 +134,6 @@ void forward(const Tensor& x, const OptionalTensor& y, const OptionalTensor& gat
 }
 
 Tensor empty_rows(const Tensor& x) { return empty(x, {x.size(0), x.size(1)}, x.scalar_type()); }
-
-// a result that does not exist is an empty tensor: an op cannot return none
-Tensor nothing(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
 
 void check_rows(const Tensor& x, const OptionalTensor& y, const char* y_name, double eps) {
   check_dim("x", x, 2);

@@ -2,6 +2,7 @@
 // checks tensors, allocates the results, and launches the kernels of its device.
 #pragma once
 
+#include <math.h>
 #include <stdlib.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -78,11 +79,36 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType type
                   torch::headeronly::toString(t.scalar_type()));
 }
 
-inline void check_like(const char* name, const Tensor& t, const Tensor& like) {
-  check_scalar_type(name, t, like.scalar_type());
+inline void check_tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes,
+                         const Tensor& like) {
+  check_scalar_type(name, t, type);
+  check_device(name, t, like);
+  check_dim(name, t, static_cast<int64_t>(sizes.size()));
+  int64_t d = 0;
+  for (const int64_t size : sizes) check_size(name, t, d++, size);
+}
+
+inline void check_shape(const char* name, const Tensor& t, const Tensor& like) {
   check_device(name, t, like);
   check_dim(name, t, like.dim());
   for (int64_t d = 0; d < like.dim(); ++d) check_size(name, t, d, like.size(d));
+}
+
+inline void check_like(const char* name, const Tensor& t, const Tensor& like) {
+  check_scalar_type(name, t, like.scalar_type());
+  check_shape(name, t, like);
+}
+
+inline void check_finite(const char* name, double value) {
+  STD_TORCH_CHECK(isfinite(value), name, " must be finite, got ", value);
+}
+
+inline void check_between(const char* name, double value, double low, double high) {
+  STD_TORCH_CHECK(value >= low && value <= high, name, " must lie between ", low, " and ", high, ", got ", value);
+}
+
+inline void check_eps(double eps) {
+  STD_TORCH_CHECK(isfinite(eps) && eps >= 0, "eps must be finite and at least 0, got ", eps);
 }
 
 inline Dtype float_dtype(const char* name, ScalarType type) {
@@ -143,6 +169,13 @@ inline Tensor on_host(const Tensor& t) {
 
 inline Tensor on_device_of(const Tensor& like, const Tensor& t) {
   return kCuda ? torch::stable::to(t, like.device()) : t;
+}
+
+// t where its values may be looked at: on a GPU, where that waits, a copy under FLEXKERNELS_CHECK=1 alone, else none
+inline OptionalTensor readable(const OptionalTensor& t) {
+  if (!kCuda || !t) return t;
+  if (values_are_checked()) return on_host(*t);
+  return std::nullopt;
 }
 
 inline int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
@@ -241,11 +274,12 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, Scala
     const char* set = getenv("FLEXKERNELS_POISON");
     return set && *set && *set != '0';
   }();
-  // the most that a tensor has
-  int64_t strides[64], running = 1;
+  constexpr int64_t kMaxDim = 64;
+  STD_TORCH_CHECK(dim <= kMaxDim, "a tensor must have at most ", kMaxDim, " dimensions, got ", dim);
+  int64_t strides[kMaxDim], running = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = running;
-    running *= sizes[d];
+    running *= sizes[d] > 0 ? sizes[d] : 1;
   }
   int32_t device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
@@ -255,12 +289,19 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, Scala
                                                   device, like.get_device_index(), &made));
   Tensor out(made);
   prefer_huge_pages(out);
-  if (poisoned && running > 0) poison(out);
+  if (poisoned && out.numel() > 0) poison(out);
   return out;
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
   return empty(like, size.begin(), static_cast<int64_t>(size.size()), type);
 }
+
+inline Tensor empty_like(const Tensor& like, ScalarType type) {
+  return empty(like, like.sizes().data(), like.dim(), type);
+}
+
+// a result that does not exist is an empty tensor: an op cannot return none
+inline Tensor nothing(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
 
 }  // namespace flexkernels

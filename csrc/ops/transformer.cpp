@@ -1,144 +1,152 @@
-// One token a row through a whole stack of transformer blocks: schema and CPU launch. Its parts are the launches of the
-// ops it is made of, so that each result equals theirs bit by bit; what it saves is everything between them.
+// One token a row through a whole stack of transformer blocks. Its parts are the ops it is made of, so that each result
+// equals theirs bit by bit; what it saves is everything between them.
 #include <math.h>
 
 #include <vector>
 
 #include "../core/decode.h"
-#include "../core/norm.h"
+#include "../core/linear.h"
 #include "launches.h"
+#include "op.h"
 
 namespace flexkernels {
 namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// hands out the tensors of a list in order
-class Cursor {
- public:
-  Cursor(const char* name, const Tensors& list) : name_(name), list_(list) {}
-
-  const Tensor& peek() const {
-    STD_TORCH_CHECK(at_ < list_.size(), name_, " must hold more than ", list_.size(), " tensors");
-    return list_[at_];
-  }
-
-  const Tensor& next() {
-    const Tensor& tensor = peek();
-    ++at_;
-    return tensor;
-  }
-
-  void finish() const {
-    STD_TORCH_CHECK(at_ == list_.size(), name_, " must hold ", at_, " tensors, got ", list_.size());
-  }
-
- private:
-  const char* name_;
-  const Tensors& list_;
-  size_t at_ = 0;
-};
-
+// the parts of a step, each with the next of its weights; `check_step` has counted them
 class Stack {
  public:
-  Stack(const Tensors& norms, const Tensors& weights, const Tensors& scales, const Tensors& cross, double eps)
-      : norms_("norms", norms),
-        weights_("weights", weights),
-        scales_("scales", scales),
-        cross_("cross", cross),
-        scaled_(!scales.empty()),
-        eps_(eps) {}
+  Stack(const Tensors& norms, const Tensors& weights, const Tensors& scales, double eps)
+      : norm_(norms.begin()), weight_(weights.begin()), scale_(scales.begin()), scaled_(!scales.empty()), eps_(eps) {}
 
-  void norm(const Tensor& x, const Tensor& out) {
-    rms_norm_into(x, norms_.next(), eps_, out);
-  }
+  void norm(const Tensor& x, const Tensor& out) { rms_norm_into(x, *norm_++, eps_, out); }
 
-  void linear(const Tensor& x, OptionalTensor residual, bool swiglu, const Tensor& out) {
-    OptionalTensor scale;
-    if (scaled_) scale = scales_.next();
-    skinny_linear_cpu(x, weights_.next(), scale, {}, residual, swiglu, out);
+  void linear(const Tensor& x, const OptionalTensor& residual, bool swiglu, const Tensor& out) {
+    const OptionalTensor scale = scaled_ ? OptionalTensor(*scale_++) : std::nullopt;
+    skinny_linear_into(x, *weight_++, scale, {}, residual, swiglu, out);
   }
 
   // x += w2 (silu(w1 normed) * w3 normed)
   void feed_forward(const Tensor& normed, const Tensor& x) {
-    const Tensor& w13 = weights_.peek();
-    const Tensor hidden = torch::stable::new_empty(x, {x.size(0), w13.size(0) / 2});
+    const Tensor hidden = empty(x, {x.size(0), weight_->size(0) / 2}, x.scalar_type());
     linear(normed, {}, true, hidden);
     linear(hidden, x, false, x);
   }
 
-  const Tensor& next_cross() { return cross_.next(); }
-
-  void finish() const {
-    for (const Cursor* list : {&norms_, &weights_, &scales_, &cross_}) list->finish();
-  }
-
  private:
-  Cursor norms_, weights_, scales_, cross_;
+  Tensors::const_iterator norm_, weight_, scale_;
   bool scaled_;
   double eps_;
 };
 
 // row i of q [rows, width] sees context i % contexts; returns [rows, width]
-Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len, double scale) {
+Tensor attend_contexts(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cross_len) {
   const int64_t rows = q.size(0), contexts = k.size(0), heads = k.size(1), head_dim = k.size(3);
-  STD_TORCH_CHECK(contexts > 0 && rows % contexts == 0, "cross must have a divisor of ", rows, " contexts, got ",
-                  contexts);
   const Tensor queries =
       torch::stable::transpose(torch::stable::view(q, {rows / contexts, contexts, heads, head_dim}), 0, 1);
-  const Tensor out = torch::stable::new_empty(q, {contexts, rows / contexts, heads, head_dim});
-  decode_attention_cpu(queries, k, v, cross_len, {}, scale, false, out, {});
+  const Tensor out = empty(q, {contexts, rows / contexts, heads, head_dim}, q.scalar_type());
+  decode_attention_into(queries, k, v, cross_len, false, out);
   return torch::stable::reshape(torch::stable::transpose(out, 0, 1), {rows, q.size(1)});
 }
 
-// x += attention(norm x); x += cross attention(norm x), where there are contexts; x += w2 swiglu(w13 norm x)
-void transformer_step_cpu(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_len,
-                          Tensors norms, Tensors weights, Tensors scales, Tensors cross, OptionalTensor cross_len,
-                          double eps) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(k_cache.dim() == 5 && v_cache.dim() == 5, "caches must have 5 dimensions, got ", k_cache.dim(),
-                  " and ", v_cache.dim());
-  STD_TORCH_CHECK(v_cache.size(0) == k_cache.size(0), "v_cache must have ", k_cache.size(0), " layers, got ",
-                  v_cache.size(0));
-  const int64_t layers = k_cache.size(0), rows = x.size(0), width = x.size(1);
-  const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
+// on a GPU looking at the values would wait
+void check_lengths(const char* name, const Tensor& lengths, int64_t count, int64_t low, int64_t high, const Tensor& x) {
+  check_tensor(name, lengths, ScalarType::Int, {count}, x);
+  if (kCuda) return;
+  const Tensor values = as_contiguous(lengths);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t length = read<int32_t>(values)[i];
+    STD_TORCH_CHECK(length >= low && length <= high, name, " must lie between ", low, " and ", high, ", got ", length);
+  }
+}
+
+void check_pair(const char* name, const Tensor& k, const Tensor& v, std::initializer_list<int64_t> sizes,
+                const Tensor& x) {
+  check_tensor(name, k, x.scalar_type(), sizes, x);
+  check_tensor(name, v, x.scalar_type(), sizes, x);
+  const int64_t last = k.dim() - 1;
+  STD_TORCH_CHECK(k.size(last) <= 1 || (k.stride(last) == 1 && v.stride(last) == 1), name,
+                  " must have stride 1 in its last dimension, got ", k.stride(last), " and ", v.stride(last));
+}
+
+// what could raise after the first change; the parts check the rest
+void check_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_len,
+                const Tensors& norms, const Tensors& weights, const Tensors& scales, const Tensors& cross,
+                const OptionalTensor& cross_len) {
+  check_dim("x", x, 2);
+  float_dtype("x", x);
+  check_layout("x", x, x);
+  const int64_t rows = x.size(0), width = x.size(1);
+  STD_TORCH_CHECK(rows <= kSkinnyMaxRows, "x must have at most ", kSkinnyMaxRows, " rows, got ", rows);
+  check_dim("k_cache", k_cache, 5);
+  const int64_t layers = k_cache.size(0), heads = k_cache.size(2), max_len = k_cache.size(3),
+                head_dim = k_cache.size(4);
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kDecodeMaxHeadDim, "head_dim must lie between 1 and ", kDecodeMaxHeadDim,
+                  ", got ", head_dim);
   STD_TORCH_CHECK(heads * head_dim == width, "k_cache must have heads of ", width, " channels in all, got ", heads,
                   " of ", head_dim);
-  const double scale = 1 / sqrt(static_cast<double>(head_dim));
-  Stack stack(norms, weights, scales, cross, eps);
-  const Tensor normed = torch::stable::new_empty(x, {rows, width});
-  const Tensor qkv = torch::stable::new_empty(x, {rows, 3 * width}), tokens = torch::stable::unsqueeze(qkv, 1);
-  const Tensor q = torch::stable::new_empty(x, {rows, width}), attended = torch::stable::new_empty(x, {rows, width});
+  check_pair("k_cache and v_cache", k_cache, v_cache, {layers, rows, heads, max_len, head_dim}, x);
+  check_lengths("cache_len", cache_len, rows, 1, max_len, x);
+  const int64_t each = cross_len ? 3 : 2, blocks = static_cast<int64_t>(norms.size()) / each;
+  STD_TORCH_CHECK(layers >= 1 && layers == blocks && norms.size() % each == 0, "k_cache must have ", blocks,
+                  " layers like the weights, got ", layers);
+  for (const Tensor& norm : norms) check_tensor("a norm", norm, x.scalar_type(), {1, width}, x);
+  STD_TORCH_CHECK(weights.size() == 2 * norms.size(), "weights must hold ", 2 * norms.size(), " tensors, got ",
+                  weights.size());
+  STD_TORCH_CHECK(scales.empty() || scales.size() == weights.size(), "scales must hold ", weights.size(),
+                  " tensors, got ", scales.size());
+  const size_t contexts_held = cross_len ? 2 * layers : 0;
+  STD_TORCH_CHECK(cross.size() == contexts_held, "cross must hold ", contexts_held, " tensors, got ", cross.size());
+  if (!cross_len) return;
+  check_dim("cross_len", *cross_len, 1);
+  const int64_t contexts = cross_len->size(0);
+  STD_TORCH_CHECK(contexts > 0 && rows % contexts == 0, "cross_len must have as many entries as divide ", rows,
+                  " rows, got ", contexts);
+  for (size_t i = 0; i < cross.size(); i += 2) {
+    check_dim("cross", cross[i], 4);
+    const int64_t length = cross[i].size(2);
+    check_pair("cross", cross[i], cross[i + 1], {contexts, heads, length, head_dim}, x);
+    check_lengths("cross_len", *cross_len, contexts, 0, length, x);
+  }
+}
+
+// x += attention(norm x); x += cross attention(norm x), where there are contexts; x += w2 swiglu(w13 norm x)
+void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_len,
+                      Tensors norms, Tensors weights, Tensors scales, Tensors cross, OptionalTensor cross_len,
+                      double eps) {
+  check_step(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len);
+  check_eps(eps);
+  if (x.size(0) == 0) return;
+  const int64_t layers = k_cache.size(0), rows = x.size(0), width = x.size(1);
+  const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
+  const Tensor lengths = as_contiguous(cache_len);
+  cross_len = as_contiguous(cross_len);
+  Stack stack(norms, weights, scales, eps);
+  const auto room = [&](int64_t columns) { return empty(x, {rows, columns}, x.scalar_type()); };
+  const Tensor normed = room(width), qkv = room(3 * width), q = room(width), attended = room(width);
+  const Tensor tokens = torch::stable::unsqueeze(qkv, 1);
   const std::vector<int64_t> by_head = {rows, 1, heads, head_dim};
   const Tensor q_heads = torch::stable::view(q, by_head), attended_heads = torch::stable::view(attended, by_head);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Tensor k = torch::stable::select(k_cache, 0, layer), v = torch::stable::select(v_cache, 0, layer);
     stack.norm(x, normed);
     stack.linear(normed, {}, false, qkv);
-    kv_append_cpu(tokens, k, v, cache_len, kHeadNormNone, eps, {}, {}, {}, {}, q_heads);
-    decode_attention_cpu(q_heads, k, v, cache_len, {}, scale, true, attended_heads, {});
+    kv_append_into(tokens, k, v, lengths, q_heads);
+    decode_attention_into(q_heads, k, v, lengths, true, attended_heads);
     stack.linear(attended, x, false, x);
     if (cross_len) {
       stack.norm(x, normed);
       stack.linear(normed, {}, false, q);
-      const Tensor &cross_k = stack.next_cross(), &cross_v = stack.next_cross();
-      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len, scale), x, false, x);
+      const Tensor &cross_k = cross[2 * layer], &cross_v = cross[2 * layer + 1];
+      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len), x, false, x);
     }
     stack.norm(x, normed);
     stack.feed_forward(normed, x);
   }
-  stack.finish();
 }
 
 }  // namespace
 }  // namespace flexkernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flexkernels_native, m) {
-  m.def(
-      "transformer_step_(Tensor(a!) x, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cache_len, Tensor[] norms, "
-      "Tensor[] weights, Tensor[] scales, Tensor[] cross, Tensor? cross_len, float eps) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(flexkernels_native, CPU, m) {
-  m.impl("transformer_step_", TORCH_BOX(&flexkernels::transformer_step_cpu));
-}
+FLEXKERNELS_OPS(m) { m.impl("transformer_step_", TORCH_BOX(&flexkernels::transformer_step)); }

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..flow_math import GUIDANCE_APG, NO_GUIDANCE
+from ..flow_math import GUIDANCE_APG, MAX_TERMS, NO_GUIDANCE, count_rows, empty_results, split, used_terms
 
 BLOCK = 512
 NUM_WARPS = 4
@@ -41,6 +41,7 @@ def flow_update_kernel(
     p_velocity,
     total,
     length,
+    prefix_length,
     a0,
     a1,
     a2,
@@ -68,11 +69,11 @@ def flow_update_kernel(
         # offsets out of range must not reach foreign memory
         start = tl.maximum(tl.load(p_row_offsets + row), 0)
         end = tl.minimum(tl.load(p_row_offsets + row + 1), total)
-    prefix_start = row * 0
-    prefix_length = row * 0
-    if p_prefix is not None:
+    prefix_start = row * prefix_length
+    prefix_end = prefix_start + prefix_length
+    if p_prefix_offsets is not None:
         prefix_start = tl.load(p_prefix_offsets + row)
-        prefix_length = tl.load(p_prefix_offsets + row + 1) - prefix_start
+        prefix_end = tl.load(p_prefix_offsets + row + 1)
     alpha, beta = 1.0, gain
     if APG:
         factor, parallel = apg_factors(p_cond, p_uncond, p_buffer, start, end, threshold, momentum, THRESHOLD, BLOCK)
@@ -100,7 +101,7 @@ def flow_update_kernel(
         b_x = add_term(b_x, p_past2, past_b2, o_row, m_row)
         if p_prefix is not None:
             o_prefix = prefix_start + o_row - start
-            m_prefix = m_row & (o_row - start < prefix_length)
+            m_prefix = m_row & (o_prefix < prefix_end)
             b_prefix = clean * tl.load(p_prefix + o_prefix, mask=m_prefix, other=0.0)
             if p_prefix_noise is not None:
                 b_prefix += noisy * tl.load(p_prefix_noise + o_prefix, mask=m_prefix, other=0.0)
@@ -182,17 +183,37 @@ def rescale_factor(p_cond, p_uncond, start, end, gain, rescale, BLOCK: tl.conste
     return rescale * ratio.to(tl.float32) + (1.0 - rescale)
 
 
-def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
-    """Fills x_next, momentum_next and velocity (or None) from flat, contiguous tensors; a prefix comes with offsets."""
+def flow_update_triton(*args):
+    x_next = args[0].new_empty(args[0].shape)
+    return x_next, *_update(args, x_next)
+
+
+def flow_update__triton(*args):
+    return _update(args, args[0])
+
+
+def _update(args, x_next):
+    """Fills x_next, which may be x, and returns the next momentum buffer and the velocity."""
+    tensors, numbers, return_velocity = split(args)
+    momentum_next, velocity = empty_results(tensors, numbers, return_velocity)
+    if x_next.numel():
+        given = momentum_next if numbers.momentum else None, velocity if return_velocity else None
+        launch_update(_contiguous(tensors), count_rows(tensors), numbers, x_next, *given)
+    return momentum_next, velocity
+
+
+def launch_update(tensors, rows, numbers, x_next, momentum_next, velocity):
+    """Fills x_next, momentum_next and velocity (or None) from contiguous tensors of one shape."""
     total = x_next.numel()
     length = total // rows
+    states, a, past, past_b = used_terms(tensors, numbers)
     apg, rescaled = numbers.guidance == GUIDANCE_APG, numbers.rescale > 0
     splits = 1 if apg or rescaled else max(1, triton.cdiv(length, BLOCK * BLOCKS_EACH))
     noisy = 0.0 if tensors.prefix_noise is None else numbers.prefix_time
     with torch.cuda.device_of(x_next):
         flow_update_kernel[(rows, splits)](
-            *_three((tensors.x, *tensors.more_x), None),
-            *_three(tensors.past, None),
+            *_padded(states, None),
+            *_padded(past, None),
             tensors.v_cond,
             tensors.v_uncond if numbers.guidance != NO_GUIDANCE else None,
             tensors.momentum_buffer if numbers.momentum else None,
@@ -205,9 +226,10 @@ def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
             velocity,
             total,
             length,
-            *_three(numbers.a, 0.0),
+            0 if tensors.prefix is None else tensors.prefix.numel() // rows,
+            *_padded(a, 0.0),
             numbers.b,
-            *_three(numbers.past_b, 0.0),
+            *_padded(past_b, 0.0),
             numbers.scale - 1,
             numbers.threshold,
             1 - numbers.eta,
@@ -223,5 +245,10 @@ def flow_update_triton(tensors, rows, numbers, x_next, momentum_next, velocity):
         )
 
 
-def _three(values, rest):
-    return [*values, *[rest] * (3 - len(values))]
+def _contiguous(tensors):
+    one_each = (None if value is None else value.contiguous() for value in tensors[:8])
+    return type(tensors)(*one_each, *([value.contiguous() for value in several] for several in tensors[8:]))
+
+
+def _padded(values, rest):
+    return [*values, *[rest] * (MAX_TERMS - len(values))]

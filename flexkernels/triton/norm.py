@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results, checked_segment
+from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results
+from .elementary import sigmoid
 
 # rows and columns of one partial sum
 SUM_ROWS, SUM_COLUMNS = 64, 64
@@ -244,20 +245,14 @@ def norm_merge_kernel(
 
 
 @triton.jit
-def sigmoid(b_x):
-    # from exp(-|x|), which cannot overflow
-    b_e = tl.exp(-tl.abs(b_x))
-    return tl.where(b_x < 0, b_e, 1.0) / (1.0 + b_e)
-
-
-@triton.jit
 def swiglu_kernel(p_x, p_out, h, x_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_h = o_h < h
     b_a = tl.load(p_x + row * x_stride + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_b = tl.load(p_x + row * x_stride + h + o_h, mask=m_h, other=0.0).to(tl.float32)
-    tl.store(p_out + row * h + o_h, (b_a * sigmoid(b_a) * b_b).to(p_out.dtype.element_ty), mask=m_h)
+    b_s = sigmoid(b_a, p_out.dtype.element_ty == tl.float32)
+    tl.store(p_out + row * h + o_h, (b_a * b_s * b_b).to(p_out.dtype.element_ty), mask=m_h)
 
 
 @triton.jit
@@ -268,7 +263,7 @@ def swiglu_backward_kernel(p_grad_out, p_x, p_grad_x, h, x_stride, BLOCK: tl.con
     b_a = tl.load(p_x + row * x_stride + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_b = tl.load(p_x + row * x_stride + h + o_h, mask=m_h, other=0.0).to(tl.float32)
     b_grad = tl.load(p_grad_out + row * h + o_h, mask=m_h, other=0.0).to(tl.float32)
-    b_s = sigmoid(b_a)
+    b_s = sigmoid(b_a, p_grad_x.dtype.element_ty == tl.float32)
     b_grad_a = b_grad * b_b * b_s * (1.0 + b_a * (1.0 - b_s))
     p_row = p_grad_x + row * 2 * h
     tl.store(p_row + o_h, b_grad_a.to(p_grad_x.dtype.element_ty), mask=m_h)
@@ -352,7 +347,8 @@ def swiglu_backward_triton(grad_out, x):
 def _forward(x, y, gate, shift, scale, segment, eps, rms, total, out):
     """Fills total = x + gate * y and out, either of which may be None."""
     if x.numel():
-        segment = checked_segment(segment, gate, shift, scale)
+        if gate is None and shift is None and scale is None:
+            segment = None
         gate, shift, scale = _tables(gate, shift, scale)
         launch_forward(_dense(x), _dense(y), gate, shift, scale, _contiguous(segment), eps, rms, total, out)
 

@@ -1,12 +1,14 @@
 """Sampling in Triton: a program a row. Top-k and top-p are searches for one threshold on the ordered bits of x, two
 bits a pass, by count and by mass.
 
-Float arithmetic is one rounded operation at a time (no fused multiply-add), as in `sampling.py` and core/sampling.h.
+Float arithmetic is one rounded operation at a time (no fused multiply-add), as in sampling_math.py.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from ..sampling_math import constants
 
 BLOCK = 4096
 NUM_WARPS = 16
@@ -222,10 +224,16 @@ def sample_logits_kernel(
 
 
 def sample_logits_triton(
-    logits, uncond, guidance, scale, top_k, top_p, log2_minp, seed, seeds, offset, offsets, ids, logprob
+    logits, uncond, guidance, temperature, top_k, top_p, min_p, seed, seeds, offset, offsets, return_logprob
 ):
-    """Fills ids [n] and logprob [n] (or None)."""
     n, vocab = logits.shape
+    ids = logits.new_empty((n,), dtype=torch.int64)
+    logprob = logits.new_empty((n if return_logprob else 0,), dtype=torch.float32)
+    if n == 0:
+        return ids, logprob
+    logits, uncond = _dense(logits), _dense(uncond)
+    seeds, offsets = (None if values is None else values.contiguous() for values in (seeds, offsets))
+    guidance, scale, top_k, top_p, log2_minp = constants(guidance, temperature, top_k, top_p, min_p, vocab)
     block = min(BLOCK, max(64, triton.next_power_of_2(vocab)))
     with torch.cuda.device_of(logits):
         sample_logits_kernel[(n,)](
@@ -234,9 +242,9 @@ def sample_logits_triton(
             seeds,
             offsets,
             ids,
-            logprob,
+            logprob if return_logprob else None,
             logits.stride(0),
-            uncond.stride(0) if uncond is not None else 0,
+            0 if uncond is None else uncond.stride(0),
             vocab,
             guidance,
             scale,
@@ -252,3 +260,9 @@ def sample_logits_triton(
             num_warps=NUM_WARPS if block == BLOCK else 4,
             enable_fp_fusion=False,
         )
+    return ids, logprob
+
+
+def _dense(rows):
+    """Rows contiguous, whatever lies between them."""
+    return rows if rows is None or rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()

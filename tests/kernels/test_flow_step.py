@@ -3,13 +3,22 @@ import math
 
 import pytest
 import torch
-from flow_cases import GUIDANCE, RAGGED, convert, draw, draw_ragged, every_guidance, gradients
+from flow_cases import (
+    GUIDANCE,
+    convert,
+    draw,
+    draw_ragged,
+    every_guidance,
+    gradients,
+    tensors_of,
+    with_tensors,
+)
 from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, needs_gpu, on_every_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import APG, CFG, flow_math
+from flexkernels import APG, CFG, Prefix
 
 op = torch.ops.flexkernels
 
@@ -82,14 +91,15 @@ def test_ragged_rows(place, guidance):
     arguments = draw_ragged(guidance)
     results = check(place, arguments)
     # each row by itself gives the same numbers
-    starts, prefixes = arguments["row_offsets"].tolist(), arguments["prefix_offsets"].tolist()
+    prefix = arguments["prefix"]
+    starts, prefixes = arguments["row_offsets"].tolist(), prefix.offsets.tolist()
     for r in (0, 1, 3, 5):
-        cut = {"row_offsets": None, "prefix_offsets": None}
+        cut = {"row_offsets": None}
         for name in ("x", "v_cond", "v_uncond", "momentum_buffer"):
             if name in arguments:
                 cut[name] = arguments[name][starts[r] : starts[r + 1]].view(1, 1, -1)
-        for name in ("prefix", "prefix_noise"):
-            cut[name] = arguments[name][prefixes[r] : prefixes[r + 1]].view(1, 1, -1)
+        values, noise = (t[prefixes[r] : prefixes[r + 1]].view(1, 1, -1) for t in (prefix.values, prefix.noise))
+        cut["prefix"] = Prefix(values, noise=noise, time=prefix.time)
         alone = step(place, arguments | cut)
         packed = results[0][starts[r] : starts[r + 1]]
         if place[0] == "reference":
@@ -131,12 +141,12 @@ def test_long_rows_keep_their_accuracy(place):
 
 @on_every_backend
 def test_prefix_is_clean_without_noise(place):
-    arguments = draw(CFG(2.0), (2, 3, 4, 5), prefix=(2, 3, 2, 5), prefix_noise=None)
-    result, _ = step(place, arguments)
-    assert torch.equal(result[:, :, :2], arguments["prefix"])
-    full = draw(None, (1, 2, 3, 5), prefix=(1, 2, 3, 5), prefix_time=1.0)
-    assert torch.equal(step(place, full)[0], full["prefix_noise"])
-    assert torch.equal(step(place, full | {"prefix_time": 0.0})[0], full["prefix"])
+    values, noise = torch.randn(2, 2, 3, 2, 5)
+    result, _ = step(place, draw(CFG(2.0), (2, 3, 4, 5)) | {"prefix": Prefix(values, time=0.5)})
+    assert torch.equal(result[:, :, :2], values)
+    for time, expected in ((1.0, noise), (0.0, values)):
+        full = draw(None, (2, 3, 2, 5)) | {"prefix": Prefix(values, noise=noise, time=time)}
+        assert torch.equal(step(place, full)[0], expected)
 
 
 @on_every_backend
@@ -169,7 +179,7 @@ def test_inputs_stay_and_runs_repeat_bit_by_bit(place):
     before = convert(arguments)
     first, second = step(place, arguments), step(place, arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(before[k], v) for k, v in arguments.items() if isinstance(v, torch.Tensor))
+    assert all(torch.equal(tensors_of(before)[name], value) for name, value in tensors_of(arguments).items())
 
 
 # gradient
@@ -184,7 +194,7 @@ def test_gradients(place, guidance, ragged):
         found = gradients(flexkernels.flow_step, convert(arguments, place[1]))
     expected = gradients(flexkernels.flow_step_ref, convert(arguments, double=True))
     plain = gradients(flexkernels.flow_step_ref, arguments)
-    assert set(found) == set(expected) >= {"x", "v_cond", "prefix", "prefix_noise"}
+    assert set(found) == set(expected) >= {"x", "v_cond", "prefix.values", "prefix.noise"}
     for name, grad in found.items():
         assert_accurate(grad, plain[name], expected[name])
 
@@ -192,13 +202,12 @@ def test_gradients(place, guidance, ragged):
 def test_reference_passes_gradcheck():
     """Ties the float64 gradients above, which autograd takes of the reference, to finite differences."""
     arguments = convert(draw(GUIDANCE["apg_momentum"], (1, 2, 5), prefix=(1, 2, 2)), double=True)
-    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
-    leaves = [arguments[name].requires_grad_() for name in names]
+    leaves = {name: value.requires_grad_() for name, value in tensors_of(arguments).items()}
 
     def function(*values):
-        return flexkernels.flow_step_ref(**arguments | dict(zip(names, values, strict=True)))
+        return flexkernels.flow_step_ref(**with_tensors(arguments, dict(zip(leaves, values, strict=True))))
 
-    assert torch.autograd.gradcheck(function, leaves)
+    assert "prefix.noise" in leaves and torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
 def test_one_tensor_passed_twice_gets_both_gradients():
@@ -222,17 +231,16 @@ def test_opcheck(guidance):
     kind = 0 if guidance is None else 1 + isinstance(guidance, APG)
     numbers = dataclasses.asdict(guidance) if guidance else {"scale": 1.0}
     rest = [float(numbers.get(name, 0.0)) for name in ("scale", "threshold", "eta", "momentum", "rescale")]
-    dense = draw(guidance, (2, 3, 4, 5), prefix=(2, 3, 1, 5), rows=6)
-    for arguments in (dense, draw_ragged(guidance, rows=len(RAGGED) - 1)):
+    names = ("x", "v_cond", "v_uncond", "momentum_buffer", "row_offsets")
+    names = (*names, "prefix.values", "prefix.offsets", "prefix.noise")
+    for arguments in (draw(guidance, (2, 3, 4, 5), prefix=(2, 3, 1, 5)), draw_ragged(guidance)):
         for terms, grad in (([], True), ([torch.randn(arguments["x"].shape)] * 2, True), ([], False)):
-            tensors = convert(arguments, DEVICE, grad=grad)
-            given = [tensors.get(name) for name in flow_math.Tensors._fields[:8]]
+            tensors = tensors_of(convert(arguments, DEVICE, grad=grad))
             terms = [term.to(DEVICE).requires_grad_(grad) for term in terms]
             weights = [0.5 - i for i in range(len(terms))]
-            more = (terms, terms, tensors["rows"], [1.0, *weights], -0.05, weights, kind, *rest, 0.3, len(terms) > 0)
-            names = ("flow_update",) if grad else ("flow_update", "flow_update_inference", "flow_update_")
-            for name in names:
-                torch.library.opcheck(getattr(op, name).default, (*given, *more))
+            more = (terms, terms, [1.0, *weights], -0.05, weights, kind, *rest, 0.3, len(terms) > 0)
+            for name in ("flow_update",) if grad else ("flow_update", "flow_update_"):
+                torch.library.opcheck(getattr(op, name).default, (*map(tensors.get, names), *more))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", inductor])
@@ -327,19 +335,24 @@ WRONG = [
         ValueError,
         r"row_offsets must have rows \+ 1 entries, got 0",
     ),
-    ({"prefix_noise": X}, ValueError, "prefix must be given along with prefix_noise or prefix_offsets, got None"),
-    ({"prefix": X.half()}, TypeError, "prefix must be float32.*got float16"),
-    ({"prefix": X[:, :2]}, ValueError, r"prefix must be \[B, C, k, \.\.\.\] like x \[2, 3, 8\], got shape \[2, 2, 8\]"),
-    ({"prefix": torch.zeros(2, 3, 9)}, ValueError, r"prefix must be \[B, C, k, \.\.\.\] like x"),
-    ({"prefix": X, "prefix_noise": X[:1]}, ValueError, "prefix_noise must have the shape"),
-    ({"prefix": X, "prefix_time": 1.5}, ValueError, "prefix_time must be at most 1, got 1.5"),
-    ({"prefix": X, "prefix_time": -0.1}, ValueError, "prefix_time must be at least 0, got -0.1"),
-    ({"prefix": X, "prefix_offsets": torch.arange(7)}, ValueError, "prefix must be flat when prefix_offsets are given"),
-    ({"prefix": X[0, 0], "prefix_offsets": torch.arange(3)}, ValueError, r"prefix_offsets must have the shape \[7\]"),
+    ({"prefix": X}, TypeError, "prefix must be a Prefix or None, got Tensor"),
+    ({"prefix": Prefix(X.half())}, TypeError, "prefix.values must be float32.*got float16"),
     (
-        {"x": FLAT, "v_cond": FLAT, "row_offsets": OFFSETS, "prefix": FLAT},
+        {"prefix": Prefix(X[:, :2])},
         ValueError,
-        "prefix_offsets must be given along with row_offsets and prefix",
+        r"prefix.values must be \[B, C, k, \.\.\.\] like x \[2, 3, 8\], got shape \[2, 2, 8\]",
+    ),
+    ({"prefix": Prefix(torch.zeros(2, 3, 9))}, ValueError, r"prefix.values must be \[B, C, k, \.\.\.\] like x"),
+    ({"prefix": Prefix(X.to("meta"))}, ValueError, "prefix.values must be on cpu like x, got meta"),
+    ({"prefix": Prefix(X, noise=X[:1])}, ValueError, "prefix.noise must have the shape"),
+    ({"prefix": Prefix(X, noise=X.half())}, TypeError, "prefix.noise must be float32.*got float16"),
+    ({"prefix": Prefix(X, torch.arange(7))}, ValueError, "prefix.values must be flat when there are prefix.offsets"),
+    ({"prefix": Prefix(X[0, 0], torch.arange(3))}, ValueError, r"prefix.offsets must have the shape \[7\]"),
+    ({"prefix": Prefix(X[0, 0], torch.arange(7).int())}, TypeError, "prefix.offsets must be int64, got int32"),
+    (
+        {"x": FLAT, "v_cond": FLAT, "row_offsets": OFFSETS, "prefix": Prefix(FLAT)},
+        ValueError,
+        "prefix.offsets must be given along with row_offsets",
     ),
 ]
 
@@ -376,9 +389,9 @@ def test_wrong_offsets_are_refused_on_the_cpu(place, offsets, message):
 def test_a_prefix_longer_than_its_row_is_refused_on_the_cpu(place):
     if place[1] != "cpu":
         pytest.skip("looking at offsets would wait for the GPU")
-    arguments = {"x": FLAT, "v_cond": FLAT, "dt": 1.0, "row_offsets": OFFSETS, "prefix": FLAT[:5]}
-    with pytest.raises(ValueError, match="prefix_offsets must give no row more than its elements"):
-        step(place, arguments | {"prefix_offsets": torch.tensor([0, 5, 5])})
+    arguments = {"x": FLAT, "v_cond": FLAT, "dt": 1.0, "row_offsets": OFFSETS}
+    with pytest.raises(ValueError, match=r"prefix\.offsets must give no row more than its elements"):
+        step(place, arguments | {"prefix": Prefix(FLAT[:5], torch.tensor([0, 5, 5]))})
 
 
 @pytest.mark.parametrize(
@@ -394,3 +407,19 @@ def test_a_prefix_longer_than_its_row_is_refused_on_the_cpu(place):
 def test_wrong_guidance_is_refused(settings, error, message):
     with pytest.raises(error, match=message):
         APG(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"values": None}, TypeError, "Prefix values must be a torch.Tensor, got NoneType"),
+        ({"offsets": [0, 1]}, TypeError, "Prefix offsets must be a torch.Tensor, got list"),
+        ({"noise": 0.0}, TypeError, "Prefix noise must be a torch.Tensor, got float"),
+        ({"time": 1.5}, ValueError, "Prefix time must be at most 1, got 1.5"),
+        ({"time": -0.1}, ValueError, "Prefix time must be at least 0, got -0.1"),
+        ({"time": torch.zeros(1)}, TypeError, "Prefix time must be a number, got Tensor"),
+    ],
+)
+def test_wrong_prefix_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        Prefix(**{"values": X} | settings)

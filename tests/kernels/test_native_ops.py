@@ -37,14 +37,14 @@ def row_formula(x, v_cond, v_uncond, buffer, guidance, threshold=THRESHOLD):
     return x + DT * v, d
 
 
-def flow_step(x, v_cond, v_uncond, buffer, offsets, rows, guidance, prefix=None, prefix_offsets=None, noise=None,
-              threshold=THRESHOLD, dt=DT):  # fmt: skip
-    x_next = torch.empty_like(x)
-    momentum_next = torch.empty(x.shape) if buffer is not None else None
-    ops.flow_update(
-        x, v_cond, v_uncond, buffer, offsets, prefix, prefix_offsets, noise, [], [], rows, [1.0], dt, [], guidance,
-        SCALE, threshold, ETA, MOMENTUM, 0.0, 0.25, x_next, momentum_next, None,
-    )  # fmt: skip
+def flow_step(x, v_cond, v_uncond, buffer, offsets, guidance, prefix=None, prefix_offsets=None, noise=None,
+              threshold=THRESHOLD, dt=DT, **changes):  # fmt: skip
+    numbers = dict(a=[1.0], b=dt, past_b=[], guidance=guidance, scale=SCALE, threshold=threshold, eta=ETA)
+    numbers |= dict(momentum=0.0 if buffer is None else MOMENTUM, rescale=0.0, prefix_time=0.25, return_velocity=False)
+    tensors = (x, v_cond, v_uncond, buffer, offsets, prefix, prefix_offsets, noise)
+    x_next, momentum_next, _ = torch.ops.flexkernels.flow_update(
+        *tensors, **dict(more_x=[], past=[]) | numbers | changes
+    )
     return x_next, momentum_next
 
 
@@ -60,10 +60,11 @@ def check_flow(x_dtype, v_dtype, guidance, with_buffer, offsets, equal_rows=Fals
     x = torch.randn(total).to(x_dtype)
     v_cond, v_uncond = torch.randn(2, total).to(v_dtype)
     buffer = torch.randn(total) if with_buffer else None
-    given_offsets = None if equal_rows else offsets
-    got, got_d = flow_step(
-        x, v_cond, v_uncond if guidance else None, buffer, given_offsets, rows, guidance, threshold=threshold
-    )
+    given = [x, v_cond, v_uncond if guidance else None, buffer]
+    if equal_rows:
+        given = [t if t is None else t.view(1, rows, -1) for t in given]
+    got, got_d = flow_step(*given, None if equal_rows else offsets, guidance, threshold=threshold)
+    got, got_d = got.view(-1), got_d.view(-1)
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         row = slice(begin, end)
 
@@ -95,10 +96,11 @@ def test_kernel_conversions_round_as_torch_does(dtype):
     bits = torch.arange(2**16, dtype=torch.int64) << 16
     brain, brain_ties = (b.to(torch.int32).view(torch.float32) for b in (bits, bits + 2**15))
     v = torch.cat([half.float(), ties, brain, brain_ties, torch.randn(999)])
-    got, _ = flow_step(torch.zeros(len(v), dtype=dtype), v, None, None, None, 1, 0, dt=1.0)
+    offsets = rows_of(len(v))
+    got, _ = flow_step(torch.zeros(len(v), dtype=dtype), v, None, None, offsets, 0, dt=1.0)
     assert torch.equal(got.nan_to_num(7.0), (0 + v).to(dtype).nan_to_num(7.0))
     low = v.to(dtype)
-    got, _ = flow_step(torch.zeros(len(v)), low, None, None, None, 1, 0, dt=1.0)
+    got, _ = flow_step(torch.zeros(len(v)), low, None, None, offsets, 0, dt=1.0)
     assert torch.equal(got.nan_to_num(7.0), low.float().nan_to_num(7.0))
 
 
@@ -113,14 +115,14 @@ def test_kernel_flow_threshold_off_or_never_reached(threshold):
 
 
 def test_kernel_flow_zero_velocities():
-    x, zero = torch.randn(40), torch.zeros(40)
-    assert torch.equal(flow_step(x, zero, zero, None, None, 2, 2)[0], x)
+    x, zero = torch.randn(1, 2, 20), torch.zeros(1, 2, 20)
+    assert torch.equal(flow_step(x, zero, zero, None, None, 2)[0], x)
 
 
 def test_kernel_flow_nan_stays_in_its_row():
-    x, v_cond, v_uncond = torch.randn(3, 60)
-    v_cond[25] = math.nan
-    x_next = flow_step(x, v_cond, v_uncond, None, None, 3, 2)[0].view(3, 20)
+    x, v_cond, v_uncond = torch.randn(3, 1, 3, 20)
+    v_cond[0, 1, 5] = math.nan
+    x_next = flow_step(x, v_cond, v_uncond, None, None, 2)[0].view(3, 20)
     assert x_next[1].isnan().all() and not x_next[[0, 2]].isnan().any()
 
 
@@ -130,44 +132,77 @@ def test_kernel_flow_prefix(x_dtype, noisy):
     offsets, prefix_offsets = rows_of(40, 0, 33, 17), rows_of(40, 0, 3, 0)
     x, v = torch.randn(2, 90).to(x_dtype)
     prefix, noise = torch.randn(2, 43)
-    got, _ = flow_step(x, v, None, None, offsets, 4, 0, prefix, prefix_offsets, noise if noisy else None)
-    want, _ = flow_step(x, v, None, None, offsets, 4, 0)
+    got, _ = flow_step(x, v, None, None, offsets, 0, prefix, prefix_offsets, noise if noisy else None)
+    want, _ = flow_step(x, v, None, None, offsets, 0)
     mixed = (0.75 * prefix + 0.25 * noise if noisy else prefix).to(x_dtype)
     want[:40], want[40:43] = mixed[:40], mixed[40:]
     assert torch.equal(got, want)
 
 
 def test_kernel_flow_empty():
-    empty = torch.empty(0)
-    assert flow_step(empty, empty, empty, None, None, 0, 2)[0].shape == (0,)
-    assert flow_step(empty, empty, empty, None, rows_of(0, 0), 2, 2)[0].shape == (0,)
+    for empty, offsets in ((torch.empty(0, 3, 4), None), (torch.empty(2, 3, 0), None), (torch.empty(0), rows_of(0, 0))):
+        assert flow_step(empty, empty, empty, None, offsets, 2)[0].shape == empty.shape
 
 
 X = torch.zeros(12)
+DENSE = torch.zeros(1, 2, 6)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (dict(v_cond=X[:6]), "v_cond must have 12 elements, got 6"),
-        (dict(v_uncond=None), "v_uncond must be given when guidance is 2, got none"),
+        (dict(x=X.double()), "x must have dtype float32, bfloat16 or float16, got Double"),
+        (dict(v_cond=X.double()), "v_cond must have dtype float32, bfloat16 or float16, got Double"),
+        (dict(v_cond=X[:6]), "v_cond must have size 12 in dimension 0, got 6"),
+        (dict(v_uncond=None), "v_uncond must be given where there is guidance alone, got guidance 2"),
+        (dict(guidance=0), "v_uncond must be given where there is guidance alone, got guidance 0"),
         (dict(v_uncond=X.half()), "v_uncond must have dtype Float, got Half"),
         (dict(guidance=3), "guidance must be 0, 1 or 2, got 3"),
-        (dict(guidance=1, buffer=X), "momentum_buffer and momentum_next must be absent unless guidance is 2"),
+        (dict(guidance=1, buffer=X, momentum=0.0), "momentum_buffer must be absent unless guidance is 2"),
+        (dict(momentum=0.5), "momentum_buffer must be given with a momentum, got none"),
+        (dict(guidance=1, momentum=0.5), "momentum must be 0 unless guidance is 2, got 0.5"),
         (dict(buffer=X.half()), "momentum_buffer must have dtype Float, got Half"),
-        (dict(rows=5), "rows must divide the 12 elements of x, got 5"),
+        (dict(buffer=X[:6]), "momentum_buffer must have size 12 in dimension 0, got 6"),
+        (dict(offsets=None), r"x must have the shape \[B, C, ...\] without row_offsets, got 1 dimensions"),
         (dict(offsets=rows_of(5, 8)), "row_offsets must run from 0 to 12, got 0 to 13"),
         (dict(offsets=torch.tensor([0, 13, 12])), "row_offsets must not fall, got 13 before 12"),
-        (dict(offsets=rows_of(12)), "row_offsets must have 3 elements, got 2"),
-        (dict(prefix=X), "prefix and prefix_offsets must be given together"),
+        (dict(offsets=rows_of(12).int()), "row_offsets must have dtype Long, got Int"),
+        (dict(offsets=rows_of(12)[:0]), r"row_offsets must have rows \+ 1 entries, got 0"),
+        (dict(offsets=rows_of(12)[None]), "row_offsets must have 1 dimensions, got 2"),
+        (dict(x=DENSE, v_cond=DENSE, v_uncond=DENSE), "x must have 1 dimensions, got 3"),
+        (dict(prefix=X), "prefix_offsets must be given with row_offsets and prefix"),
+        (dict(prefix=X.half()), "prefix must have dtype Float, got Half"),
+        (dict(prefix=DENSE, prefix_offsets=rows_of(6, 6)), "prefix must have 1 dimensions, got 3"),
+        (dict(prefix=X, prefix_offsets=rows_of(12)), "prefix_offsets must have 3 elements, got 2"),
         (dict(prefix=X[:7], prefix_offsets=rows_of(7, 0)), "prefix_offsets must give row 0 at most its 6 elements"),
-        (dict(noise=X), "prefix must be given with prefix_noise"),
+        (dict(prefix=X, noise=X[:6]), "prefix_noise must have size 12 in dimension 0, got 6"),
+        (dict(noise=X), "prefix must be given with prefix_offsets or prefix_noise, got none"),
+        (dict(more_x=[X] * 3, a=[1.0] * 4), "more_x must hold at most 2 tensors, got 3"),
+        (dict(more_x=[X]), "a must have 2 entries, got 1"),
+        (dict(more_x=[X.half()], a=[1.0] * 2), "more_x must have dtype Float, got Half"),
+        (dict(past=[X] * 4, past_b=[1.0] * 4), "past must hold at most 3 tensors, got 4"),
+        (dict(past=[X]), "past_b must have 1 entries, got 0"),
+        (dict(past=[X[:6]], past_b=[1.0]), "past must have size 12 in dimension 0, got 6"),
+        (dict(a=[math.nan]), "a must be finite, got nan"),
+        (dict(past=[X], past_b=[math.inf]), "past_b must be finite, got inf"),
+        (dict(dt=math.nan), "b must be finite, got nan"),
+        (dict(scale=math.inf), "scale must be finite, got inf"),
+        (dict(threshold=-1.0), "threshold must be finite and at least 0, got -1"),
+        (dict(eta=math.nan), "eta must be finite, got nan"),
+        (dict(rescale=1.5), "rescale must lie between 0 and 1, got 1.5"),
+        (dict(prefix_time=-0.5), "prefix_time must lie between 0 and 1, got -0.5"),
     ],
 )
-def test_flow_step_refuses(args, message):
-    call = dict(x=X, v_cond=X, v_uncond=X, buffer=None, offsets=None, rows=2, guidance=2)
+def test_flow_update_refuses(args, message):
+    call = dict(x=X, v_cond=X, v_uncond=X, buffer=None, offsets=rows_of(6, 6), guidance=2)
     with pytest.raises(RuntimeError, match=message):
         flow_step(**{**call, **args})
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 7), (1, 3, 2), (2, 2, 2), (1, 2), (12,)], ids=str)
+def test_flow_update_refuses_prefixes_of_other_shapes(shape):
+    with pytest.raises(RuntimeError, match=r"prefix must be \[B, C, k, ...\] like x, got another shape"):
+        flow_step(DENSE, DENSE, None, None, None, 0, torch.zeros(shape))
 
 
 # --- ISA levels

@@ -73,12 +73,12 @@ def reference(name, arguments):
     return tuple_of(getattr(flexkernels, f"{name}_ref")(**arguments))
 
 
-def close(place, result, plain, exact):
+def close(place, result, plain, exact, terms=0.0):
     if interpreted(place) and result.dtype == torch.bfloat16:
         # the interpreter cuts bfloat16 off instead of rounding
         torch.testing.assert_close(result.double(), exact, rtol=2**-6, atol=2**-6 * float(exact.abs().max()))
     else:
-        assert_accurate(result, plain, exact)
+        assert_accurate(result, plain, exact, terms)
 
 
 def check(place, name, arguments):
@@ -272,7 +272,7 @@ def gradients(function, arguments, which=None):
     return {k: leaf.grad for k, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
 
 
-def check_gradients(place, name, arguments, which=None):
+def check_gradients(place, name, arguments, which=None, terms=0.0):
     with flexkernels.backend(place[0]):
         found = gradients(getattr(flexkernels, name), convert(arguments, place[1]), which)
     formula = getattr(flexkernels, f"{name}_ref")
@@ -282,7 +282,7 @@ def check_gradients(place, name, arguments, which=None):
         if grad is None:
             assert found[key] is None or (found[key] == 0).all(), key
         else:
-            close(place, found[key], plain[key], grad)
+            close(place, found[key], plain[key], grad, terms)
     return found
 
 
@@ -297,7 +297,9 @@ def test_gradients(place, name, dtype):
 @every_op
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (17, 17), (151, 17), (2, 1792)])
 def test_gradients_of_odd_sizes(place, name, n, d):
-    check_gradients(place, name, draw(name, n, d))
+    # a row of one element is its own mean: 1 / sqrt(eps) times what cancels, exactly or up to rounding
+    terms = 1e-5**-0.5 if d == 1 and "adaln" in name else 0.0
+    check_gradients(place, name, draw(name, n, d), terms=terms)
 
 
 @on_every_backend
@@ -486,7 +488,7 @@ def test_a_segment_out_of_range_is_refused_on_the_cpu(place, value):
     if place[0] == "cuda" or place[1] != "cpu":
         pytest.skip("looking at segments would wait for the GPU")
     segment = torch.tensor([0, 1, value, 0], dtype=torch.int32)
-    with pytest.raises((ValueError, RuntimeError), match=f"segment must lie between 0 and 1, got {value}"):
+    with pytest.raises(ValueError, match=f"segment must lie between 0 and 1, got {value}"):
         call(place, "adaln_norm", {"x": X, "shift": TABLE, "segment": segment})
 
 

@@ -6,7 +6,7 @@ from helpers import DEVICE, FLOATS, inductor, interpreted, needs_gpu, on_every_b
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import sampling
+from flexkernels import sampling_math
 
 op = torch.ops.flexkernels
 FILTERS = {
@@ -113,17 +113,17 @@ def test_philox_known_answers():
         (0xFFFFFFFF, 0xFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
     ):
         counter = [torch.tensor(word) for _ in range(4)]
-        found = sampling.philox(torch.tensor(seed), torch.tensor(seed), counter)
+        found = sampling_math.philox(torch.tensor(seed), torch.tensor(seed), counter)
         assert [int(value) for value in found] == expected
 
 
 def test_functions_are_accurate():
     y = -torch.rand(100_000) * 60
-    assert (sampling.exp2(y).double() / torch.exp2(y.double()) - 1).abs().max() < 1.3e-7
-    assert sampling.exp2(torch.tensor([0.0, -126.0, -126.5, -math.inf])).tolist() == [1.0, 2.0**-126, 0.0, 0.0]
+    assert (sampling_math.exp2(y).double() / torch.exp2(y.double()) - 1).abs().max() < 1.3e-7
+    assert sampling_math.exp2(torch.tensor([0.0, -126.0, -126.5, -math.inf])).tolist() == [1.0, 2.0**-126, 0.0, 0.0]
     bits = torch.cat([torch.arange(1000), torch.randint(2**31 - 1, (100_000,)), 2**31 - 1 - torch.arange(1000)])
     u = (bits.double() + 0.5) / 2**31
-    error = sampling.exponential(bits.int()).double() / -torch.log1p(-u) - 1
+    error = sampling_math.exponential(bits.int()).double() / -torch.log1p(-u) - 1
     assert error.abs().max() < 3e-7
 
 
@@ -350,6 +350,9 @@ WRONG = [
     ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     ({"top_k": 2.0}, TypeError, "top_k must be an int or None, got float"),
+    ({"top_k": True}, TypeError, "top_k must be an int or None, got bool"),
+    ({"temperature": True}, TypeError, "temperature must be a number, got bool"),
+    ({"seed": False}, TypeError, "seed must be an int or an int64 tensor, got bool"),
     ({"top_p": 0.0}, ValueError, "top_p must be above 0 and at most 1, got 0.0"),
     ({"top_p": 1.1}, ValueError, "top_p must be above 0 and at most 1, got 1.1"),
     ({"top_p": math.nan}, ValueError, "top_p must be finite, got nan"),

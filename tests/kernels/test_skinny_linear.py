@@ -20,6 +20,11 @@ def draw(m, n, k, dtype, *, int8=False, activation=None, bias=True, residual=Tru
     return {"x": torch.randn(m, k).to(dtype), "weight": weight} | rest
 
 
+def shifted(tensor):
+    """A contiguous copy that begins one element behind where memory begins."""
+    return tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+
 def convert(arguments, change):
     return {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
 
@@ -90,7 +95,9 @@ def test_a_row_is_the_same_alone_and_among_others(place, dtype, int8):
 @on_every_backend
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 def test_empty_and_strided_inputs(place, activation):
-    check(place, *(draw(*size, torch.float32, activation=activation) for size in ((0, 6, 5), (3, 0, 5), (3, 6, 0))))
+    empty = (draw(*size, torch.float32, activation=activation) for size in ((0, 6, 5), (3, 0, 5), (3, 6, 0)))
+    check(place, *empty, draw(3, 6, 0, torch.float32, int8=True, activation=activation))
+    check(place, draw(3, 6, 0, torch.half, activation=activation))
     arguments = draw(4, 12, 33, torch.bfloat16, activation=activation)
     expected = linear(place, arguments)
     apart = {"x": torch.randn(4, 3, 33).to(torch.bfloat16)[:, 1], "weight": arguments["weight"].t().contiguous().t()}
@@ -101,6 +108,32 @@ def test_empty_and_strided_inputs(place, activation):
     # columns apart: rows are copied
     columns = arguments["x"].t().contiguous().t()
     assert torch.equal(linear(place, arguments | {"x": columns}), expected)
+
+
+@on_every_backend
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_alignment_changes_no_bits(place, dtype, int8):
+    """Rows that begin anywhere, against copies that begin on 16 bytes."""
+    if place[0] in ("reference", "triton"):
+        pytest.skip("torch and Triton promise no such thing")
+    for m, k in ((3, 160), (9, 1056)):
+        arguments = draw(m, 18, k, dtype, int8=int8)
+        expected = linear(place, arguments)
+        moved = convert(arguments, lambda t: t.to(place[1]))
+        apart = torch.nn.functional.pad(moved["x"], (0, 3))[:, :k]
+        for change in ({"x": shifted(moved["x"])}, {"x": apart}, {"weight": shifted(moved["weight"])}):
+            with flexkernels.backend(place[0]):
+                assert torch.equal(flexkernels.skinny_linear(**moved | change).cpu(), expected)
+
+
+@on_every_backend
+@pytest.mark.parametrize("int8", [False, True])
+def test_long_rows_and_many_tiles(place, int8):
+    if interpreted(place):
+        pytest.skip("slow in the interpreter")
+    for dtype in FLOATS:
+        check(place, draw(9, 38, 2064, dtype, int8=int8, activation="swiglu"), draw(2, 700, 24, dtype, int8=int8))
 
 
 @on_every_backend

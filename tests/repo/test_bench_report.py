@@ -15,23 +15,23 @@ from vft import measure
 BENCH = ROOT / "bench"
 STORED = BENCH / "results" / "cpu_epyc_avx512.json"
 CASE = "sample_logits_plain_fp32"
-FIELDS = {
-    "name", "device", "dtype", "shape", "ours_ms", "peers", "quartiles", "ratio", "bound_ms", "fraction_of_bound",
-    "correct", "note",
-}  # fmt: skip
+H200 = BENCH / "results" / "h200.json"
+# how a case was called: from Python, and under "graph" inside a CUDA graph
+TIMES = {"ours_ms", "backends", "peers", "quartiles", "ratio", "fraction_of_bound", "failed"}
+FIELDS = TIMES | {"name", "device", "dtype", "shape", "bound_ms", "correct", "note", "error", "graph"}
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The modules of bench/ by name, imported as its scripts import each other (pythonpath in pyproject.toml)."""
-    return {name: importlib.import_module(name) for name in ("cases", "compare", "render", "report")}
+    return {name: importlib.import_module(name) for name in ("cases", "compare", "measuring", "render", "report")}
 
 
 @pytest.fixture
 def quick(bench, monkeypatch):
     """One small case and ceilings that need no measuring."""
     numbers = {"copy_gb_s": 10.0, "read_gb_s": 10.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 200.0}
-    monkeypatch.setattr(bench["report"], "ceilings", lambda device: numbers)
+    monkeypatch.setattr(bench["report"], "ceilings", lambda device, seconds=1: numbers)
     return ["--only", CASE, "--seconds", "0.05", "--device", "cpu"]
 
 
@@ -63,6 +63,66 @@ def test_a_wrong_result_is_not_timed(bench, quick, tmp_path, monkeypatch):
     assert bench["report"].main([*quick, "--json", str(target), "--markdown"]) == 1
     (record,) = json.loads(target.read_text())["records"]
     assert record["ours_ms"] is None and record["note"] == "WRONG: off by one" and record["quartiles"] == {}
+
+
+def test_a_case_that_raises_is_a_record_and_the_next_one_is_measured(bench, quick, tmp_path, monkeypatch, capsys):
+    def raising(device):
+        raise RuntimeError("no such layout")
+
+    other = "sample_logits_top_p_fp32"
+    monkeypatch.setitem(bench["cases"].CASES, CASE, raising)
+    arguments = [quick[0], CASE, other, *quick[2:], "--json", str(tmp_path / "run.json"), "--markdown"]
+    assert bench["report"].main(arguments) == 1
+    records = {record["name"]: record for record in json.loads((tmp_path / "run.json").read_text())["records"]}
+    assert not records[CASE]["correct"] and "RuntimeError: no such layout" in records[CASE]["error"]
+    assert records[CASE].keys() == FIELDS and records[other]["ours_ms"] > 0
+    assert f"| `{CASE}` |  | - | **RAISED: RuntimeError: no such layout** | - |" in capsys.readouterr().out
+
+
+def test_a_peer_that_raises_is_named_beside_those_that_do_not(bench, quick, monkeypatch):
+    def with_peer(device):
+        made = made_of(device)
+        made.peers["raises"] = lambda: torch.zeros(2) @ torch.zeros(3)
+        return made
+
+    made_of = bench["cases"].CASES[CASE]
+    numbers = bench["report"].ceilings("cpu")
+    record = bench["measuring"].record_of(CASE, lambda: with_peer("cpu"), "cpu", numbers, 0.05)
+    assert record["correct"] and record["failed"].keys() == {"raises"} and "RuntimeError" in record["failed"]["raises"]
+    assert record["peers"].keys() == {"softmax and multinomial"}
+
+
+def test_a_run_is_resumed_and_ends_in_time(bench, quick, tmp_path, capsys):
+    target, more = str(tmp_path / "run.json"), ["--json", str(tmp_path / "run.json"), "--resume"]
+    assert bench["report"].main([*quick, "--json", target]) == 0
+    (first,) = json.loads((tmp_path / "run.json").read_text())["records"]
+    both = [quick[0], CASE, "sample_logits_top_p_fp32", *quick[2:], *more]
+    assert bench["report"].main([*both, "--budget", "1e-9"]) == 0
+    assert "out of time, not measured: sample_logits_top_p_fp32" in capsys.readouterr().err
+    assert bench["report"].main(both) == 0
+    records = json.loads((tmp_path / "run.json").read_text())["records"]
+    assert records[0] == first and [r["name"] for r in records] == [CASE, "sample_logits_top_p_fp32"]
+
+
+@pytest.mark.parametrize("name", ["h200.json", "cpu_epyc_avx512.json"])
+def test_stored_results_are_shown_with_load(bench, name, capsys):
+    bench["report"].main(["--load", str(BENCH / "results" / name)])
+    stored, shown = json.loads((BENCH / "results" / name).read_text()), capsys.readouterr().out
+    assert all(f"| `{record['name']}` |" in shown for record in stored["records"])
+    assert stored["machine"]["commit"] in shown
+
+
+def test_a_stored_gpu_run_has_both_times_where_and_when(bench):
+    stored = json.loads(H200.read_text())
+    assert stored["machine"]["gpu"] == "NVIDIA H200" and stored["machine"]["date"] == "2026-11-27"
+    records = {record["name"]: record for record in stored["records"]}
+    assert all(record.keys() == FIELDS for record in stored["records"])
+    assert all(record["graph"].keys() == TIMES for record in stored["records"] if record["graph"])
+    norm = records["adaln_norm_bf16"]
+    assert norm["graph"]["ours_ms"] < norm["ours_ms"] / 10 and norm["graph"]["backends"].keys() == {"triton", "cuda"}
+    shown = bench["render"].markdown(stored)
+    assert "| `adaln_norm_bf16` | 2,560 x 1,792 | 76.9 us | 6 us |" in shown
+    assert "| tokenizer decode, batch 1, keep 32 | 0.555 s a clip |" in shown
 
 
 def test_only_names_cases(bench):

@@ -66,5 +66,7 @@ def test_benchmark_tables_are_rendered_from_the_stored_results():
     stored = json.loads((ROOT / "bench" / "results" / "cpu_epyc_avx512.json").read_text())
     table = render.markdown(stored)
     assert table in (ROOT / "docs" / "benchmarks.md").read_text()
+    gpu = json.loads((ROOT / "bench" / "results" / "h200.json").read_text())
+    assert render.markdown(gpu) in (ROOT / "docs" / "benchmarks.md").read_text()
     shown = re.findall(r"^\| `\w+` \| .*%\ \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert 6 <= len(shown) <= 10 and [row for row in shown if row not in table] == []

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from paths import ROOT
 
-from vft import cli
+from vft import Tokenizer, cli, measure
+from vft.config import make_config, parse_config
 from vft.demo import CLIP
 
 README = (ROOT / "README.md").read_text()
@@ -37,9 +38,12 @@ def test_commands_exist(capsys):
 # what keeps a command of the README short
 QUICK = {
     "train": ["--steps", "1", "--batch", "1", "--clips", "1"],
-    "eval": ["--clips", "2", "--video"],
+    "generate": ["--n", "1"],
+    "eval": ["--clips", "2", "--video", "--model", "small.safetensors"],
     "bench": ["--seconds", "0.01"],
 }
+SMALL = make_config(codec="linear", encoder_width=32, decoder_width=32, head_dim=32, registers=2, size=16)
+CEILING = {"copy_gb_s": 10.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 100.0}
 
 
 def test_commands_run_in_order_in_one_folder(tmp_path, monkeypatch):
@@ -48,6 +52,8 @@ def test_commands_run_in_order_in_one_folder(tmp_path, monkeypatch):
     for name in ("in.mp4", "videos/a.mp4"):
         shutil.copy(CLIP, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "ceilings", lambda device: CEILING)
+    Tokenizer(parse_config(SMALL), "small").save("small.safetensors")
     lines = re.findall(r"^    ((?:vft|head) .*)$", README, re.MULTILINE)
     assert len(lines) > 8
     for line in lines:

@@ -1,9 +1,11 @@
 """Arguments of flow_step and flow_update for every guidance, dense and ragged, and their gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from flexkernels import APG, CFG
+from flexkernels import APG, CFG, Prefix
 
 GUIDANCE = {
     "none": None,
@@ -18,7 +20,7 @@ every_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUID
 
 
 def draw(guidance, shape, x_dtype=torch.float32, v_dtype=torch.float32, prefix=None, **settings):
-    """Arguments of flow_step on the CPU, every tensor drawn in its own dtype; `prefix` is that tensor's shape."""
+    """Arguments of flow_step on the CPU, every tensor drawn in its own dtype; `prefix` is the shape of its values."""
     arguments = {"x": torch.randn(shape).to(x_dtype), "v_cond": torch.randn(shape).to(v_dtype)}
     if guidance is not None:
         # close to v_cond, as velocities are, so that some rows stay below the threshold
@@ -27,25 +29,50 @@ def draw(guidance, shape, x_dtype=torch.float32, v_dtype=torch.float32, prefix=N
     if isinstance(guidance, APG) and guidance.momentum:
         arguments["momentum_buffer"] = 0.1 * torch.randn(shape)
     if prefix is not None:
-        arguments |= {"prefix": torch.randn(prefix), "prefix_noise": torch.randn(prefix), "prefix_time": 0.3}
+        arguments["prefix"] = Prefix(torch.randn(prefix), noise=torch.randn(prefix), time=0.3)
     return arguments | {"dt": -0.05, "guidance": guidance} | settings
 
 
 def draw_ragged(guidance, **settings):
+    arguments = draw(guidance, RAGGED[-1], prefix=158, row_offsets=torch.tensor(RAGGED), **settings)
     starts = torch.tensor([0, 1, 6, 6, 6, 157, 158])
-    return draw(guidance, RAGGED[-1], prefix=158, row_offsets=torch.tensor(RAGGED), prefix_offsets=starts, **settings)
+    return arguments | {"prefix": replace(arguments["prefix"], offsets=starts)}
+
+
+def tensors_of(arguments):
+    """Every tensor by name; those of a list and of a Prefix as `past.1` and `prefix.noise`."""
+    found = {}
+    for name, value in arguments.items():
+        parts = {name: value}
+        if isinstance(value, (list, tuple)):
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+        elif isinstance(value, Prefix):
+            parts = {f"{name}.{part}": getattr(value, part) for part in ("values", "offsets", "noise")}
+        found |= {part: tensor for part, tensor in parts.items() if isinstance(tensor, torch.Tensor)}
+    return found
+
+
+def with_tensors(arguments, tensors):
+    """The arguments with other tensors, named as `tensors_of` does."""
+    changed = dict(arguments)
+    for name, tensor in tensors.items():
+        name, _, part = name.partition(".")
+        value = changed[name]
+        if isinstance(value, Prefix):
+            changed[name] = replace(value, **{part: tensor})
+        else:
+            changed[name] = [tensor if i == int(part) else v for i, v in enumerate(value)] if part else tensor
+    return changed
 
 
 def convert(arguments, device=None, double=False, grad=False):
     def change(value):
-        if not isinstance(value, torch.Tensor):
-            return value
         value = value.detach().to(device or value.device, copy=True)
         if not value.is_floating_point():
             return value
         return (value.double() if double else value).requires_grad_(grad)
 
-    return {name: change(value) for name, value in arguments.items()}
+    return with_tensors(arguments, {name: change(value) for name, value in tensors_of(arguments).items()})
 
 
 def gradients(function, arguments):
@@ -53,4 +80,4 @@ def gradients(function, arguments):
     results = [result for result in function(**leaves) if result is not None]
     weights = [torch.linspace(-1, 1, r.numel(), device=r.device, dtype=torch.float64).view(r.shape) for r in results]
     sum((r.double() * w).sum() for r, w in zip(results, weights, strict=True)).backward()
-    return {name: leaf.grad for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
+    return {name: leaf.grad for name, leaf in tensors_of(leaves).items() if leaf.requires_grad}

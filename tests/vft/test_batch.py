@@ -91,7 +91,9 @@ def test_a_folder(tmp_path, folder, model, options, capsys):
     output = tmp_path / "new" / "out"
     assert cli.main(command(folder, output, model, *options)) == 0
     check_complete(folder, output, model)
-    assert capsys.readouterr().out == f"{output}: 6 encoded, 0 there already, 0 failed\n"
+    out, err = capsys.readouterr()
+    assert out == f"{output}: 6 encoded, 0 there already, 0 failed, 1 left out\n"
+    assert "vft: left out: notes.txt: not a video" in err
 
 
 def test_a_second_run_keeps_what_is_finished(tmp_path, folder, model, capsys):

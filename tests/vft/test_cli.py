@@ -74,7 +74,7 @@ def test_encode_decode_keeps_every_frame(tmp_path, model, tokens_file, capsys):
 def test_lengths_that_do_not_fill_a_chunk(tmp_path, model, frames):
     source = clip_of(tmp_path / "a.mp4", frames)
     assert cli.main(["encode", source, "-o", f"{tmp_path}/a.vft", "--model", model]) == 0
-    assert len(VideoTokens.load(tmp_path / "a.vft").ids) == 1 + 4 * -(-(frames - 1) // 16)
+    assert len(VideoTokens.load(tmp_path / "a.vft").ids) == 1 + -(-(frames - 1) // 4)
     assert cli.main(["decode", f"{tmp_path}/a.vft", "-o", f"{tmp_path}/b.mkv", "--model", model, *FAST]) == 0
     back = video.read_video(tmp_path / "b.mkv")
     assert len(back.frames) == frames and back.fps == 12.5
@@ -280,6 +280,7 @@ def test_other_outputs_are_files(tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "output '-' must be a file" in failure(capsys, ["eval", "-o", "-", "--model", model])
     assert "must end in .mp4" in failure(capsys, ["reconstruct", CLIP, "-o", "-", "--model", model])
+    assert "must be folders with --batch" in failure(capsys, ["encode", ".", "-o", "-", "--batch", "--model", model])
     assert not os.listdir(tmp_path)
 
 

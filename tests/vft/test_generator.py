@@ -1,6 +1,7 @@
 """The generator against what the published implementation computes, and its loop against teacher forcing."""
 
 import contextlib
+import inspect
 import json
 import shutil
 from functools import cache
@@ -264,12 +265,13 @@ def test_replayed_steps_give_the_same_ids(case, monkeypatch):
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
     monkeypatch.setattr(decoding, "BUCKET", 4)
-    rows = gen.conditions(**{"class_id": None, "text_emb": None, "text_mask": None, "n": 3, **conditions(case)})
-    request = decoding.Request.checked(gen.config, rows, frames=2, tokens_per_frame=[2, 5, 5], prompt=None, guided=True)
-    *_, ids = decoding.levels(gen, request, decoding.Sampling(guidance=2.0, seed=2), cuda_graph=True)
+    # the tensors stay on the CPU; what stream looks at says that it is a GPU, where graphs are the default
+    monkeypatch.setattr(type(gen), "device", type("Device", (str,), {"type": "cuda"})("cpu"))
+    ids = gen.generate(**conditions(case), **options)
     assert torch.equal(ids, want)
     # (samples, cache bucket): a row drops out after four tokens, the cache is ten long
     assert captured == [(3, 4), (2, 8), (2, 10)]
+    assert torch.equal(gen.generate(**conditions(case), **options, cuda_graph=False), want) and len(captured) == 3
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -439,6 +441,12 @@ def test_bad_text(options, message):
 def test_bad_flat_ids(ids, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         load("ar_class").logits(ids, 1, **options)
+
+
+def test_generate_shows_the_arguments_of_stream():
+    shown, called = inspect.signature(vft.Generator.generate), inspect.signature(vft.Generator.stream)
+    assert shown.parameters == called.parameters and "cuda_graph" in shown.parameters
+    assert shown.return_annotation == "torch.Tensor"
 
 
 def test_nothing_asked_for():

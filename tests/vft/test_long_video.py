@@ -21,15 +21,15 @@ def file_of(path, frames, size=48):
 
 
 def whole_clip_ids(model, path, batch=8):
-    """The definition: all frames in memory, chunks 17 long every 16 frames, the last frame repeated."""
+    """The definition: all frames in memory, chunks 17 long every 16 frames, the last one as long as it must be."""
     clip = video.preprocess(video.read_video(path, model.size).frames, model.size)
     frames = clip.shape[1]
     count = max(1, -(-(frames - 1) // 16))
-    clip = torch.cat([clip, clip[:, -1:].expand(-1, 16 * count + 1 - frames, -1, -1)], 1) if frames > 1 else clip
+    clip = torch.cat([clip, clip[:, -1:].expand(-1, (1 - frames) % 4, -1, -1)], 1)
     chunks = [clip[:, 16 * i : 16 * i + 17] for i in range(count)]
     rows = []
     for start in range(0, count, batch):
-        latents = model.codec.encode(torch.stack(chunks[start : start + batch]))
+        latents = [model.codec.encode(chunk[None])[0] for chunk in chunks[start : start + batch]]
         rows += [ids[min(i, 1) :] for i, ids in enumerate(model.encode_latents(latents), start)]
     return torch.cat(rows)
 
@@ -44,16 +44,19 @@ def test_a_file_gives_the_tokens_of_the_whole_clip(tmp_path, frames):
     assert torch.equal(model.encode(path, batch=3).ids, whole_clip_ids(model, path, batch=3))
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("overlap", [0, 1, 2])
 @pytest.mark.parametrize("frames", range(1, 14))
-def test_chunks_hold_every_frame_in_order(frames, overlap):
+def test_chunks_hold_every_frame_in_order(frames, overlap, stride):
     stream = iter(torch.arange(frames))
-    cut = list(cut_chunks(stream, 5, overlap))
+    cut = list(cut_chunks(stream, 5, overlap, stride))
     assert sum(new for _, new in cut) == frames
     seen = [int(i) for k, (chunk, new) in enumerate(cut) for i in chunk[(k > 0) * overlap :][:new]]
     assert seen == list(range(frames))
-    assert all(len(chunk) == (1 if frames == 1 else 5) for chunk, _ in cut)
+    assert all(len(chunk) == 5 for chunk, _ in cut[:-1])
     last, new = cut[-1]
+    held = (len(cut) > 1) * overlap + new
+    assert held <= len(last) < held + stride and len(last) % stride == 1 % stride
     assert (last[(len(cut) > 1) * overlap + new - 1 :] == frames - 1).all()
 
 
@@ -132,8 +135,9 @@ for run in (encode, decode):
 
 def test_memory_does_not_grow_with_the_length(tmp_path):
     for frames in (81, 320):
-        still = torch.full((1, 256, 256, 3), 90, dtype=torch.uint8)
-        video.write_video(tmp_path / f"{frames}.mkv", (still for _ in range(frames)), 25, quality=51)
+        # two pictures in turn: what does not move is not decoded
+        flat = [torch.full((1, 256, 256, 3), level, dtype=torch.uint8) for level in (90, 120)]
+        video.write_video(tmp_path / f"{frames}.mkv", (flat[i % 2] for i in range(frames)), 25, quality=51)
     # one pool of memory for all threads; from elsewhere, so that the installed package is meant and not this folder
     path = os.pathsep.join(sys.path)
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": path}

@@ -31,7 +31,7 @@ def clip(frames, size=32, seed=0):
     return torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (2, 5), (16, 5), (17, 5), (18, 9), (33, 9), (34, 13)])
+@pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (2, 2), (16, 5), (17, 5), (18, 6), (33, 9), (34, 10)])
 def test_any_length_keeps_its_frames(frames, latent_frames):
     model = small()
     tokens = model.encode(clip(frames), fps=12.5)
@@ -85,7 +85,7 @@ def test_encode_takes_paths_frames_and_floats(tmp_path):
     assert torch.equal(both[1].ids, model.encode(frames.flip(2)).ids)
     large = model.encode(clip(3, size=48))
     assert (large.height, large.width) == (48, 48)
-    assert large.ids.shape == (5, 4)
+    assert large.ids.shape == (2, 4)
 
 
 def test_encoding_does_not_touch_the_global_generator():

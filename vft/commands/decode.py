@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vft import reading
+
 from . import options
 
 if TYPE_CHECKING:
@@ -20,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampler(parser)
     options.add_video_output(parser)
     parser.add_argument("input", help=".vft file; -: standard input")
+    reading.add_audio(parser, "the track that encode --audio copy kept goes into the video")
 
 
 def run(args: argparse.Namespace) -> None:
     from vft.tokens import VideoTokens
-    from vft.video import write_video
+    from vft.video import output_rate, write_video
+    from vft.video.audio import sidecar
 
     options.check_video_output(args.output, args.input, args.model)
     if args.input == "-":
@@ -35,8 +39,11 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None and tokens.model != options.DEFAULT_MODEL:
         raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
     tokenizer = options.load_tokenizer(args)
-    count = write_video(args.output, resized(pieces(tokenizer, tokens, args), args.size), tokens.fps, args.quality)
-    print(f"{args.output}: {count} frames, {tokens.fps:g} fps, from {args.keep or tokens.registers} registers a frame")
+    shown = resized(pieces(tokenizer, tokens, args), args.size)
+    track = sidecar(args.input) if args.audio == "copy" else None
+    count = write_video(args.output, shown, tokens.fps, args.quality, track)
+    rate = output_rate(args.output, tokens.fps)
+    print(f"{args.output}: {count} frames, {rate:g} fps, from {args.keep or tokens.registers} registers a frame")
 
 
 def pieces(tokenizer, tokens, args: argparse.Namespace) -> Iterator[torch.Tensor]:

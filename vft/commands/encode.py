@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vft import reading
+
 from . import options
 
 HELP = "Turn a video into a .vft file of tokens, or a folder of videos into many."
@@ -18,7 +20,7 @@ HELP = "Turn a video into a .vft file of tokens, or a folder of videos into many
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     add = parser.add_argument
-    add("input", help="video file of any size, rate and length; the centred square is used; -: standard input")
+    add("input", help="video file of any size, rate and length, or a folder; -: standard input")
     add(
         "-o", "--output", "--out", required=True,
         help=".vft file, replaced if it exists; with --batch a folder; -: standard output",
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", action="store_true", help="input and output are folders; finished videos are kept")
     add("--packed", type=options.at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
     add("--readers", type=options.at_least(1), default=2, help="with --batch: reading threads (default: 2)")
+    reading.add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -38,19 +41,33 @@ def run(args: argparse.Namespace) -> int | None:
     from vft.files import check_output
 
     to_stdout = args.output == "-"
+    if to_stdout and args.audio == "copy":
+        raise ValueError("--audio copy needs an output file, beside which the audio is put")
     if not to_stdout:
         check_output(args.output, [args.input, args.model])
     tokenizer = options.load_tokenizer(args)
     options.check_keep(args.keep, tokenizer.registers)
     with _as_file(args.input) as path:
-        tokens = tokenizer.encode(path)
-    if args.keep is not None:
-        tokens = tokens.truncate(args.keep)
+        tokens = tokenizer.encode(path, fps=args.fps, strict=args.strict)
+        if args.keep is not None:
+            tokens = tokens.truncate(args.keep)
+        if to_stdout:
+            sys.stdout.buffer.write(tokens.to_bytes())
+        else:
+            tokens.save(args.output)
+        _carry_audio(args, path)
     if to_stdout:
-        sys.stdout.buffer.write(tokens.to_bytes())
         return
-    tokens.save(args.output)
     print(f"{args.output}: {options.describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def _carry_audio(args: argparse.Namespace, path: str) -> None:
+    from vft.video import audio, probe_video
+
+    if args.audio == "copy":
+        audio.save_audio(path, args.output)
+    elif probe_video(path).audio:
+        print(f"vft: warning: {args.input}: its audio is left out (--audio copy keeps it)", file=sys.stderr)
 
 
 @contextmanager
@@ -72,6 +89,8 @@ def _run_folder(args: argparse.Namespace) -> int:
 
     from vft import batch
 
+    if "-" in (args.input, args.output):
+        raise ValueError("input and output must be folders with --batch, got '-'")
     rank, world_size = batch.shard()
     local_rank = os.environ.get("LOCAL_RANK")
     if args.device in (None, "cuda") and local_rank is not None and torch.cuda.is_available():
@@ -86,10 +105,18 @@ def _run_folder(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
             if line and "error" in line:
                 tqdm.write(f"vft: error: {line['file']}: {line['error']}", sys.stderr)
+            for warning in line.get("warnings", ()) if line else ():
+                tqdm.write(f"vft: warning: {line['file']}: {warning}", sys.stderr)
 
         summary = batch.encode_folder(
             tokenizer, args.input, args.output, keep=args.keep, packed=args.packed, readers=args.readers,
-            rank=rank, world_size=world_size, progress=progress,
+            rank=rank, world_size=world_size, fps=args.fps, strict=args.strict, audio=args.audio == "copy",
+            checksum=args.checksum, progress=progress,
         )  # fmt: skip
-    print(f"{args.output}: {summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed")
+    if rank == 0:
+        reading.print_left_out(summary.left_out)
+    if summary.silent:
+        print(f"vft: warning: {summary.silent} audio tracks are left out (--audio copy keeps them)", file=sys.stderr)
+    counts = f"{summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed"
+    print(f"{args.output}: {counts}" + (f", {len(summary.left_out)} left out" if summary.left_out else ""))
     return 1 if summary.failed else 0

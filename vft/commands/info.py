@@ -96,5 +96,6 @@ def _video(target: str) -> dict:
     probe = probe_video(target)
     return {
         "kind": "video", "container": probe.container, "codec": probe.codec, "size": f"{probe.width}x{probe.height}",
-        "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "bytes": os.path.getsize(target),
+        "frames": probe.frames or "not stated", "fps": f"{probe.fps:g}", "audio": probe.audio or "none",
+        "bytes": os.path.getsize(target),
     }  # fmt: skip

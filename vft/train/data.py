@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..batch import find_videos
+from ..scan import find_videos
 from ..text import load_embeddings
 from ..tokens import VideoTokens
 from ..video import open_video, preprocess, probe_video
@@ -123,13 +123,13 @@ class Videos(Folder):
 def _duration(path: Path) -> tuple[float, float]:
     """Seconds (0: the file does not say) and frames a second of a video of which a frame could be decoded."""
     info = probe_video(path)
-    with open_video(path) as video:
+    with open_video(path, warn=False) as video:
         next(video.frames)
-        return info.frames / info.fps, video.fps
+        return info.seconds, video.fps
 
 
 def _read(path: Path, frames: int, size: int, start: float) -> torch.Tensor:
-    with open_video(path, size, start) as video:
+    with open_video(path, size, start, warn=False) as video:
         pictures = list(islice(video.frames, frames))
     pictures += pictures[-1:] * (frames - len(pictures))
     return preprocess(torch.stack(pictures), size)

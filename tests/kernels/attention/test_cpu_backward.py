@@ -6,8 +6,10 @@ from helpers import repeat_at_level
 
 import flexkernels
 from flexkernels import SequenceLayout, attention, attention_ref
+from flexkernels.layout import LayoutTensors
 
 pytestmark = pytest.mark.skipif(flexkernels.available_backends()["cpu"] is not None, reason="no C++ build")
+ops = torch.ops.flexkernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # several blocks of 64 rows and of 512 keys, and their edges; one token; none
 FRAMES = [[(90, 39)] * 5, [], [(64, 1)] * 2, [(1, 0)], [(2, 5), (0, 0), (17, 30)]]
@@ -95,42 +97,41 @@ def test_strided_tensors_and_any_number_of_threads():
 
 
 def arguments(layout, tensors):
-    out, lse = attention(*tensors, layout, return_lse=True)
-    t = layout.tensors
-    sides = (t.cu_seqlens, t.cu_seqlens_k, t.frame, t.rank, t.frame_k, t.rank_k)
-    plan = (t.tiles, t.ptr, t.runs)
-    grads = [torch.full_like(x, torch.nan) for x in tensors]
-    return [torch.randn_like(out), *tensors, *sides, *plan, None, 3, [1, 1, 1, 1], 0.2, out, lse, *grads]
+    out, lse = ops.attention(*tensors, *layout.arguments[:1], None, *layout.arguments[1:], 0.2)
+    return [torch.randn_like(out), *tensors, out, lse, *layout.arguments[:1], None, *layout.arguments[1:], 0.2]
 
 
 def test_every_element_of_the_gradients_is_written():
-    """NaN in what the op is given to fill does not survive, also where no query looks."""
+    """What the op allocates is full of NaN, of which none survives, also where no query looks."""
     layout = SequenceLayout(FRAMES, "frame_causal_prefix")
     tensors = [torch.randn(layout.total + 6, 2, 32) for _ in range(3)]
-    given = arguments(layout, tensors)
-    torch.ops.flexkernels_native.attention_backward(*given)
-    for grad in given[-3:]:
+    for grad in ops.attention_backward(*arguments(layout, tensors)):
         assert torch.isfinite(grad).all() and (grad[layout.total :] == 0).all()
         assert (grad[: layout.total] != 0).any()
+
+
+def changed(name, change):
+    """A layout list with one tensor of another value."""
+    at = LayoutTensors._fields.index(name)
+    return lambda layout: [change(x) if i == at else x for i, x in enumerate(layout)]
 
 
 @pytest.mark.parametrize(
     ("at", "wrong", "message"),
     [
-        (0, lambda x: x[1:], "grad_out must have q's 35 rows and 2 heads, got 34 and 2"),
+        (0, lambda x: x[1:], "grad_out must have size 35 in dimension 0, got 34"),
         (0, lambda x: x.half(), "grad_out must have dtype"),
-        (0, lambda x: x[..., ::2], "grad_out must have head_dim 8"),
-        (-3, lambda x: x[1:], "dq must have"),
-        (-2, lambda x: x.half(), "dk must have dtype"),
-        (-1, lambda x: x.transpose(0, 1), "dv must be contiguous"),
-        (-4, lambda x: x[1:], "lse must have"),
-        (4, lambda x: x + 1, "cu_seqlens_q must start at 0"),
-        (10, lambda x: torch.cat([x[:, :1] + 7, x[:, 1:]], 1), "q_tiles must name one of 2 sequences"),
+        (0, lambda x: x[..., ::2], "grad_out must have size 8 in dimension 2"),
+        (4, lambda x: x[1:], "out must have size 35"),
+        (4, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "out must be contiguous"),
+        (5, lambda x: x[1:], "lse must have"),
+        (6, changed("cu_seqlens", lambda x: x + 1), "cu_seqlens must start at 0"),
+        (6, changed("tiles", lambda x: torch.cat([x[:, :1] + 7, x[:, 1:]], 1)), "tiles must ascend among 2 sequences"),
     ],
 )
-def test_what_the_native_op_refuses(at, wrong, message):
+def test_what_the_op_refuses(at, wrong, message):
     layout = SequenceLayout([[(9, 8)], [(9, 9)]], "frame_causal_prefix")
     given = arguments(layout, draw(layout, 2, 2, 8, torch.float32))
     given[at] = wrong(given[at])
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.flexkernels_native.attention_backward(*given)
+        ops.attention_backward(*given)

@@ -1,22 +1,22 @@
-"""flexkernels_native::attention_forward called directly: every mask, dtype, tile size and ISA level against PyTorch."""
+"""The C++ kernel of attention: every mask, dtype, tile size and ISA level against PyTorch, and what its op refuses."""
 
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_accurate, repeat_at_level
 
 from flexkernels import SequenceLayout, _native, attention_ref
-from flexkernels.layout import MASKS, TilePlan
+from flexkernels.layout import MASKS, LayoutTensors, plan
 
 pytestmark = pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {_native.cpu_unavailable}")
 
-ops = torch.ops.flexkernels_native
+ops = torch.ops.flexkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BLOCKS = ((64, 64), (16, 16), (128, 64), (16, 128), (0, 0), (0, 64), (1000, 1000))
+# rows of a tile, keys of a step
+BLOCKS = ((64, 64), (16, 16), (128, 64), (16, 128), (1, 7), (1000, 1000))
 CROSS = (
     {"prefix_to_register": "none", "register_to_prefix": "none", "register_to_register": "causal"},
     {"prefix_to_prefix": "none", "register_to_register": "none"},
@@ -40,18 +40,19 @@ def draw(layout, heads=2, kv_heads=2, head_dim=64, dtype=torch.float32, extra=0)
     return tuple(torch.randn(layout.total + extra, *shape).to(dtype) for shape in shapes)
 
 
-def forward(q, k, v, layout, blocks=(64, 64), weight=None, scale=None, plan=None, k_layout=None, **replaced):
-    keys = k_layout or layout
-    tiles = [torch.from_numpy(part) for part in plan or layout.plan(*blocks)]
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
-    call = dict(
-        cu_seqlens_q=layout.cu_seqlens, cu_seqlens_k=keys.cu_seqlens, q_frame=layout.frame, q_rank=layout.rank,
-        k_frame=keys.frame, k_rank=keys.rank, q_tiles=tiles[0], k_ptr=tiles[1], k_tiles=tiles[2],
-        key_log_weight=weight, mask=MASKS.index(layout.mask), cross=layout.cross,
-        softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale, out=out, lse=lse,
-    )  # fmt: skip
-    ops.attention_forward(q=q, k=k, v=v, **{**call, **replaced})
-    return out, lse
+def planned(layout, blocks):
+    made = plan(layout.queries, layout.keys, MASKS.index(layout.mask), layout.cross, *blocks)
+    return list(layout.tensors[:6]) + [torch.from_numpy(part) for part in made]
+
+
+def forward(q, k, v, layout, blocks=(64, 64), weight=None, scale=None, **replaced):
+    """out, and lse [rows, heads]; `replaced`: tensors of the layout, mask or cross."""
+    tensors = planned(layout, blocks)
+    for name in set(replaced) & set(LayoutTensors._fields):
+        tensors[LayoutTensors._fields.index(name)] = replaced[name]
+    mask, cross = replaced.get("mask", MASKS.index(layout.mask)), replaced.get("cross", layout.cross)
+    out, lse = ops.attention(q, k, v, tensors, weight, mask, cross, scale)
+    return out, lse.T
 
 
 def check(q, k, v, layout, blocks=(64, 64), weight=None, scale=None):
@@ -141,29 +142,12 @@ def test_kernel_large_logits_stay_finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_rows_of_no_tile(dtype):
-    """Rows past the last sequence, rows that no tile names and rows that see nothing: out 0, lse -inf."""
+def test_kernel_rows_of_no_sequence(dtype):
+    """Rows past the last sequence: out 0, lse -inf."""
     layout = make_layout("full")
-    q, k, v = draw(layout, dtype=dtype, extra=3)
-    whole, whole_lse = forward(q, k, v, layout)
-    assert (whole[layout.total :] == 0).all() and (whole_lse[layout.total :] == -math.inf).all()
-    plan = layout.plan(16, 16)
-    keep = np.arange(len(plan.tiles)) % 2 == 1
-    counts = np.diff(plan.ptr)
-    odd = TilePlan(
-        plan.tiles[keep],
-        np.concatenate([[0], counts[keep].cumsum()]).astype(np.int32),
-        plan.runs[np.repeat(keep, counts)],
-    )
-    out, lse = forward(q, k, v, layout, plan=odd)
-    named = torch.zeros(len(q), dtype=torch.bool)
-    for _, begin, end, _ in odd.tiles.tolist():
-        named[begin:end] = True
-    assert torch.equal(out[named], forward(q, k, v, layout, (16, 16))[0][named])
-    assert (out[~named] == 0).all() and (lse[~named] == -math.inf).all()
-    blind = plan._replace(ptr=np.zeros_like(plan.ptr), runs=plan.runs[:0])
-    out, lse = forward(q, k, v, layout, plan=blind)
-    assert (out == 0).all() and (lse == -math.inf).all()
+    out, lse = forward(*draw(layout, dtype=dtype, extra=3), layout)
+    assert (out[layout.total :] == 0).all() and (lse[layout.total :] == -math.inf).all()
+    assert out[: layout.total].isfinite().all()
 
 
 def test_kernel_nothing_to_do():
@@ -176,28 +160,6 @@ def test_kernel_nothing_to_do():
     layout = make_layout("full", [[(3, 0)]])
     out, _ = forward(torch.empty(3, 0, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8), layout)
     assert out.shape == (3, 0, 8)
-
-
-def test_kernel_without_lse():
-    layout = make_layout("frame_causal")
-    q, k, v = draw(layout)
-    assert torch.equal(forward(q, k, v, layout, lse=None)[0], forward(q, k, v, layout)[0])
-
-
-def plan_of(seen, q_bounds, k_bounds, block):
-    """The tiles of a dense mask whose sequences may have other lengths for queries than for keys."""
-    q_tiles, k_ptr, k_tiles = [], [0], []
-    for s, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)):
-        for begin in range(q0, q1, block):
-            rows = seen[begin : min(begin + block, q1)]
-            for key in range(k0, k1, block):
-                tile = rows[:, key : min(key + block, k1)]
-                if tile.any():
-                    k_tiles.append((key, min(key + block, k1), int(tile.all())))
-            q_tiles.append((s, begin, min(begin + block, q1), 0))
-            k_ptr.append(len(k_tiles))
-    shaped = lambda rows, width: np.array(rows, dtype=np.int32).reshape(-1, width)  # noqa: E731
-    return TilePlan(shaped(q_tiles, 4), np.array(k_ptr, dtype=np.int32), shaped(k_tiles, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,8 +182,8 @@ def test_kernel_queries_and_keys_of_other_lengths(block, mask, dtype):
         p = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
         return torch.einsum("hqk,khd->qhd", p, v.to(wide))
 
-    plan = plan_of(seen, q_bounds, k_bounds, block)
-    out, lse = forward(q, k, v, queries, plan=plan, k_layout=keys)
+    layout = SequenceLayout.from_lengths(q_lengths, mask, key_lengths=k_lengths)
+    out, lse = forward(q, k, v, layout, (block, block))
     assert_accurate(out, dense(torch.float32).to(dtype), dense(torch.float64))
     blind = ~seen.any(1)
     assert blind.any() and (out[blind] == 0).all() and (lse[blind] == -math.inf).all()
@@ -272,46 +234,60 @@ def as_ints(*rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def tiles(*rows):
+    return as_ints(*([*row, 0, 0, 0, 0, 0] for row in rows))
+
+
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
         (dict(q=X.double()), "q must have dtype float32, bfloat16 or float16, got Double"),
         (dict(k=X.half()), "k must have dtype Float, got Half"),
-        (dict(q=X[:, 0]), r"q must have shape \[rows, heads, head_dim\], got 2 dimensions"),
+        (dict(q=X[:, 0]), "q must have 3 dimensions, got 2"),
         (dict(v=X[:, :, :7]), "v must have head_dim 8 like q, got 7"),
         (dict(v=X[:29]), "v must have k's 30 rows and 2 heads, got 29 and 2"),
         (dict(k=X[:, :0], v=X[:, :0]), "q must have a multiple of k's 0 heads, got 2"),
-        (dict(k=X.transpose(1, 2).contiguous().transpose(1, 2)), "k must have a contiguous last dimension"),
-        (dict(cu_seqlens_q=as_ints(0, 20)), "cu_seqlens_q and cu_seqlens_k must have batch"),
+        (dict(cu_seqlens=as_ints(0, 20)), "cu_seqlens must end with its 30 frames"),
+        (dict(cu_seqlens_k=as_ints(0, 30)), "cu_seqlens_k must have at least 3 elements, got 2"),
         (dict(cu_seqlens_k=as_ints(0, 25, 20)), "cu_seqlens_k must not fall, got 25 before 20"),
-        (dict(cu_seqlens_q=as_ints(1, 20, 30)), "cu_seqlens_q must start at 0, got 1"),
-        (dict(cu_seqlens_q=as_ints(0, 20, 31)), "cu_seqlens_q must end within the 30 rows and their 30 frames, got 31"),
-        (dict(k_frame=SMALL.frame[:29], k_rank=SMALL.rank[:29]), "cu_seqlens_k must end within the 30"),
-        (dict(q_rank=SMALL.rank[:29]), "q_rank must have at least 30 elements, got 29"),
-        (dict(q_tiles=as_ints([0, 0, 20], [1, 20, 30])), r"q_tiles must have shape \[n, 4\]"),
-        (dict(q_tiles=as_ints([0, 0, 20, 0], [2, 20, 30, 0])), "q_tiles must name one of 2 sequences, got 2"),
-        (dict(q_tiles=as_ints([0, 0, 21, 0], [1, 21, 30, 0])), "q_tiles must ascend .* got rows 0 to 21"),
-        (dict(q_tiles=as_ints([1, 20, 30, 0], [0, 0, 20, 0]), k_tiles=as_ints([20, 30, 1], [0, 20, 1])),
-         "q_tiles must ascend .* got rows 0 to 20"),
-        (dict(k_tiles=as_ints([0, 20, 1], [20, 31, 1])), "k_tiles must lie inside .* got keys 20 to 31"),
-        (dict(k_tiles=as_ints([-1, 20, 1], [20, 30, 1])), "k_tiles must lie inside .* got keys -1 to 20"),
-        (dict(k_ptr=as_ints(0, 2, 1)), "k_ptr must run from 0 to 2, got 0 to 1"),
-        (dict(k_ptr=as_ints(0, -1, 2)), "k_ptr must not fall, got 0 before -1"),
-        (dict(k_ptr=as_ints(0, 2)), "k_ptr must have 3 elements, got 2"),
-        (dict(key_log_weight=torch.zeros(29)), "key_log_weight must have 30 elements, got 29"),
+        (dict(cu_seqlens=as_ints(1, 20, 30)), "cu_seqlens must start at 0, got 1"),
+        (dict(cu_seqlens=as_ints(0, 20, 31)), "cu_seqlens must end with its 30 frames, within the 30 rows, got 31"),
+        (dict(q=X[:29]), "cu_seqlens must end with its 30 frames, within the 29 rows, got 30"),
+        (dict(frame_k=SMALL.frame[:29], rank_k=SMALL.rank[:29]), "cu_seqlens_k must end with its 29 frames"),
+        (dict(rank=SMALL.rank[:29]), "rank must have at least 30 elements, got 29"),
+        (dict(reach=SMALL.tensors.reach[:29]), "reach must have 30 elements, got 29"),
+        (dict(reach=SMALL.tensors.reach.long()), "reach must have dtype Int, got Long"),
+        (dict(tiles=as_ints([0, 0, 20], [1, 20, 30])), "tiles must have size 8 in dimension 1, got 3"),
+        (dict(tiles=tiles([0, 0, 20], [2, 20, 30])), "tiles must ascend among 2 sequences, got 2"),
+        (dict(tiles=tiles([1, 0, 20], [0, 20, 30])), "rows must ascend inside their sequences, got 0 in sequence 1"),
+        (dict(tiles=tiles([0, 0, 21], [1, 21, 30])), "rows must ascend inside their sequences, got 19 in sequence 0"),
+        (dict(tiles=tiles([0, 0, 20], [1, 21, 30])), "tiles must have 1 to 64 rows, counted on from 20, got 21 to 30"),
+        (dict(tiles=tiles([0, 0, 20], [1, 20, 90])), "tiles must have 1 to 64 rows, counted on from 20, got 20 to 90"),
+        (dict(tiles=tiles([0, 0, 20], [1, 20, 29])), "tiles must hold all 30 rows, got 29"),
+        (dict(rows=SMALL.tensors.rows + 30), "rows must ascend inside their sequences, got 30 in sequence 0"),
+        (dict(rows=SMALL.tensors.rows[:1]), "rows must have size 2 in dimension 0, got 1"),
+        (dict(runs=as_ints([0, 20, 1], [20, 31, 1])), "runs must lie inside .* got keys 20 to 31"),
+        (dict(runs=as_ints([-1, 20, 1], [20, 30, 1])), "runs must lie inside .* got keys -1 to 20"),
+        (dict(ptr=as_ints(0, 2, 1)), "ptr must run from 0 to 2, got 0 to 1"),
+        (dict(ptr=as_ints(0, -1, 2)), "ptr must not fall, got 0 before -1"),
+        (dict(ptr=as_ints(0, 2)), "ptr must have 3 elements, got 2"),
+        (dict(weight=torch.zeros(29)), "key_log_weight must have 30 elements, got 29"),
+        (dict(weight=torch.full((30,), math.inf)), "key_log_weight must be finite, got inf"),
+        (dict(scale=math.nan), "softmax_scale must be finite, got nan"),
         (dict(mask=4), "mask must be 0, 1, 2 or 3, got 4"),
         (dict(cross=[1, 1, 1]), "cross must have 4 entries, got 3"),
         (dict(cross=[1, 1, 1, 3]), "cross must hold 0, 1 or 2, got 3"),
-        (dict(out=X[:, :1].contiguous()), "out must have 480 elements, got 240"),
-        (dict(lse=torch.zeros(30)), "lse must have 60 elements, got 30"),
     ],
 )  # fmt: skip
 def test_refuses(replaced, message):
     given = {name: replaced.get(name, X) for name in "qkv"}
     with pytest.raises(RuntimeError, match=message):
-        out = torch.empty(30, 2, 8)
-        rest = {name: value for name, value in replaced.items() if name not in given}
-        forward(*given.values(), SMALL, **{"out": out, "lse": None, **rest})
+        forward(*given.values(), SMALL, **{name: x for name, x in replaced.items() if name not in given})
+
+
+def test_refuses_a_layout_of_fewer_tensors():
+    with pytest.raises(RuntimeError, match="layout must hold 14 tensors, got 13"):
+        ops.attention(X, X, X, list(SMALL.tensors)[:-1], None, 0, [1, 1, 1, 1], None)
 
 
 def test_refuses_head_dim_257():

@@ -1,21 +1,21 @@
 """The Triton attention kernels against dense float64 attention: plans, masks, strides, gradients."""
 
-import itertools
 from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import DEVICE, FLOATS, assert_accurate
 
+import flexkernels
 from flexkernels import SequenceLayout, library
-from flexkernels.layout import MASKS, visible
+from flexkernels.layout import MASKS, LayoutTensors, plan
 
 pytest.importorskip("triton")
 if DEVICE == "cpu" and not library.interpreting():
     pytest.skip("Triton kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from flexkernels.triton import attention as kernels
-from flexkernels.triton.attention import Loop, Tiles
+from flexkernels.triton import attention_backward as backward_kernels
 
 FLEX = {"prefix_to_register": "none", "register_to_prefix": "none", "register_to_register": "causal"}
 OTHER = {"prefix_to_prefix": "none", "register_to_register": "none"}
@@ -29,109 +29,73 @@ CASES = {
 }
 # ragged frames, an empty sequence, an empty frame, frames without prefix or registers, frames of several tiles
 FRAMES = [[(7, 5), (3, 0), (0, 0), (0, 4)], [], [(1, 0)], [(20, 33), (20, 5)]]
-# steps that divide a tile, are a tile, and are longer than one
-SMALL = Tiles(32, 16, Loop(16, 4, 1), Loop(16, 4, 1), Loop(32, 4, 1))
-LONG_STEPS = Tiles(16, 32, Loop(64, 4, 1), Loop(32, 4, 1), Loop(16, 4, 1))
+
+
+def sizes(block, step, warps=4, stages=1):
+    return dict(block=block, step=step, warps=warps, stages=stages)
+
+
+class Tiles(NamedTuple):
+    """What a plan is made for, and the kernels' own sizes; None: those of the tuning table."""
+
+    rows: int = 64
+    step: int = 64
+    forward: dict | None = None
+    backward: tuple[dict, dict] | None = None
+
+
+# steps that divide a tile, are a tile, and are longer than one; tiles of several blocks
+SMALL = Tiles(32, 16, sizes(32, 16), (sizes(32, 16), sizes(16, 32)))
+LONG_STEPS = Tiles(16, 32, sizes(16, 64), (sizes(16, 32), sizes(32, 16)))
+PARTS = Tiles(64, 32, sizes(16, 16), (sizes(32, 16), sizes(16, 16)))
 
 
 class Problem(NamedTuple):
-    """Queries and keys of the same number of sequences, and which see which."""
+    """A layout, and which query sees which key."""
 
-    queries: SequenceLayout
-    keys: SequenceLayout
-    mask: int
-    cross: tuple[int, ...]
+    layout: SequenceLayout
     seen: torch.Tensor
+
+    def arguments(self, tiles):
+        sides, mask = (self.layout.queries, self.layout.keys), MASKS.index(self.layout.mask)
+        made = plan(*sides, mask, self.layout.cross, tiles.rows, tiles.step)
+        tokens = [torch.from_numpy(x) for side in sides for x in side.tokens]
+        tensors = LayoutTensors(*tokens, *(torch.from_numpy(x) for x in made))
+        return [x.to(DEVICE) for x in tensors], mask, self.layout.cross
 
 
 def pose(case, frames=FRAMES, key_frames=None):
-    name, cross = CASES[case]
-    queries, keys = (SequenceLayout(f, name, cross) for f in (frames, key_frames or frames))
-    seen = torch.zeros(queries.total, keys.total, dtype=torch.bool)
-    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.cu_seqlens.tolist()) for x in (queries, keys)), strict=True):
-        # causal: the ends of queries and keys are aligned
-        position = torch.arange(q1 - q0) + (k1 - k0) - (q1 - q0)
-        rows = position, queries.frame[q0:q1], queries.rank[q0:q1]
-        seen[q0:q1, k0:k1] = visible(
-            name, queries.cross, *rows, torch.arange(k1 - k0), keys.frame[k0:k1], keys.rank[k0:k1]
-        )
-    return Problem(queries, keys, MASKS.index(name), queries.cross, seen)
-
-
-def ranges_seen(part, first, block):
-    """[begin, end, full] of the keys that rows see, full ones first, neighbours in one; part [rows, keys]."""
-    found = {True: [], False: []}
-    for begin in range(0, part.shape[1], block):
-        chunk = part[:, begin : begin + block]
-        runs, end = found[bool(chunk.all())], begin + chunk.shape[1]
-        if runs and runs[-1][1] == first + begin:
-            runs[-1][1] = first + end
-        elif chunk.any():
-            runs.append([first + begin, first + end, bool(chunk.all())])
-    # what is not full may have been run together with what sees nothing
-    return found[True] + found[False], len(found[True])
-
-
-def plan(seen, rows, others, block, other_block):
-    """What SequenceLayout.plan lists, from the dense mask: tiles of rows, and the ranges of others that each sees."""
-    tiles, ptr, ranges = [], [0], []
-    bounds = zip(itertools.pairwise(rows), itertools.pairwise(others), strict=True)
-    for sequence, ((first, last), (begin, end)) in enumerate(bounds):
-        for at in range(first, last, block):
-            stop = min(at + block, last)
-            found, full = ranges_seen(seen[at:stop, begin:end], begin, other_block)
-            ranges += found
-            ptr.append(len(ranges))
-            tiles.append([sequence, at, stop, full])
-    as_int = lambda x, *shape: torch.tensor(x, dtype=torch.int32, device=DEVICE).reshape(shape)  # noqa: E731
-    return as_int(tiles, -1, 4), as_int(ptr, -1), as_int(ranges, -1, 3)
+    layout = SequenceLayout(frames, *CASES[case], key_frames=key_frames)
+    return Problem(layout, layout.visible())
 
 
 def draw(problem, heads=2, kv_heads=2, head_dim=16, dtype=torch.float32, extra=0):
-    shapes = [(problem.queries.total, heads), (problem.keys.total, kv_heads), (problem.keys.total, kv_heads)]
+    rows, keys = problem.layout.total, problem.layout.total_k
+    shapes = [(rows, heads), (keys, kv_heads), (keys, kv_heads)]
     return [torch.randn(n + extra, h, head_dim).to(dtype) for n, h in shapes]
 
 
-def metadata(problem):
-    sides = (problem.queries, problem.keys)
-    tokens = (x for side in sides for x in (side.frame, side.rank))
-    return [x.to(DEVICE) for x in (*tokens, *(side.cu_seqlens for side in sides))]
-
-
-def plans(problem, tiles):
-    q, k = (side.cu_seqlens.tolist() for side in (problem.queries, problem.keys))
-    return (
-        plan(problem.seen, q, k, tiles.block_q, tiles.block_k),
-        plan(problem.seen.T, k, q, tiles.block_k, tiles.block_q),
-    )
-
-
-def forward(problem, q, k, v, weight=None, scale=0.3, tiles=SMALL, with_lse=True):
+def forward(problem, q, k, v, weight=None, scale=0.3, tiles=SMALL):
     q, k, v = (x.to(DEVICE) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=DEVICE)
-    lse = torch.empty(q.shape[:2], device=DEVICE) if with_lse else None
+    lse = torch.empty(q.shape[1], q.shape[0], device=DEVICE)
     weight = None if weight is None else weight.to(DEVICE)
-    kernels.attention_triton(
-        q, k, v, *metadata(problem), *plans(problem, tiles)[0], weight, problem.mask, problem.cross, scale, out, lse,
-        rows=tiles.block_q, tiles=tiles,
-    )  # fmt: skip
+    layout, *mask = problem.arguments(tiles)
+    kernels.launch(q, k, v, layout, weight, *mask, scale, out, lse, chosen=tiles.forward)
     return out, lse
 
 
-def backward(problem, grad_out, q, k, v, out, lse, weight=None, scale=0.3, tiles=SMALL, grads=None):
+def backward(problem, grad_out, q, k, v, out, lse, weight=None, scale=0.3, tiles=SMALL):
     grad_out, q, k, v, out, lse = (x.to(DEVICE) for x in (grad_out, q, k, v, out, lse))
-    grads = grads or [torch.empty(x.shape, dtype=x.dtype, device=DEVICE) for x in (q, k, v)]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=DEVICE) for x in (q, k, v)]
     weight = None if weight is None else weight.to(DEVICE)
-    own, transposed = plans(problem, tiles)
-    kernels.attention_backward_triton(
-        grad_out, q, k, v, out, lse, *metadata(problem), *own, *transposed, weight, problem.mask, problem.cross, scale,
-        *grads, rows=max(tiles.block_q, tiles.block_k), tiles=tiles,
-    )  # fmt: skip
+    layout, *mask = problem.arguments(tiles)
+    backward_kernels.launch(grad_out, q, k, v, out, lse, layout, weight, *mask, scale, *grads, chosen=tiles.backward)
     return grads
 
 
 def formula(problem, q, k, v, weight=None, scale=0.3):
-    """Dense attention in float32, or in float64 for float64 input; out in q's dtype, and lse."""
+    """Dense attention in float32, or in float64 for float64 input; out in q's dtype, and lse [heads, rows]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     wq, wk, wv = q.to(wide), k.to(wide).repeat_interleave(group, 1), v.to(wide).repeat_interleave(group, 1)
@@ -141,7 +105,7 @@ def formula(problem, q, k, v, weight=None, scale=0.3):
     scores = scores.masked_fill(~problem.seen, float("-inf"))
     blind = ~problem.seen.any(1)[:, None]
     p = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    return torch.einsum("hqk,khd->qhd", p, wv).to(q.dtype), torch.logsumexp(scores, -1).T
+    return torch.einsum("hqk,khd->qhd", p, wv).to(q.dtype), torch.logsumexp(scores, -1)
 
 
 def gradients(problem, grad_out, q, k, v, weight=None, scale=0.3, dtype=torch.float64):
@@ -179,21 +143,22 @@ def check_backward(problem, q, k, v, weight=None, scale=0.3, tiles=SMALL):
 @pytest.mark.parametrize("case", CASES)
 def test_forward(case):
     problem = pose(case)
-    check_forward(problem, *draw(problem), torch.randn(problem.keys.total))
+    check_forward(problem, *draw(problem), torch.randn(problem.layout.total_k))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_backward(case):
     problem = pose(case)
-    check_backward(problem, *draw(problem), torch.randn(problem.keys.total))
+    check_backward(problem, *draw(problem), torch.randn(problem.layout.total_k))
 
 
-@pytest.mark.parametrize("case", ["causal", "flexible"])
-def test_grouped_heads_steps_beyond_tiles_and_negative_scale(case):
+@pytest.mark.parametrize("tiles", [LONG_STEPS, PARTS], ids=["long steps", "parts"])
+@pytest.mark.parametrize("case", ["causal", "frame_causal_prefix", "flexible"])
+def test_grouped_heads_other_tiles_and_negative_scale(case, tiles):
     problem = pose(case)
     tensors = draw(problem, heads=6, kv_heads=2)
-    check_forward(problem, *tensors, scale=-0.4, tiles=LONG_STEPS)
-    check_backward(problem, *tensors, scale=-0.4, tiles=LONG_STEPS)
+    check_forward(problem, *tensors, scale=-0.4, tiles=tiles)
+    check_backward(problem, *tensors, scale=-0.4, tiles=tiles)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -210,9 +175,8 @@ def test_head_dims(head_dim, dtype):
 def test_the_tiles_it_chooses(head_dim, dtype):
     problem = pose("frame_causal", [[(70, 90), (5, 0)]])
     tensors = draw(problem, 1, 1, head_dim, dtype)
-    tiles = kernels.tiles_of(dtype, head_dim)
-    check_forward(problem, *tensors, scale=head_dim**-0.5, tiles=tiles)
-    check_backward(problem, *tensors, scale=head_dim**-0.5, tiles=tiles)
+    check_forward(problem, *tensors, scale=head_dim**-0.5, tiles=Tiles())
+    check_backward(problem, *tensors, scale=head_dim**-0.5, tiles=Tiles())
 
 
 @pytest.mark.parametrize("key_frames", [[[(60, 0)], [(5, 0)], [], [(2, 0)]], [[(9, 0)], [(80, 0)], [(3, 0)], []]])
@@ -225,7 +189,7 @@ def test_other_lengths_of_keys(case, key_frames):
     blind = ~problem.seen.any(1)
     assert blind.any() or case == "full"
     assert (out.cpu()[blind] == 0).all()
-    assert (lse.cpu()[blind] == float("-inf")).all()
+    assert (lse.cpu()[:, blind] == float("-inf")).all()
     check_backward(problem, *tensors)
 
 
@@ -242,36 +206,50 @@ def test_strided_views_and_repeatability():
     grad_out = torch.randn(q.shape)
     plain = forward(problem, q, k, v)
     grads = backward(problem, grad_out, q, k, v, *plain)
-    merged, merged_grad = torch.cat([q, k, v], 1).to(DEVICE), torch.empty(len(q), 6, 16, device=DEVICE)
+    merged = torch.cat([q, k, v], 1).to(DEVICE)
     by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
     for views in (merged.split(2, 1), by_head):
         again = forward(problem, *views)
-        assert torch.equal(again[0], plain[0])
-        assert torch.equal(again[1], plain[1])
-        assert torch.equal(forward(problem, *views, with_lse=False)[0], plain[0])
-        backward(problem, grad_out, *views, *again, grads=merged_grad.split(2, 1))
-        assert torch.equal(merged_grad, torch.cat(grads, 1))
+        assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+        for grad, want in zip(backward(problem, grad_out, *views, *again), grads, strict=True):
+            assert torch.equal(grad, want)
+
+
+def through_the_op(problem, q, k, v, grad=None, weight=None):
+    """out, and given a gradient of it those of q, k and v, from `attention` with Triton forced."""
+    leaves = [x.to(DEVICE).requires_grad_(grad is not None) for x in (q, k, v)]
+    layout = SequenceLayout(FRAMES, problem.layout.mask, device=DEVICE)
+    with flexkernels.backend("triton"):
+        out = flexkernels.attention(*leaves, layout, key_log_weight=weight)
+        return (out, *torch.autograd.grad(out, leaves, grad)) if grad is not None else out
 
 
 def test_expanded_gradient():
     problem = pose("causal")
-    q, k, v = draw(problem)
-    ones = torch.ones(q.shape)
-    out, lse = forward(problem, q, k, v)
-    got = backward(problem, torch.ones(()).expand(q.shape), q, k, v, out, lse)
-    for grad, want in zip(got, backward(problem, ones, q, k, v, out, lse), strict=True):
+    tensors = draw(problem)
+    ones = torch.ones(tensors[0].shape, device=DEVICE)
+    got = through_the_op(problem, *tensors, grad=torch.ones((), device=DEVICE).expand(ones.shape))
+    for grad, want in zip(got, through_the_op(problem, *tensors, grad=ones), strict=True):
         assert torch.equal(grad, want)
 
 
-def test_rows_in_no_tile_are_left_alone():
+def test_weights_that_are_not_contiguous():
+    problem = pose("frame_causal")
+    tensors = draw(problem)
+    every_other = torch.randn(2 * problem.layout.total, device=DEVICE)[::2]
+    expanded = torch.randn(1, device=DEVICE).expand(problem.layout.total)
+    for weight in (every_other, expanded):
+        got = through_the_op(problem, *tensors, weight=weight)
+        assert torch.equal(got, through_the_op(problem, *tensors, weight=weight.contiguous()))
+
+
+def test_rows_beyond_the_layout():
     problem = pose("frame_causal")
     q, k, v = draw(problem, extra=3)
-    k[problem.keys.total :] = float("nan")
-    out, lse = forward(problem, q, k, v)
-    grads = backward(problem, torch.ones(q.shape), q, k, v, out, lse)
-    for x in (out, lse, *grads):
-        assert torch.isfinite(x[: problem.queries.total]).all()
-        assert torch.isnan(x[problem.queries.total :]).all()
+    k[problem.layout.total :] = float("nan")
+    got = through_the_op(problem, q, k, v, grad=torch.ones(q.shape, device=DEVICE))
+    for x in got:
+        assert torch.isfinite(x).all() and (x[problem.layout.total :] == 0).all()
 
 
 def test_no_tokens():
@@ -280,6 +258,15 @@ def test_no_tokens():
     out, lse = forward(problem, q, k, v)
     assert out.shape == q.shape
     backward(problem, out, q, k, v, out, lse)
+
+
+def test_a_neighbour_of_nan():
+    """NaN in one sequence stays in it, where tiles of both are steps of one kernel."""
+    problem = pose("full", [[(20, 0)], [(30, 0)]])
+    q, k, v = draw(problem)
+    want = forward(problem, q, k, v)[0]
+    k[20:], v[20:] = float("nan"), float("nan")
+    assert torch.equal(forward(problem, q, k, v)[0][:20], want[:20])
 
 
 def test_large_logits():

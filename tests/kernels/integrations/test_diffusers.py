@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import called_ops
 
 import flexkernels
-from flexkernels import library
 
 diffusers = pytest.importorskip("diffusers")
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -50,8 +50,7 @@ def test_dtypes_and_rounding(sample_dtype, dtype):
 
 def test_really_runs_the_kernel(monkeypatch):
     _, ours = pair()
-    calls, launch = [], library.launch
-    monkeypatch.setattr(library, "launch", lambda op, *args: (calls.append(op), launch(op, *args)))
+    calls = called_ops(monkeypatch)
     ours.step(torch.randn(2, 5, 4), ours.timesteps[0], torch.randn(2, 5, 4))
     assert calls == ["flow_update"]
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from helpers import called_ops
 from torch import nn
 
-from flexkernels import library
 from flexkernels.integrations.torchdiffeq import odeint
 
 torchdiffeq = pytest.importorskip("torchdiffeq")
@@ -54,8 +54,7 @@ def test_gradients(method, options):
 
 
 def test_really_runs_the_kernel(monkeypatch):
-    calls, launch = [], library.launch
-    monkeypatch.setattr(library, "launch", lambda op, *args: (calls.append(op), launch(op, *args)))
+    calls = called_ops(monkeypatch)
     odeint(Field(), torch.randn(2, 5), torch.linspace(0, 1, 3), method="rk4")
     assert calls == ["flow_update"] * 8
 

@@ -53,9 +53,9 @@ struct Object {
 };
 
 std::map<uintptr_t, Region> regions;
-std::recursive_mutex region_lock;  // tensors are made by any thread
-std::vector<Variable> variables;   // by offset
-std::atomic<Region*> last_region;
+std::mutex region_lock;  // tensors are made by any thread
+std::atomic<uint64_t> region_version;
+std::vector<Variable> variables;  // by offset
 
 template <typename T>
 T* reserve(size_t count) {
@@ -65,51 +65,42 @@ T* reserve(size_t count) {
   return static_cast<T*>(p);
 }
 
-const Object& object() {
-  static const Object found = [] {
-    Object o;
-    Dl_info info;
-    dladdr(reinterpret_cast<void*>(&run), &info);
-    o.base = reinterpret_cast<uintptr_t>(info.dli_fbase);
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* out) {
-          Object& o = *static_cast<Object*>(out);
-          if (info->dlpi_addr != o.base) return 0;
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            const auto& segment = info->dlpi_phdr[i];
-            const uintptr_t from = o.base + segment.p_vaddr;
-            if (segment.p_type == PT_LOAD) o.segments.emplace_back(from, from + segment.p_memsz);
-            if (segment.p_type == PT_TLS) o.shared_bytes = segment.p_memsz;
-          }
-          return 1;
-        },
-        &o);
-    return o;
-  }();
-  return found;
+Object find_object() {
+  Object o;
+  Dl_info info;
+  dladdr(reinterpret_cast<void*>(&run), &info);
+  o.base = reinterpret_cast<uintptr_t>(info.dli_fbase);
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        Object& o = *static_cast<Object*>(out);
+        if (info->dlpi_addr != o.base) return 0;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& segment = info->dlpi_phdr[i];
+          const uintptr_t from = o.base + segment.p_vaddr;
+          if (segment.p_type == PT_LOAD) o.segments.emplace_back(from, from + segment.p_memsz);
+          if (segment.p_type == PT_TLS) o.shared_bytes = segment.p_memsz;
+        }
+        return 1;
+      },
+      &o);
+  return o;
 }
+const Object object = find_object();
 
-// the shared memory of blocks: variables, then dynamic memory
-struct Slots {
-  size_t dynamic = (object().shared_bytes + 127) / 128 * 128;
-  size_t bytes = (dynamic + kDynamic + 4095) / 4096 * 4096;
-  char* memory = reserve<char>(kSlots * bytes);
-  Cell* cells = reserve<Cell>(kSlots * bytes / 2);
-  Block* owner[kSlots] = {};
-  uint32_t ages = 0;
-};
-Slots& slots() {
-  static Slots all;
-  return all;
-}
+// the shared memory of blocks, a slot each: variables, then dynamic memory
+const size_t kDynamicAt = (object.shared_bytes + 127) / 128 * 128;
+const size_t kSlotBytes = (kDynamicAt + kDynamic + 4095) / 4096 * 4096;
+char* const slots = reserve<char>(kSlots * kSlotBytes);
+Cell* const slot_cells = reserve<Cell>(kSlots * kSlotBytes / 2);
+Cell* const global_cells = reserve<Cell>(kGlobalCells);
+Block* owners[kSlots];
+uint32_t ages;
 
-Cell* global_cells() {
-  static Cell* const cells = reserve<Cell>(kGlobalCells);
-  return cells;
-}
+size_t in_slots(uintptr_t p) { return p - reinterpret_cast<uintptr_t>(slots); }
+bool is_shared(uintptr_t p) { return in_slots(p) < kSlots * kSlotBytes; }
 
-uint32_t offset_of(const void* at) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at) - object().base); }
-const void* at_of(uint32_t offset) { return reinterpret_cast<const void*>(object().base + offset); }
+uint32_t offset_of(const void* at) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at) - object.base); }
+const void* at_of(uint32_t offset) { return reinterpret_cast<const void*>(object.base + offset); }
 
 const char* verb(Access kind) {
   return kind == kRead || kind == kAtomicRead ? "reads" : kind == kAtomicUpdate ? "updates" : "writes";
@@ -128,8 +119,7 @@ const Variable* variable_at(size_t offset, size_t bytes) {
 }
 
 std::string shared_name(size_t offset) {
-  const size_t dynamic = slots().dynamic;
-  if (offset >= dynamic) return "dynamic shared memory + " + std::to_string(offset - dynamic);
+  if (offset >= kDynamicAt) return "dynamic shared memory + " + std::to_string(offset - kDynamicAt);
   const Variable* nearest = nullptr;
   for (const Variable& v : variables) {
     if (v.offset <= offset) nearest = &v;
@@ -138,8 +128,7 @@ std::string shared_name(size_t offset) {
 }
 
 std::string name_of(uintptr_t p) {
-  const size_t in_slots = p - reinterpret_cast<uintptr_t>(slots().memory);
-  if (in_slots < kSlots * slots().bytes) return shared_name(in_slots % slots().bytes);
+  if (is_shared(p)) return shared_name(in_slots(p) % kSlotBytes);
   auto after = regions.upper_bound(p);
   if (after == regions.begin()) return "an address below every allocation";
   --after;
@@ -151,121 +140,142 @@ std::string name_of(uintptr_t p) {
   return text;
 }
 
-uint32_t my_number(const Thread& t) { return t.block->cluster->number * machine->cluster_threads() + t.index; }
+uint32_t number_of(const Thread& t) { return t.block->cluster->number * machine->cluster_threads() + t.index; }
 
-bool before_me(const Trace& trace) {
+// an access of the running thread
+struct Seen {
+  Access kind;
+  const void* at;
+  bool shared, reads, writes;
+  uint32_t first, threads;  // the numbers of the cluster's threads
+  Trace mine;
+
+  Seen(Access kind, const void* at, bool shared)
+      : kind(kind),
+        at(at),
+        shared(shared),
+        reads(kind != kWrite && kind != kAtomicWrite),
+        writes(kind != kRead && kind != kAtomicRead),
+        threads(machine->cluster_threads()) {
+    first = self->block->cluster->number * threads;
+    mine = {first + self->index, self->clock, offset_of(at), kind >= kAtomicRead, 3};
+  }
+};
+
+bool before_me(const Trace& trace, const Seen& seen) {
   if (trace.clock == kPending) return false;
-  if (trace.thread == my_number(*self)) return true;
-  const uint32_t each = machine->cluster_threads(), cluster = trace.thread / each, index = trace.thread % each;
-  if (cluster == self->block->cluster->number) return self->own && (*self->own)[index] >= trace.clock;
+  if (trace.thread == seen.mine.thread) return true;
+  const uint32_t index = trace.thread - seen.first;
+  if (index < seen.threads) return self->own && (*self->own)[index] >= trace.clock;
   if (!self->known) return false;
-  const auto found = self->known->find(cluster);
-  return found != self->known->end() && (*found->second)[index] >= trace.clock;
+  const auto found = self->known->find(trace.thread / seen.threads);
+  return found != self->known->end() && (*found->second)[trace.thread % seen.threads] >= trace.clock;
 }
 
-void check_order(const Trace& trace, const char* did, uintptr_t p, unsigned bytes, Access kind, const void* at) {
-  const bool atomic = kind >= kAtomicRead && trace.atomic;
-  if (trace.clock == 0 || !(trace.bytes & bytes) || atomic || before_me(trace)) return;
-  const uint32_t each = machine->cluster_threads();
-  const std::string other = thread_name(trace.thread / each, trace.thread % each), line = line_of(at_of(trace.at));
+bool conflict(const Trace& trace, unsigned bytes, const Seen& seen) {
+  return trace.clock && (trace.bytes & bytes) && !(trace.atomic && seen.mine.atomic) && !before_me(trace, seen);
+}
+
+[[noreturn]] void fail_race(const Trace& trace, const char* did, uintptr_t p, const Seen& seen) {
+  const std::string other = thread_name(trace.thread / seen.threads, trace.thread % seen.threads);
+  const std::string line = line_of(at_of(trace.at)), name = name_of(p);
   if (trace.clock == kPending) {
-    fail(at, "%s %s, which a copy of %s (%s) is still filling: nothing waited for it", verb(kind), name_of(p).c_str(),
-         other.c_str(), line.c_str());
+    fail(seen.at, "%s %s, which a copy of %s (%s) is still filling: nothing waited for it", verb(seen.kind),
+         name.c_str(), other.c_str(), line.c_str());
   }
-  fail(at, "race: %s %s, which %s %s at %s, with no barrier between them", verb(kind), name_of(p).c_str(),
+  fail(seen.at, "race: %s %s, which %s %s at %s, with no barrier between them", verb(seen.kind), name.c_str(),
        other.c_str(), did, line.c_str());
 }
 
-void touch(Cell& cell, uintptr_t p, unsigned bytes, Access kind, const void* at, bool shared) {
-  const bool reads = kind != kWrite && kind != kAtomicWrite, writes = kind != kRead && kind != kAtomicRead;
-  if (shared && reads && (cell.written & bytes) != bytes) {
-    fail(at, "%s %s, which no thread of the block wrote", verb(kind), name_of(p).c_str());
+void touch(Cell& cell, uintptr_t p, uint8_t bytes, const Seen& seen) {
+  if (seen.shared && seen.reads && (cell.written & bytes) != bytes) {
+    fail(seen.at, "%s %s, which no thread of the block wrote", verb(seen.kind), name_of(p).c_str());
   }
-  check_order(cell.write, "wrote", p, bytes, kind, at);
-  const uint8_t atomic = kind >= kAtomicRead;
-  const Trace mine{my_number(*self), self->clock, offset_of(at), atomic, static_cast<uint8_t>(bytes)};
-  if (!writes) {
-    Trace& last = cell.reads[0];
-    if (last.thread / 32 != mine.thread / 32) cell.reads[1] = last;
-    last = mine;
+  if (conflict(cell.write, bytes, seen)) fail_race(cell.write, "wrote", p, seen);
+  if (!seen.writes) {
+    // a warp's numbers are neighbours: another 32 of them is mostly another warp
+    if ((cell.reads[0].thread ^ seen.mine.thread) >> 5) cell.reads[1] = cell.reads[0];
+    cell.reads[0] = seen.mine;
+    cell.reads[0].bytes = bytes;
     return;
   }
   for (Trace& read : cell.reads) {
-    check_order(read, "read", p, bytes, kind, at);
+    if (conflict(read, bytes, seen)) fail_race(read, "read", p, seen);
     if (!(read.bytes & ~bytes)) read.clock = 0;
   }
-  cell.write = mine;
+  cell.write = seen.mine;
+  cell.write.bytes = bytes;
   cell.written |= bytes;
 }
 
-Cell& fresh(Cell& cell, uintptr_t key, uint32_t age) {
-  if (cell.key != key || cell.age != age) cell = Cell{key, age, 0, {}, {}};
-  return cell;
-}
-
-Cell& cell_of(uintptr_t p) {
-  const size_t in_slots = p - reinterpret_cast<uintptr_t>(slots().memory);
-  if (in_slots < kSlots * slots().bytes) {
-    return fresh(slots().cells[in_slots / 2], p >> 1, slots().owner[in_slots / slots().bytes]->age);
-  }
-  return fresh(global_cells()[(p >> 1) % kGlobalCells], p >> 1, machine->number);
-}
-
+// body(cell, address, bytes) for every two bytes; what an earlier launch or block left in a cell is forgotten
 template <typename Body>
-void for_cells(uintptr_t p, size_t bytes, Body body) {
-  for (const uintptr_t end = p + bytes; p < end;) {
-    const unsigned odd = p & 1, mask = odd ? 2 : end - p == 1 ? 1 : 3;
-    body(cell_of(p), p, mask);
-    p += odd ? 1 : 2;
+void for_cells(uintptr_t p, size_t size, Body body) {
+  const bool shared = is_shared(p);
+  const uint32_t age = shared ? owners[in_slots(p) / kSlotBytes]->age : machine->number;
+  for (const uintptr_t end = p + size; p < end;) {
+    Cell& cell = shared ? slot_cells[in_slots(p) / 2] : global_cells[(p >> 1) % kGlobalCells];
+    if (cell.age != age || cell.key != p >> 1) cell = Cell{p >> 1, age, 0, {}, {}};
+    const uint8_t bytes = p & 1 ? 2 : end - p == 1 ? 1 : 3;
+    body(cell, p, bytes);
+    p += 2 - (p & 1);
   }
 }
 
 // the allocation, or null for the object's own variables
 Region* check_global(uintptr_t p, size_t bytes, Access kind, const void* at) {
+  // a line of a kernel mostly stays in one tensor
+  static struct {
+    const void* at;
+    uint64_t version;
+    Region* region;
+  } last[1024];
   auto inside = [&](const Region& r) { return p >= r.base && p + bytes <= r.base + r.bytes; };
-  Region* last = last_region;
-  if (last && inside(*last)) return last;
-  const std::lock_guard<std::recursive_mutex> guard(region_lock);
+  auto& hit = last[reinterpret_cast<uintptr_t>(at) % 1021];
+  if (hit.at == at && hit.version == region_version && inside(*hit.region)) return hit.region;
+  const std::lock_guard<std::mutex> guard(region_lock);
   auto after = regions.upper_bound(p);
-  if (after != regions.begin() && inside((--after)->second)) return last_region = &after->second;
-  for (const auto& [from, to] : object().segments) {
+  if (after != regions.begin() && inside((--after)->second)) {
+    hit = {at, region_version, &after->second};
+    return hit.region;
+  }
+  for (const auto& [from, to] : object.segments) {
     if (p >= from && p + bytes <= to) return nullptr;
   }
   fail(at, "%s %zu bytes outside of every allocation: %s", verb(kind), bytes, name_of(p).c_str());
 }
 
-// whether the address is shared memory; fails where it is nobody's
-bool check_shared(uintptr_t p, size_t bytes, Access kind, const void* at) {
-  const size_t in_slots = p - reinterpret_cast<uintptr_t>(slots().memory), size = slots().bytes;
-  if (in_slots >= kSlots * size) return false;
-  const Block* owner = slots().owner[in_slots / size];
-  const size_t offset = in_slots % size, dynamic = slots().dynamic;
+void check_shared(uintptr_t p, size_t bytes, Access kind, const void* at) {
+  const Block* owner = owners[in_slots(p) / kSlotBytes];
+  const size_t offset = in_slots(p) % kSlotBytes;
   if (!owner || owner->cluster != self->block->cluster) fail(at, "%s shared memory of another cluster", verb(kind));
   if (owner->live == 0) fail(at, "%s shared memory of a block that has returned", verb(kind));
-  const bool inside = offset >= dynamic ? offset + bytes <= dynamic + machine->grid.shared
-                                        : variables.empty() || variable_at(offset, bytes);
-  if (!inside) {
-    fail(at, "%s %zu bytes outside of every shared variable: %s (%zu bytes of dynamic shared memory)", verb(kind),
-         bytes, shared_name(offset).c_str(), machine->grid.shared);
-  }
-  return true;
+  const bool inside = offset >= kDynamicAt ? offset + bytes <= kDynamicAt + machine->grid.shared
+                                           : variables.empty() || variable_at(offset, bytes);
+  if (inside) return;
+  fail(at, "%s %zu bytes outside of every shared variable: %s (%zu bytes of dynamic shared memory)", verb(kind), bytes,
+       shared_name(offset).c_str(), machine->grid.shared);
 }
 
 }  // namespace
 
-void access(const void* address, size_t bytes, Access kind, const void* at) {
-  if (!self || !bytes) return;
+void access(const void* address, size_t size, Access kind, const void* at) {
+  if (!self || !size) return;
   const uintptr_t p = reinterpret_cast<uintptr_t>(address);
   if (p - reinterpret_cast<uintptr_t>(self->stack) < kStack) return;
-  const bool shared = check_shared(p, bytes, kind, at);
-  Region* region = shared ? nullptr : check_global(p, bytes, kind, at);
-  for_cells(p, bytes,
-            [&](Cell& cell, uintptr_t at_byte, unsigned mask) { touch(cell, at_byte, mask, kind, at, shared); });
-  if (kind == kRead || kind == kAtomicRead) return;
+  const bool shared = is_shared(p);
+  Region* region = nullptr;
+  if (shared)
+    check_shared(p, size, kind, at);
+  else
+    region = check_global(p, size, kind, at);
+  const Seen seen(kind, at, shared);
+  for_cells(p, size, [&](Cell& cell, uintptr_t q, uint8_t bytes) { touch(cell, q, bytes, seen); });
+  if (!seen.writes) return;
   ++machine->progress;
   if (!region || region->writers.empty()) return;
   region->kernel = machine->grid.kernel;
-  std::fill_n(region->writers.begin() + static_cast<ptrdiff_t>(p - region->base), bytes, offset_of(at));
+  std::fill_n(region->writers.begin() + static_cast<ptrdiff_t>(p - region->base), size, seen.mine.at);
 }
 
 void access_pending(void* p, size_t bytes, const void* at) {
@@ -283,25 +293,23 @@ void access_complete(void* p, size_t bytes, uint32_t number, uint32_t clock, con
 
 // --- shared memory
 
-bool slots_left(unsigned blocks) {
-  return std::count(slots().owner, slots().owner + kSlots, nullptr) >= static_cast<long>(blocks);
-}
+bool slots_left(unsigned blocks) { return std::count(owners, owners + kSlots, nullptr) >= static_cast<long>(blocks); }
 
 void take_slot(Block* block) {
-  block->slot = std::find(slots().owner, slots().owner + kSlots, nullptr) - slots().owner;
-  block->age = ++slots().ages;
-  slots().owner[block->slot] = block;
+  block->slot = std::find(owners, owners + kSlots, nullptr) - owners;
+  block->age = ++ages;
+  owners[block->slot] = block;
 }
 
-void free_slot(Block* block) { slots().owner[block->slot] = nullptr; }
+void free_slot(Block* block) { owners[block->slot] = nullptr; }
 
-static char* slot_of(const Block& block) { return slots().memory + block.slot * slots().bytes; }
+static char* slot_of(const Block& block) { return slots + block.slot * kSlotBytes; }
 
-void* dynamic_shared() { return slot_of(*self->block) + slots().dynamic; }
+void* dynamic_shared() { return slot_of(*self->block) + kDynamicAt; }
 
 void* cluster_map(const void* shared, unsigned rank) {
   const size_t offset = static_cast<const char*>(shared) - slot_of(*self->block);
-  if (offset >= slots().bytes) fail(CALLER, "maps an address that is not its own shared memory into the cluster");
+  if (offset >= kSlotBytes) fail(CALLER, "maps an address that is not its own shared memory into the cluster");
   if (rank >= machine->cluster_blocks) fail(CALLER, "names block %u of a cluster of %u", rank, machine->cluster_blocks);
   return slot_of(*self->block->cluster->blocks[rank]) + offset;
 }
@@ -332,7 +340,7 @@ void cp_async_wait(unsigned groups) {
   for (; self->groups.size() > groups; self->groups.pop_front()) {
     for (const Copy& copy : self->groups.front()) {
       copy.ok ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
-      access_complete(copy.to, copy.bytes, my_number(*self), self->clock, CALLER);
+      access_complete(copy.to, copy.bytes, number_of(*self), self->clock, CALLER);
     }
   }
 }
@@ -406,20 +414,20 @@ void complete_bulk(size_t which) {
 extern "C" {
 
 void emu_region(void* base, size_t bytes, const char* name, int output) {
-  const std::lock_guard<std::recursive_mutex> guard(region_lock);
+  const std::lock_guard<std::mutex> guard(region_lock);
   const uintptr_t p = reinterpret_cast<uintptr_t>(base);
   // what overlaps it has been freed
   auto old = regions.lower_bound(p);
   if (old != regions.begin() && std::prev(old)->first + std::prev(old)->second.bytes > p) --old;
   while (old != regions.end() && old->first < p + bytes) old = regions.erase(old);
   regions[p] = {p, bytes, name, std::vector<uint32_t>(output ? bytes : 0), nullptr};
-  last_region = nullptr;
+  ++region_version;
 }
 
 void emu_forget(void* base) {
-  const std::lock_guard<std::recursive_mutex> guard(region_lock);
+  const std::lock_guard<std::mutex> guard(region_lock);
   regions.erase(reinterpret_cast<uintptr_t>(base));
-  last_region = nullptr;
+  ++region_version;
 }
 
 // what no launch wrote of an output, or null

@@ -1,6 +1,6 @@
 import torch
 
-from flexkernels.triton import decode
+from flexkernels.triton import decode, head_norm
 
 from .record import Recorder
 
@@ -15,8 +15,9 @@ KERNELS = {
 
 def launches():
     found = []
-    for name in KERNELS:
-        setattr(decode, name, Recorder(getattr(decode, name), found))
+    for module in (decode, head_norm):
+        for name in KERNELS & set(vars(module)):
+            setattr(module, name, Recorder(getattr(module, name), found))
     # n, heads, kv_heads, head_dim, dtype, norm, whether with weights, rotary embedding and lse
     cases = (
         (1, 4, 4, 64, torch.bfloat16, 1, False),
@@ -25,18 +26,20 @@ def launches():
         (16, 4, 2, 256, torch.bfloat16, 1, True),
         (3, 2, 2, 40, torch.float32, 2, True),
         (1, 8, 1, 256, torch.float32, 1, True),
+        # every count is 1
+        (1, 1, 1, 1, torch.float32, 1, False),
     )
     for n, heads, kv_heads, head_dim, dtype, norm, everything in cases:
         q, k = torch.zeros(2, n, heads, head_dim, dtype=dtype), torch.zeros(2, kv_heads, 512, head_dim, dtype=dtype)
         lengths = torch.zeros(2, dtype=torch.int32)
-        weight, lse = torch.zeros(2, 512) if everything else None, torch.zeros(2, n, heads) if everything else None
-        decode.decode_attention_triton(q, k, k, lengths, weight, 0.125, n > 1, q, lse)
+        weight = torch.zeros(2, 512) if everything else None
+        decode.decode_attention_triton(q, k, k, lengths, weight, 0.125, n > 1, everything)
         vector, table = (torch.zeros(head_dim), torch.zeros(512, head_dim // 2)) if everything else (None, None)
         qkv = torch.zeros(2, n, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
-        decode.kv_append_triton(qkv, k, k, lengths, norm, 1e-5, vector, vector, table, table, q)
+        norms = norm, vector, vector, 1e-5, table, table
+        head_norm.kv_append__triton(qkv, k, k, lengths, heads, *norms)
         positions = lengths if everything else None
-        norms = norm, 1e-5, vector, vector, table, table, positions
-        parts = q[:, 0], k[:, :, 0]
-        decode.qk_norm_triton(qkv[:, 0], *norms, *parts)
-        decode.qk_norm_backward_triton(*parts, qkv[:, 0], *norms, qkv[:, 0], lse)
+        qk = qkv[:, 0, : (heads + kv_heads) * head_dim]
+        head_norm.qk_norm_triton(qk, heads, kv_heads, *norms, positions)
+        head_norm.qk_norm_backward_triton(q[:, 0], k[:, :, 0], qk, *norms, positions)
     return found

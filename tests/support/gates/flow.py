@@ -28,5 +28,5 @@ def launches():
                 tensors, a, past_b = tensors._replace(more_x=[x] * 2, past=[wide] * 3), [0.25] * 3, [0.5] * 3
             momentum = -0.5 if last is not None else 0.0
             numbers = flow_math.Numbers(a, -0.1, past_b, kind, 3.0, 0.6, 0.0, momentum, rescale, 0.5)
-            flow.flow_update_triton(tensors, 2, numbers, x, last, wide if everything else None)
+            flow.launch_update(tensors, 2, numbers, x, last, wide if everything else None)
     return found

@@ -123,6 +123,10 @@ EMU_INLINE uint32_t pack_bf16(float low, float high) {
 EMU_INLINE uint32_t pack_f16(float low, float high) {
   return __float2half_rn(low).__x | static_cast<uint32_t>(__float2half_rn(high).__x) << 16;
 }
+EMU_INLINE float emu_half(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+EMU_INLINE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  return pack_f16(emu_half(a) - emu_half(b), emu_half(a >> 16) - emu_half(b >> 16));
+}
 EMU_INLINE float emu_low(uint32_t x) { return __uint_as_float(x << 16); }
 EMU_INLINE float emu_high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 EMU_INLINE uint32_t add_bf16x2(uint32_t a, uint32_t b) {

@@ -1,0 +1,147 @@
+"""Whole models at their published size with random weights: seconds a clip of tokenizer and VAE, a generated token.
+
+    python bench/models.py [--only NAME ...] [--json FILE] [--budget SECONDS]
+
+Each run is a line {name, value, unit, note}, written as soon as it is there; FILE holds them as a list, as a report
+does under "runs". A run that raises is a line with its error, and the next one begins.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from graphs import STANDIN
+from report import chosen, write
+
+import vft
+from vft.config import make_config, parse_config, parse_generator_config
+from vft.measure import synchronize
+from vft.vidtok import VidTokCodec
+
+DEVICE = "cpu" if STANDIN or not torch.cuda.is_available() else "cuda"
+DTYPE = torch.bfloat16
+# released: encoder 1152 x 18, decoder 1792 x 28, 256 registers of 5 frames of 256 patches; the stand-in is a toy
+TOKENIZER = (
+    dict(encoder_width=64, encoder_depth=1, decoder_width=64, decoder_depth=1, registers=8, grid=5)
+    if STANDIN
+    else dict(encoder_width=1152, encoder_depth=18, decoder_width=1792, decoder_depth=28, registers=256, grid=16)
+)
+LATENTS = (16, 5, 8, 8) if STANDIN else (16, 5, 32, 32)
+STEPS, GUIDANCE = (2 if STANDIN else 40), vft.APG(25.0, 0.6)
+VIDEO = (17, 8, 8) if STANDIN else (17, 256, 256)
+GENERATOR = {"depth": 1, "vocab": 64, "seq_len": 40} if STANDIN else {"depth": 16, "vocab": 64000, "seq_len": 1280}
+
+
+def seconds_of(function, repeats: int) -> float:
+    """The mean of `repeats` calls after one that compiles and captures."""
+    function()
+    synchronize(DEVICE)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize(DEVICE)
+    return (time.perf_counter() - start) / repeats
+
+
+def tokenizer():
+    """Clips decoded and encoded by the tokenizer, latents in and out."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = vft.Tokenizer(parse_config(make_config(**TOKENIZER)))
+    model = model.to(DEVICE, DTYPE).eval().requires_grad_(False)
+    for name, p in model.decoder.named_parameters():
+        # what training starts from zero
+        if "modulation" in name or name.startswith("head"):
+            p.copy_(0.02 * torch.randn_like(p))
+    model.prepare()
+    parameters = sum(p.numel() for p in model.parameters())
+    note = f"{parameters / 1e9:.2f} B parameters, random weights, bf16, {STEPS} Euler steps, APG"
+    registers = model.registers
+    few = min(32, registers)
+    for batch, keep, graphs in ((1, few, True), (8, few, True), (1, registers, True), (1, few, False)):
+        ids = [torch.randint(model.config.codebook_size, (LATENTS[1], registers), device=DEVICE) for _ in range(batch)]
+        noise = [torch.randn(LATENTS, device=DEVICE) for _ in range(batch)]
+        model.cuda_graphs = graphs
+        call = lambda i=ids, k=keep, n=noise: model.decode_latents(i, k, STEPS, GUIDANCE, noise=n)  # noqa: E731
+        name = f"tokenizer decode, batch {batch}, keep {keep}{'' if graphs else ', no CUDA graph'}"
+        yield name, seconds_of(call, 1 if batch > 1 else 2) / batch, "s a clip", note
+    for batch in (1, 8):
+        latents = [torch.randn(LATENTS, device=DEVICE) for _ in range(batch)]
+        seconds = seconds_of(lambda x=latents: model.encode_latents(x), 5)
+        yield f"tokenizer encode, batch {batch}", 1000 * seconds / batch, "ms a clip", note
+    if DEVICE == "cuda":
+        yield "tokenizer, peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB", note
+
+
+@torch.no_grad()
+def vidtok():
+    """Clips through the VAE."""
+    torch.manual_seed(0)
+    codec = VidTokCodec(**({"width": 32, "multipliers": (1, 1, 1, 1)} if STANDIN else {})).eval()
+    for dtype, batch in ((DTYPE, 1), (DTYPE, 4), (torch.float32, 1))[2 * STANDIN :]:
+        codec = codec.to(DEVICE, dtype)
+        frames, height, width = VIDEO
+        video = (2 * torch.rand(batch, 3, frames, height, width, device=DEVICE) - 1).to(dtype)
+        latents = codec.encode(video)
+        note = f"random weights, {' x '.join(map(str, VIDEO))}"
+        short = "bf16" if dtype == DTYPE else "fp32"
+        for what, call in (
+            ("encode", lambda v=video, c=codec: c.encode(v)),
+            ("decode", lambda x=latents, c=codec: c.decode(x)),
+        ):
+            seconds = seconds_of(call, 1 if STANDIN else 3)
+            yield f"VidTok {what}, {short}, batch {batch}", 1000 * seconds / batch, "ms a clip", note
+
+
+def generator():
+    """Tokens of a guided sample."""
+    torch.manual_seed(0)
+    raw = {**GENERATOR, "cond": "class", "n_classes": 600}
+    with torch.device(DEVICE):
+        model = vft.Generator(parse_generator_config(raw)).to(DTYPE).eval().requires_grad_(False)
+    frames = 5
+    tokens = frames * (4 if STANDIN else 64)
+    options = {"frames": frames, "tokens_per_frame": tokens // frames, "guidance": 2.0, "temperature": 0.9}
+    filters = {"top_k": min(100, GENERATOR["vocab"]), "top_p": 0.9}
+    for batch in (1, 8):
+        call = lambda b=batch: model.generate(class_id=[0] * b, **options, **filters, seed=0)  # noqa: E731
+        depth, vocab = GENERATOR["depth"], GENERATOR["vocab"]
+        note = f"depth {depth}, vocabulary {vocab}, bf16, guidance, top-k, top-p, {tokens} tokens"
+        yield f"generate(), batch {batch}", 1000 * seconds_of(call, 1) / tokens, "ms a token of each sample", note
+
+
+RUNS = {"tokenizer": tokenizer, "generator": generator, "vidtok": vidtok}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the runs there")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no run after so long"
+    )
+    options = parser.parse_args(argv)
+    end, found, code = time.monotonic() + options.budget, [], 0
+    for name in chosen(options.only, RUNS):
+        try:
+            for run, value, unit, note in RUNS[name]():
+                found.append({"name": run, "value": value, "unit": unit, "note": note})
+                print(json.dumps(found[-1]), flush=True)
+                if options.json:
+                    write(options.json, json.dumps(found, indent=1) + "\n")
+                if time.monotonic() > end:
+                    print("out of time", flush=True)
+                    return code
+        except Exception as error:
+            code = 1
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
