@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sampling import philox
+from .sampling_math import philox
 
 # dtypes of ids, and how many ids each takes
 IDS = {torch.int64: 2**63 - 1, torch.int32: 2**31 - 1, torch.uint16: 2**16}

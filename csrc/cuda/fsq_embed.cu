@@ -36,23 +36,26 @@ __device__ float code_of(const FsqEmbed& p, int64_t row, int d) {
 
 template <int N, typename T>
 __device__ __forceinline__ void load_columns(const T* p, bool ok, float (&v)[N]) {
-  if constexpr (N > 1) {
+  if constexpr (N == kPack<T>) {
     unpack<T>(ptx::load_once(p, ok), v);
   } else {
-    v[0] = ok ? to_float(*p) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = 0;
+    if (ok) load_floats<N>(p, v);
   }
 }
 
 template <int N, typename T>
 __device__ __forceinline__ void store_columns(T* p, const float (&v)[N]) {
-  if constexpr (N > 1) {
+  if constexpr (N == kPack<T>) {
     __stcs(reinterpret_cast<uint4*>(p), pack<T>(v));
   } else {
-    from_float(v[0], p);
+    store_floats<N>(p, v);
   }
 }
 
-// N columns a thread: a pack, or one where rows are not whole packs; DIMS: at least the number of dimensions
+// N columns a thread: a pack, four where its weights would not find room in registers, one where rows are not whole
+// packs; DIMS: at least the number of dimensions
 template <typename T, int N, int DIMS>
 __global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_constant__ FsqEmbed p) {
   __shared__ float codes[2][kRows][DIMS];
@@ -122,7 +125,7 @@ void embed_packs(const FsqEmbed& p, cudaStream_t stream) {
   if (p.dims <= 4) return embed<T, kPack<T>, 4>(p, stream);
   if (p.dims <= 6) return embed<T, kPack<T>, 6>(p, stream);
   if (p.dims <= 8) return embed<T, kPack<T>, 8>(p, stream);
-  embed<T, kPack<T>, kFsqMaxDims>(p, stream);
+  embed<T, 4, kFsqMaxDims>(p, stream);
 }
 
 }  // namespace

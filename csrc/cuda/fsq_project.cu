@@ -70,9 +70,13 @@ __device__ __forceinline__ int64_t write_level(const FsqProject& p, int64_t row,
   return level * p.basis[d];
 }
 
+// blocks that a multiprocessor's registers hold
+template <int K>
+constexpr int kBlocks = K > 9 ? 3 : 4;
+
 // K loads a lane for each of R rows
 template <typename T, int K, int R>
-__global__ void __launch_bounds__(32 * kFsqWarps, 4) rows_kernel(const __grid_constant__ FsqProject p) {
+__global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) rows_kernel(const __grid_constant__ FsqProject p) {
   float4* weights = ptx::dynamic_shared<float4>();  // [dims, packs]
   const int lane = threadIdx.x % 32, packs = static_cast<int>(p.width / N);
   if (p.weight_dtype == Dtype::f32) stage<float>(weights, p.weight, p.dims * packs);
@@ -112,6 +116,7 @@ __global__ void __launch_bounds__(32 * kFsqWarps, 4) rows_kernel(const __grid_co
     }
     // lane 16 r + d keeps z of row r and dimension d
     float z = 0;
+#pragma unroll 1
     for (int d = 0; d < p.dims; ++d) {
       float dot[R][N] = {};
 #pragma unroll
@@ -203,7 +208,7 @@ void rows(const FsqProject& p, cudaStream_t stream) {
   const unsigned bytes = static_cast<unsigned>(p.dims * p.width * sizeof(float));
   // as many blocks as find room at once: each reads the weights anew
   const int64_t room =
-      static_cast<int64_t>(multiprocessors("fsq_project_quantize")) * (bytes > kWeightBytes / 2 ? 2 : 4);
+      static_cast<int64_t>(multiprocessors("fsq_project_quantize")) * (bytes > kWeightBytes / 2 ? 2 : kBlocks<K>);
   const int64_t wanted = (p.n + kFsqWarps * R - 1) / (kFsqWarps * R);
   const unsigned blocks = static_cast<unsigned>(wanted < room ? wanted : room);
   launch({"fsq_project_quantize", blocks, 32 * kFsqWarps, stream, bytes}, rows_kernel<T, K, R>, p);
@@ -213,7 +218,7 @@ template <typename T>
 void project(const FsqProject& p, cudaStream_t stream) {
   const bool held = p.width % N == 0 && p.dims * p.width * static_cast<int64_t>(sizeof(float)) <= kWeightBytes;
   if (held && p.width <= 4 * 32 * N) return rows<T, 4, 2>(p, stream);
-  if (held && p.width <= 10 * 32 * N) return rows<T, 10, 2>(p, stream);
+  if (held && p.width <= 9 * 32 * N) return rows<T, 9, 2>(p, stream);
   if (held && p.width <= 16 * 32 * N) return rows<T, 16, 1>(p, stream);
   launch({"fsq_project_quantize", fsq_blocks(p.n, kAnyRows), kAnyThreads, stream}, any_kernel<T>, p);
 }

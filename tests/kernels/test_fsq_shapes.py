@@ -23,9 +23,9 @@ LEVEL_SETS = [
     [256],
     [2] * 16,
 ]
-# width, dims, rows of the projection: one row and two a warp, by packs of four and not, weights in shared memory and not
+# width, dims, rows of the projection: one row and two a warp, packs of four and not, weights in shared memory and not
 WIDTHS = [
-    *((4, 6, 9), (512, 6, 5), (516, 16, 5), (1280, 3, 3), (1284, 6, 3)),
+    *((4, 6, 9), (512, 6, 5), (516, 16, 5), (1152, 3, 3), (1156, 6, 3)),
     *((2048, 6, 3), (2048, 16, 5), (2052, 6, 5), (8192, 2, 3), (9001, 1, 1)),
 ]
 every_set = pytest.mark.parametrize("levels", LEVEL_SETS, ids=str)
