@@ -79,6 +79,13 @@ def _arguments(z, levels, seed, offset, sample, drop_p, corrupt_p, min_corrupt_p
     seed, seeds = (0, seed) if isinstance(seed, torch.Tensor) else (seed, None)
     offset, offsets = (0, offset) if isinstance(offset, torch.Tensor) else (offset, None)
     least = corrupt_p if min_corrupt_p is None else min_corrupt_p
+    # what the op would take for a number
+    for name, value in (("seed", seed), ("offset", offset)):
+        if isinstance(value, bool):
+            checks.reject(name, "be an int or an int64 tensor", "bool", TypeError)
+    for name, value in (("drop_p", drop_p), ("corrupt_p", corrupt_p), ("apply_p", apply_p), ("min_corrupt_p", least)):
+        if not isinstance(value, float):
+            checks.finite(name, value)
     return z, levels, seed, seeds, offset, offsets, sample, drop_p, corrupt_p, least, apply_p, ids_dtype
 
 

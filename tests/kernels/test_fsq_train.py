@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, FLOATS, inductor, interpreted, needs_gpu, on_every_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexkernels
 from flexkernels import fsq_math
@@ -105,6 +106,54 @@ def test_gradient_is_straight_through_and_zero_where_replaced():
     torch.testing.assert_close(z.grad, expected * kept.unsqueeze(-1), rtol=1e-5, atol=1e-6)
 
 
+def test_forward_mode_and_second_derivative():
+    z, tangent, grad = draw(40, 3), torch.randn(40, 3, 6), torch.randn(40, 3, 6)
+    settings = dict(seed=8, drop_p=0.5, corrupt_p=0.3)
+    run = lambda z: train(z, PUBLISHED, **settings)[0]  # noqa: E731
+    codes, forward = torch.func.jvp(run, (z,), (tangent,))
+    assert torch.equal(codes, run(z))
+    leaf = z.clone().requires_grad_()
+    (first,) = torch.autograd.grad(run(leaf), leaf, grad, create_graph=True)
+    torch.testing.assert_close((first.detach() * tangent).sum(), (grad * forward).sum(), rtol=1e-4, atol=1e-4)
+    # tokens that were replaced have no slope at all
+    replaced = train(z, PUBLISHED, **settings)[1] != flexkernels.fsq_quantize(z, PUBLISHED)[1]
+    assert replaced.any() and (forward[replaced] == 0).all() and (forward[~replaced] != 0).any()
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    assert (second[replaced] == 0).all() and second.abs().max() > 0
+
+
+def test_repeats_bit_by_bit():
+    z = draw(30, 20)
+    first, again = (train(z, PUBLISHED, seed=3, drop_p=0.5, corrupt_p=0.3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    # on the CPU the specification's bits
+    for found, expected in zip(first, train_ref(z, PUBLISHED, seed=3, drop_p=0.5, corrupt_p=0.3), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("corrupt_p", [0.0, 0.4])
+def test_opcheck(corrupt_p):
+    z = draw(4, 5).to(DEVICE).requires_grad_()
+    counter, sample = torch.tensor(3, device=DEVICE), torch.zeros(4, 5, dtype=torch.int32, device=DEVICE)
+    chances = 0.5, corrupt_p, corrupt_p / 2, 0.8
+    for given in ((1, None, 2, None, None), (0, counter, 0, counter, sample)):
+        torch.library.opcheck(
+            torch.ops.flexkernels.fsq_quantize_train.default, (z, PUBLISHED, *given, *chances, torch.int32)
+        )
+
+
+def test_new_seeds_do_not_recompile():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(train, fullgraph=True, backend=counter)
+    z = draw(4, 5)
+    for seed in range(7, 12):
+        assert torch.equal(
+            compiled(z, PUBLISHED, seed=seed, corrupt_p=0.5)[1], train(z, PUBLISHED, seed=seed, corrupt_p=0.5)[1]
+        )
+    # once with the number as a constant, once with any
+    assert counter.frame_count <= 2
+
+
 def test_empty_batches():
     for shape in ((0, 4), (4, 0)):
         codes, ids = train(draw(*shape), PUBLISHED, seed=0, drop_p=0.5, corrupt_p=0.5)
@@ -143,6 +192,10 @@ WRONG = [
     ({"apply_p": "1"}, TypeError, "apply_p must be a number, got str"),
     ({"corrupt_p": 0.2, "min_corrupt_p": 0.3}, ValueError, "min_corrupt_p must be at most corrupt_p, 0.2, got 0.3"),
     ({"seed": 1.0}, TypeError, "seed must be an int or an int64 tensor, got float"),
+    ({"seed": True}, TypeError, "seed must be an int or an int64 tensor, got bool"),
+    ({"drop_p": torch.tensor(0.5)}, TypeError, "drop_p must be a number, got Tensor"),
+    ({"drop_p": True}, TypeError, "drop_p must be a number, got bool"),
+    ({"drop_p": float("nan")}, ValueError, "drop_p must be finite, got nan"),
     ({"seed": 2**63}, ValueError, "seed must fit in 64 bits"),
     ({"offset": torch.zeros(2, dtype=torch.int64)}, ValueError, "offset must have 0 dimensions"),
     ({"sample": torch.zeros(2)}, TypeError, "sample must be int64 or int32, got float32"),
