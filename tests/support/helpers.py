@@ -36,6 +36,11 @@ inductor = pytest.param(
 on_every_backend = pytest.mark.parametrize("place", list(_places()))
 
 
+def emulated(place) -> bool:
+    """Whether the kernels of this place run in the CUDA emulator: a memory access costs 20 ns or more."""
+    return place == ("cuda", "cpu")
+
+
 def interpreted(place) -> bool:
     """Whether the kernels of this place run in Triton's interpreter, which is slow and cuts bfloat16 off unrounded."""
     return place[0] == "triton" and library.interpreting()
