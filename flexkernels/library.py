@@ -89,7 +89,7 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args):
-        if self.inference and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if self.inference and torch.is_grad_enabled() and _needs_gradient(args):
             raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
@@ -269,6 +269,17 @@ def _first_tensor(args) -> torch.Tensor | None:
         if isinstance(arg, torch.Tensor):
             return arg
     return None
+
+
+def _needs_gradient(args) -> bool:
+    """What torch._C._any_requires_grad says, for torch.compile to trace."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and _needs_gradient(arg):
+            return True
+    return False
 
 
 def _device(args) -> torch.device:

@@ -6,6 +6,7 @@ ids --FSQ--> codes --decoder, flow ODE--> latents --codec--> frames
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -77,7 +78,7 @@ class Tokenizer(nn.Module):
 
         The latent codec's weights are not in it. ``dtype`` is that of the stored weights, by default the model's own.
         """
-        guidance = self.guidance and {"type": type(self.guidance).__name__, **vars(self.guidance)}
+        guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
         checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
 
     @property

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import threading
@@ -14,14 +15,17 @@ NAMES = {"reference", "cpu", "triton", "cuda"}
 
 @pytest.fixture
 def calls(monkeypatch):
-    """An op `probe` with rows for the CPU that only note their name; its `cpu` row refuses odd lengths."""
+    """An op `probe` whose backends for the CPU only note their name; its `cpu` refuses odd lengths."""
     seen = []
-    monkeypatch.setattr(library, "_table", {})
     monkeypatch.setattr(library._native, "cpu_unavailable", None)
-    for name in ("cpu", "reference"):
-        refuse = (lambda x: "odd length" if len(x) % 2 else None) if name == "cpu" else None
-        library.register("probe", name, lambda x, name=name: seen.append(name), refuse)
-    return seen
+    probe = library.Op.__new__(library.Op)
+    probe.name, probe.plain, probe.check, probe.check_values = "probe", False, lambda x: None, None
+    probe.orders = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+    probe.unsupported = {"cpu": lambda x: "odd length" if len(x) % 2 else None}
+    backends = {name: lambda x, name=name: seen.append(name) for name in ("cpu", "reference")}
+    monkeypatch.setattr(library.Op, "_backend", lambda op, name, device: op.backends.get(name))
+    probe.backends, probe.seen = backends, seen
+    return probe
 
 
 def test_empty_memory_is_poisoned():
@@ -40,50 +44,49 @@ def test_names_every_backend_and_says_why_one_is_missing():
 
 
 def test_auto_takes_the_best_row_that_serves_the_call(calls):
-    library.launch("probe", torch.zeros(2))
-    library.launch("probe", torch.zeros(3))
-    assert calls == ["cpu", "reference"]
+    calls._select(torch.zeros(2))
+    calls._select(torch.zeros(3))
+    assert calls.seen == ["cpu", "reference"]
 
 
 def test_a_forced_backend_serves_or_raises(calls):
     with flexkernels.backend("reference"):
-        library.launch("probe", torch.zeros(2))
+        calls._select(torch.zeros(2))
     with flexkernels.backend("cpu"):
-        library.launch("probe", torch.zeros(2))
+        calls._select(torch.zeros(2))
         with pytest.raises(RuntimeError, match=r"probe: the forced backend 'cpu' cannot serve .*odd length"):
-            library.launch("probe", torch.zeros(3))
+            calls._select(torch.zeros(3))
     with flexkernels.backend("triton"), pytest.raises(RuntimeError, match="it has no probe"):
-        library.launch("probe", torch.zeros(2))
-    assert calls == ["reference", "cpu"]
+        calls._select(torch.zeros(2))
+    assert calls.seen == ["reference", "cpu"]
 
 
 def test_an_unavailable_backend_gives_its_reason(calls, monkeypatch):
     monkeypatch.setattr(library._native, "cpu_unavailable", "the compiler was away")
-    library.launch("probe", torch.zeros(2))
-    assert calls == ["reference"]
+    calls._select(torch.zeros(2))
+    assert calls.seen == ["reference"]
     with flexkernels.backend("cpu"), pytest.raises(RuntimeError, match="the compiler was away"):
-        library.launch("probe", torch.zeros(2))
+        calls._select(torch.zeros(2))
 
 
 def test_other_devices_get_the_reference(calls):
-    library.launch("probe", torch.zeros(2, device="meta"))
-    assert calls == ["reference"]
+    calls._select(torch.zeros(2, device="meta"))
+    assert calls.seen == ["reference"]
     with flexkernels.backend("cpu"), pytest.raises(RuntimeError, match="does not run on meta tensors"):
-        library.launch("probe", torch.zeros(2, device="meta"))
+        calls._select(torch.zeros(2, device="meta"))
 
 
 def test_no_row_at_all_raises(calls, monkeypatch):
-    monkeypatch.delitem(library._table["probe"], "reference")
+    del calls.backends["reference"]
     with pytest.raises(RuntimeError, match=r"no backend can serve .*cpu: odd length; reference: it has no probe"):
-        library.launch("probe", torch.zeros(3))
+        calls._select(torch.zeros(3))
 
 
-def test_environment_forces_and_context_wins(calls, monkeypatch):
-    monkeypatch.setenv(library.ENVIRONMENT, "reference")
-    library.launch("probe", torch.zeros(2))
-    with flexkernels.backend("auto"):
-        library.launch("probe", torch.zeros(2))
-    assert calls == ["reference", "cpu"]
+def test_environment_is_read_at_import():
+    program = "import flexkernels; print(flexkernels.library.current_backend())"
+    environment = dict(os.environ, FLEXKERNELS_BACKEND="reference")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "reference"
 
 
 def test_context_nests_and_ends_after_an_error():
@@ -95,26 +98,21 @@ def test_context_nests_and_ends_after_an_error():
     assert library.current_backend() == "auto"
 
 
-def test_context_stays_in_its_thread():
+def test_context_holds_in_every_thread():
     seen = []
     with flexkernels.backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(library.current_backend()))
         thread.start()
         thread.join()
-    assert seen == ["auto"]
+    assert seen == ["reference"]
 
 
-def test_unknown_names_are_refused(monkeypatch):
+def test_unknown_names_are_refused():
     with (
         pytest.raises(ValueError, match=r"backend must be one of auto, reference, .*got 'fast'"),
         flexkernels.backend("fast"),
     ):
         pass
-    with pytest.raises(ValueError, match=r"backend must be one of reference, .*got 'fast'"):
-        library.register("probe", "fast", print)
-    monkeypatch.setenv(library.ENVIRONMENT, "fast")
-    with pytest.raises(ValueError, match="got 'fast'"):
-        flexkernels.fsq_quantize(torch.zeros(2, 1), [2])
 
 
 def test_triton_needs_its_interpreter_on_the_cpu(monkeypatch):

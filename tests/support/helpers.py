@@ -34,6 +34,13 @@ inductor = pytest.param(
 
 # (backend, device) of every backend; one that cannot run here is a visible skip
 on_every_backend = pytest.mark.parametrize("place", list(_places()))
+# without the emulator, for what would take it minutes
+on_every_machine = pytest.mark.parametrize("place", [p for p in _places() if p.id != "cuda-emulated"])
+
+
+def emulated(place) -> bool:
+    """Whether the kernels of this place run in the CUDA emulator: a memory access costs 20 ns or more."""
+    return place == ("cuda", "cpu")
 
 
 def interpreted(place) -> bool:

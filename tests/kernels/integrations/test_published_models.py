@@ -22,6 +22,7 @@ import torch
 from golden_generator import conditions
 from golden_generator import io as generator_io
 from golden_tokenizer import CASES, KEEP, PIPELINES, assert_close, load
+from paths import ROOT
 
 import flexkernels
 from flexkernels import integrations
@@ -337,7 +338,7 @@ def test_flexkernels_does_not_import_vft():
 
 def test_the_project_announces_the_integrations():
     tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     announced = project["project"]["entry-points"][integrations.GROUP]
     assert set(announced) == {"videoflextok", "flextok", "semantok"}
     assert announced.items() <= {point.name: point.value for point in integrations._integrations()}.items()

@@ -233,11 +233,14 @@ Region* check_global(uintptr_t p, size_t bytes, Access kind, const void* at) {
   auto inside = [&](const Region& r) { return p >= r.base && p + bytes <= r.base + r.bytes; };
   auto& hit = last[reinterpret_cast<uintptr_t>(at) % 1021];
   if (hit.at == at && hit.version == region_version && inside(*hit.region)) return hit.region;
-  const std::lock_guard<std::mutex> guard(region_lock);
-  auto after = regions.upper_bound(p);
-  if (after != regions.begin() && inside((--after)->second)) {
-    hit = {at, region_version, &after->second};
-    return hit.region;
+  {
+    // never held by fail(), which does not return
+    const std::lock_guard<std::mutex> guard(region_lock);
+    auto after = regions.upper_bound(p);
+    if (after != regions.begin() && inside((--after)->second)) {
+      hit = {at, region_version, &after->second};
+      return hit.region;
+    }
   }
   for (const auto& [from, to] : object.segments) {
     if (p >= from && p + bytes <= to) return nullptr;
