@@ -39,7 +39,7 @@ __device__ void copy(T* to, const T* from, int count, bool packed) {
 }
 
 template <typename T, bool TRAIN>
-__global__ void __launch_bounds__(kRows) any_kernel(const __grid_constant__ FsqTrain train, bool packed) {
+__global__ void __launch_bounds__(kRows) fsq_any_kernel(const __grid_constant__ FsqTrain train, bool packed) {
   const FsqQuantize& p = train.rows;
   __shared__ Dim dims[kFsqMaxDims];
   // [kRows, dims], then [dims, width]
@@ -112,7 +112,7 @@ void any(const char* op, const FsqTrain& p, void* queue) {
     using T = decltype(element);
     const size_t shared = (kRows * sizeof(T) + q.width * sizeof(float)) * q.dims;
     launch({op, fsq_blocks(q.n, kRows), kRows, static_cast<cudaStream_t>(queue), static_cast<unsigned>(shared)},
-           any_kernel<T, TRAIN>, p, aligned16(q.z) && aligned16(q.codes));
+           fsq_any_kernel<T, TRAIN>, p, aligned16(q.z) && aligned16(q.codes));
   });
 }
 

@@ -19,7 +19,7 @@ struct Digits {
 };
 
 template <typename T, int DIMS>
-__global__ void __launch_bounds__(32 * kFsqWarps) dequantize_kernel(const __grid_constant__ Digits p) {
+__global__ void __launch_bounds__(32 * kFsqWarps) fsq_dequantize_kernel(const __grid_constant__ Digits p) {
   using Tile = FsqTile<T, DIMS>;
   constexpr int N = kRowPack<T, DIMS>;
   __shared__ Tile tiles[kFsqWarps];
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kFsqWarps) dequantize_kernel(const __grid
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dequantize_any_kernel(const __grid_constant__ FsqDequantize p) {
+__global__ void __launch_bounds__(kThreads) fsq_dequantize_any_kernel(const __grid_constant__ FsqDequantize p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.n) return;
   const uint64_t given = fsq_load_id(p.ids, p.id_type, row);
@@ -88,11 +88,11 @@ void fsq_dequantize_launch(const FsqDequantize& p, void* queue) {
   with_float(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (!few)
-      return launch({"fsq_dequantize", fsq_blocks(p.n, kThreads), kThreads, stream}, dequantize_any_kernel<T>, p);
+      return launch({"fsq_dequantize", fsq_blocks(p.n, kThreads), kThreads, stream}, fsq_dequantize_any_kernel<T>, p);
     with_constant<kFsqFewDims>(p.dims, [&](auto dims) {
       using Tile = FsqTile<T, dims()>;
       launch({"fsq_dequantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream},
-             dequantize_kernel<T, dims()>, q);
+             fsq_dequantize_kernel<T, dims()>, q);
     });
   });
 }

@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_columns(T* p, const float (&v)[N]) {
 // N columns a thread: a pack, four where its weights would not find room in registers, one where rows are not whole
 // packs; DIMS: at least the number of dimensions
 template <typename T, int N, int DIMS>
-__global__ void __launch_bounds__(kMaxThreads, 1) embed_kernel(const __grid_constant__ FsqEmbed p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) fsq_embed_kernel(const __grid_constant__ FsqEmbed p) {
   __shared__ float codes[2][kRows][DIMS];
   __shared__ const T* sources[2][kRows];
   __shared__ bool replaced[2][kRows];
@@ -114,7 +114,7 @@ void embed(const FsqEmbed& p, cudaStream_t stream) {
   int64_t blocks = static_cast<int64_t>(multiprocessors("fsq_embed")) * (kResident / threads) / columns;
   if (blocks < 1) blocks = 1;
   const dim3 grid(static_cast<unsigned>(groups < blocks ? groups : blocks), static_cast<unsigned>(columns));
-  launch({"fsq_embed", grid, static_cast<unsigned>(threads), stream}, embed_kernel<T, N, DIMS>, p);
+  launch({"fsq_embed", grid, static_cast<unsigned>(threads), stream}, fsq_embed_kernel<T, N, DIMS>, p);
 }
 
 template <typename T>

@@ -1,7 +1,7 @@
-// LN, the projection to a few dimensions and their levels. rows_kernel: a warp holds a row or two in registers and
-// walks the dimensions, whose weights all warps of the block read from shared memory; its width is a multiple of four
-// up to 2048. any_kernel: a block reads four rows anew for each pass. The width alone chooses, so bits depend on no
-// other.
+// LN, the projection to a few dimensions and their levels. fsq_project_kernel: a warp holds a row or two in registers
+// and walks the dimensions, whose weights all warps of the block read from shared memory; its width is a multiple of
+// four up to 2048. fsq_project_any_kernel: a block reads four rows anew for each pass. The width alone chooses, so bits
+// depend on no other.
 #include "../core/fsq_linear.h"
 
 #include "fsq.h"
@@ -76,7 +76,7 @@ constexpr int kBlocks = K > 9 ? 3 : 4;
 
 // K loads a lane for each of R rows
 template <typename T, int K, int R>
-__global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) rows_kernel(const __grid_constant__ FsqProject p) {
+__global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel(const __grid_constant__ FsqProject p) {
   float4* weights = ptx::dynamic_shared<float4>();  // [dims, packs]
   const int lane = threadIdx.x % 32, packs = static_cast<int>(p.width / N);
   if (p.weight_dtype == Dtype::f32) stage<float>(weights, p.weight, p.dims * packs);
@@ -154,7 +154,7 @@ __device__ void sum_over_block(float (&v)[V], float (*buffer)[V]) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kAnyThreads) any_kernel(const __grid_constant__ FsqProject p) {
+__global__ void __launch_bounds__(kAnyThreads) fsq_project_any_kernel(const __grid_constant__ FsqProject p) {
   constexpr int R = kAnyRows;
   __shared__ float sums[kAnyThreads / 32][R];
   __shared__ float dots[kAnyThreads / 32][R * kFsqMaxDims];
@@ -211,7 +211,7 @@ void rows(const FsqProject& p, cudaStream_t stream) {
       static_cast<int64_t>(multiprocessors("fsq_project_quantize")) * (bytes > kWeightBytes / 2 ? 2 : kBlocks<K>);
   const int64_t wanted = (p.n + kFsqWarps * R - 1) / (kFsqWarps * R);
   const unsigned blocks = static_cast<unsigned>(wanted < room ? wanted : room);
-  launch({"fsq_project_quantize", blocks, 32 * kFsqWarps, stream, bytes}, rows_kernel<T, K, R>, p);
+  launch({"fsq_project_quantize", blocks, 32 * kFsqWarps, stream, bytes}, fsq_project_kernel<T, K, R>, p);
 }
 
 template <typename T>
@@ -220,7 +220,7 @@ void project(const FsqProject& p, cudaStream_t stream) {
   if (held && p.width <= 4 * 32 * N) return rows<T, 4, 2>(p, stream);
   if (held && p.width <= 9 * 32 * N) return rows<T, 9, 2>(p, stream);
   if (held && p.width <= 16 * 32 * N) return rows<T, 16, 1>(p, stream);
-  launch({"fsq_project_quantize", fsq_blocks(p.n, kAnyRows), kAnyThreads, stream}, any_kernel<T>, p);
+  launch({"fsq_project_quantize", fsq_blocks(p.n, kAnyRows), kAnyThreads, stream}, fsq_project_any_kernel<T>, p);
 }
 
 }  // namespace

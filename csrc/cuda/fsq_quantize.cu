@@ -24,7 +24,7 @@ struct FewLevels {
 };
 
 template <typename T, int DIMS, int COUNT>
-__global__ void __launch_bounds__(32 * kFsqWarps) quantize_kernel(const __grid_constant__ FewLevels p) {
+__global__ void __launch_bounds__(32 * kFsqWarps) fsq_quantize_kernel(const __grid_constant__ FewLevels p) {
   using Tile = FsqTile<T, DIMS>;
   constexpr int N = kRowPack<T, DIMS>;
   __shared__ Tile tiles[kFsqWarps];
@@ -94,8 +94,8 @@ void fsq_quantize_launch(const FsqQuantize& p, void* queue) {
       using T = decltype(element);
       using Tile = FsqTile<T, dims()>;
       launch({"fsq_quantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream},
-             p.width <= kFewThresholds ? quantize_kernel<T, dims(), kFewThresholds>
-                                       : quantize_kernel<T, dims(), kMostThresholds>,
+             p.width <= kFewThresholds ? fsq_quantize_kernel<T, dims(), kFewThresholds>
+                                       : fsq_quantize_kernel<T, dims(), kMostThresholds>,
              q);
     });
   });

@@ -141,6 +141,16 @@ def test_embed_dimensions_and_packs(place, dims, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("width", [4, 3])
+def test_embed_walks_many_groups_of_rows(place, width):
+    """More rows than all blocks of the emulator's small device take at once."""
+    ids, weight = torch.randint(40, (2600,)), torch.randn(width, 2)
+    with flexkernels.backend(place[0]):
+        out = flexkernels.fsq_embed(ids.to(place[1]), [8, 5], weight.to(place[1])).cpu()
+    torch.testing.assert_close(out, flexkernels.fsq_embed_ref(ids, [8, 5], weight), rtol=1e-6, atol=1e-6)
+
+
+@on_every_backend
 @pytest.mark.parametrize(("width", "dims", "rows"), WIDTHS)
 def test_project_widths(place, width, dims, rows):
     """Each width is some kernel's: z is that of float64 but for rounding, and far from zero too."""
