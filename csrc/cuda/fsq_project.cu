@@ -1,7 +1,7 @@
 // LN, the projection to a few dimensions and their levels. fsq_project_kernel: a warp holds a row or two in registers
-// and walks the dimensions, whose weights all warps of the block read from shared memory; its width is a multiple of
-// four up to 2048. fsq_project_any_kernel: a block reads four rows anew for each pass. The width alone chooses, so bits
-// depend on no other.
+// and walks the dimensions, whose weights all warps of the block read from shared memory; for widths that are a
+// multiple of four up to 2048. fsq_project_any_kernel: a block reads four rows anew for each pass. Width and dimensions
+// alone choose, so the bits of a row depend on no other and not on its place in memory.
 #include "../core/fsq_linear.h"
 
 #include "fsq.h"

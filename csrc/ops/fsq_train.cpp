@@ -62,13 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> fsq_quantize_train(const Tensor& z, const Lev
   sample = checked_sample(sample, z);
   const FsqCall call = fsq_call(z, levels, true, true, ids_dtype, false, false);
   p.rows = call.args;
-  const int64_t n = call.args.n, dims = call.args.dims;
+  const int64_t n = call.args.n;
   const Tensor replaced =
       corrupt_p > 0 ? empty_rows(z, z.dim() - 1, 0, ScalarType::Bool) : empty(z, {0}, ScalarType::Bool);
   const std::tuple<Tensor, Tensor, Tensor> results{call.codes, call.ids, replaced};
   if (n == 0) return results;
   if (drop_p == 0 && corrupt_p == 0) {
-    FLEXKERNELS_LAUNCH(fsq_quantize, call.args, z, n, dims);
+    FLEXKERNELS_LAUNCH(fsq_quantize, call.args, z, n, call.args.dims);
     return results;
   }
   p.replaced = corrupt_p > 0 ? static_cast<uint8_t*>(replaced.mutable_data_ptr()) : nullptr;
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> fsq_quantize_train(const Tensor& z, const Lev
   p.rows_per_sample = n / z.size(0);
   const OptionalTensor smooth = !kCuda && drop_p > 0 ? OptionalTensor(bounded(call)) : std::nullopt;
   p.bounded = static_cast<const float*>(data_of(smooth));
-  FLEXKERNELS_LAUNCH(fsq_train, p, z, n, 8 * dims);
+  FLEXKERNELS_LAUNCH(fsq_train, p, z, n, 8 * call.args.dims);
   return results;
 }
 
