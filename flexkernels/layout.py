@@ -193,7 +193,7 @@ class SequenceLayout:
     @cached_property
     def sequence(self) -> torch.Tensor:
         """int64 ``[total]``: the sequence each token belongs to."""
-        return _sequence(self.cu_seqlens)
+        return _sequence(self.cu_seqlens, self.total)
 
     def visible(self) -> torch.Tensor:
         """Dense bool ``[total, total_k]``, entry (q, k) true where q may see k. For tests and small layouts only."""
@@ -228,7 +228,7 @@ def switched(mask: int, cross) -> bool:
 
 def visible_tokens(t: LayoutTensors, mask: str, cross) -> torch.Tensor:
     """Bool ``[total, total_k]``: which token sees which."""
-    q_sequence, k_sequence = _sequence(t.cu_seqlens), _sequence(t.cu_seqlens_k)
+    q_sequence, k_sequence = _sequence(t.cu_seqlens, len(t.frame)), _sequence(t.cu_seqlens_k, len(t.frame_k))
     # positions counted from the end of the sequence, on both sides
     q_index = torch.arange(len(t.frame), device=t.frame.device) - t.cu_seqlens[1:][q_sequence]
     k_index = torch.arange(len(t.frame_k), device=t.frame.device) - t.cu_seqlens_k[1:][k_sequence]
@@ -236,8 +236,9 @@ def visible_tokens(t: LayoutTensors, mask: str, cross) -> torch.Tensor:
     return inside & (q_sequence[:, None] == k_sequence[None, :])
 
 
-def _sequence(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    return torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device).repeat_interleave(cu_seqlens.diff())
+def _sequence(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """The sequence of each of `total` tokens; by a search, since a trace knows no lengths."""
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(total, device=cu_seqlens.device), right=True)
 
 
 def visible(mask, cross, q_index, q_frame, q_rank, k_index, k_frame, k_rank) -> torch.Tensor:

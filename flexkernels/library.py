@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from . import _native, checks
 
@@ -136,7 +137,7 @@ class Op:
             checks.reject(f"tensors of flexkernels.{self.name}", "need no gradient in place", "requires_grad=True")
         # formulas do not nest in transforms of torch.func, and PyTorch would leave tangents out without a word
         nested = needs_gradient and torch._C._are_functorch_transforms_active()
-        if nested or (_may_have_tangents() and _has_tangent(args)):
+        if nested or _asks_for_tangents(args):
             return self._by_pytorch(args)
         results = formula(keyset, *args)
         if self.in_place:
@@ -246,6 +247,14 @@ def _may_have_tangents() -> bool:
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return True
     return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def _asks_for_tangents(args) -> bool:
+    if not _may_have_tangents():
+        return False
+    # looking makes views, which have no place in a graph that is being traced
+    with disable_proxy_modes_tracing():
+        return _has_tangent(args)
 
 
 def _has_tangent(args) -> bool:

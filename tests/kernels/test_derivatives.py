@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_examples import EXAMPLES, examples
+from op_examples import EXAMPLES, WITHOUT, examples
 from torch.func import grad, jvp, vmap
 
 from flexkernels import library
@@ -11,13 +11,21 @@ STEP = 1e-5
 RTOL = 1e-3
 
 
-@pytest.fixture(params=sorted(library.OPS))
+@pytest.fixture(params=sorted(library.OPS.keys() - WITHOUT))
 def name(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def no_level_left_open():
+    """A trace that fails leaves its level of forward mode open, and every later test would fail with it."""
+    yield
+    while torch.autograd.forward_ad._current_level >= 0:
+        torch.autograd.forward_ad.exit_dual_level()
+
+
 def test_every_op_has_an_example():
-    assert set(EXAMPLES) == set(library.OPS)
+    assert set(EXAMPLES) == set(library.OPS) - WITHOUT
 
 
 def weighted(function):
