@@ -166,5 +166,7 @@ _attention_backward_op = library.Op(
     fake=_attention_backward_fake,
     triton="attention_backward",
     unsupported={"triton": _too_many_registers},
+    # by blocks, in place; attention itself has one, also of its gradient
+    jvp=None,
     cuda_order=("triton",),
 )

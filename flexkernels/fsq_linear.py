@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from . import checks, fsq_math, library
+from . import checks, fsq_math, library, norm_math
 from .fsq import check_fits, check_ids_dtype, check_levels, check_range, quantize_jvp, straight_through
 from .fsq_math import IDS
 
@@ -190,7 +190,9 @@ def _project_reference(hidden, weight, bias, levels, eps, codes, ids_dtype):
 
 
 def _project_jvp(hidden, weight, bias, levels, eps, codes, ids_dtype):
-    z = _project(hidden, weight, bias, eps)
+    # torch's own layer norm has wrong derivatives of its forward-mode derivative
+    normed = norm_math.layer_norm(hidden.float(), None, None, None, eps)
+    z = F.linear(normed, weight.float(), None if bias is None else bias.float())
     out_codes, ids = quantize_jvp(z, levels, codes, True, ids_dtype, False, False)
     return out_codes.to(hidden.dtype), ids
 
@@ -284,9 +286,9 @@ def _embed_backward(ctx, grad):
 
 
 def _embed_gradients(grad, ids, levels, position_index, token_index, positions, tokens):
-    wide = grad.float()
+    wide = norm_math.wide(grad)
     kept = wide if token_index is None else wide.masked_fill((token_index >= 0).unsqueeze(1), 0)
-    grad_weight = kept.t() @ fsq_math.dequantize(ids, levels)
+    grad_weight = kept.t() @ fsq_math.dequantize(ids, levels).to(kept.dtype)
     grad_positions = wide.new_zeros(positions, wide.shape[1])
     if positions and position_index is None:
         grad_positions[: len(ids)] = kept

@@ -184,12 +184,12 @@ def _qk_norm_reference(qk, heads, kv_heads, norm, q_weight, k_weight, eps, cos, 
 
 def _qk_norm_backward_reference(grad_q, grad_k, qk, norm, q_weight, k_weight, eps, cos, sin, positions):
     # [total, heads + kv_heads, head_dim]
-    dy = torch.cat([grad_q, grad_k], 1).float()
+    dy = widen(torch.cat([grad_q, grad_k], 1))
     if cos is not None:
         c, s = (table[:, None] for table in rows_of(cos, sin, positions))
         low, high = dy.chunk(2, -1)
         dy = torch.cat([low * c + high * s, high * c - low * s], -1)
-    x_hat = qk.unflatten(1, dy.shape[1:]).float()
+    x_hat = widen(qk.unflatten(1, dy.shape[1:]))
     if NORMS[norm] == "layer":
         x_hat = x_hat - x_hat.mean(-1, keepdim=True)
     rstd = 1 if NORMS[norm] is None else torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)

@@ -1,5 +1,7 @@
 """Every op's derivatives beyond the first gradient are right, or the op says that it has none: never a silent zero."""
 
+import contextlib
+
 import pytest
 import torch
 from op_examples import EXAMPLES, WITHOUT, examples
@@ -20,8 +22,9 @@ def name(request):
 def no_level_left_open():
     """A trace that fails leaves its level of forward mode open, and every later test would fail with it."""
     yield
-    while torch.autograd.forward_ad._current_level >= 0:
-        torch.autograd.forward_ad.exit_dual_level()
+    torch.autograd.forward_ad._current_level, torch._functorch.eager_transforms.JVP_NESTING = -1, 0
+    with contextlib.suppress(RuntimeError):
+        torch._C._exit_dual_level(level=0)
 
 
 def test_every_op_has_an_example():
@@ -129,7 +132,8 @@ def test_forward_mode(name, how):
 def test_forward_over_reverse(name, how):
     for example in curved(name):
         tensors, tangents, ours, expected = second_order(example)
-        if example.forward:
+        # what is for inference alone refuses a gradient before anything else; in a trace nobody asks for one
+        if example.forward and (example.error is NotImplementedError or how == "compiled"):
             assert_right(FORWARD[how](ours, tensors, tangents)[1], expected())
         else:
             with refused(name, how, example.error):
