@@ -143,6 +143,16 @@ def fsq_quantize():
     yield Example(ours, SMOOTH, [torch.randn(5, 3)], straight=True, second=True)
 
 
+def fsq_quantize_train():
+    settings = dict(seed=1, drop_p=0.5, corrupt_p=0.5)
+    z = torch.randn(5, 3)
+    kept = flexkernels.fsq_quantize_train(z, LEVELS, **settings)[1] == flexkernels.fsq_quantize(z, LEVELS)[1]
+    assert kept.any() and not kept.all()
+    ours = lambda z: flexkernels.fsq_quantize_train(z, LEVELS, **settings)[0]  # noqa: E731
+    # a token that was replaced has no slope
+    yield Example(ours, lambda z: SMOOTH(z) * kept.unsqueeze(-1), [z], straight=True, second=True)
+
+
 def fsq_project_quantize():
     def ours(hidden, weight, bias):
         return flexkernels.fsq_project_quantize(hidden, weight, bias, LEVELS, eps=EPS, return_codes=True)[1]
@@ -281,6 +291,7 @@ EXAMPLES = {
         fsq_embed_backward,
         fsq_project_quantize,
         fsq_quantize,
+        fsq_quantize_train,
         gated_residual,
         gated_residual_adaln_norm,
         kv_append_,
