@@ -109,6 +109,23 @@ def test_native_step_equals_its_parts(name, dtype):
         assert torch.equal(got, want)
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, dict(rows=2, heads=2, head_dim=32)),
+        (torch.float32, dict(rows=4, heads=1, head_dim=17, contexts=2)),
+        (torch.float16, dict(rows=9, heads=2, head_dim=16, int8=True)),
+    ],
+)
+def test_cuda_step_equals_its_parts(dtype, options):
+    case = Case(dtype=dtype, layers=1, hidden=34, **options)
+    case.cache_len.clamp_(max=40)
+    with flexkernels.backend("cuda"):
+        for got, want in zip(case.run(transformer_step_), case.run(by_parts), strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.skipif(DEVICE == "cuda" or flexkernels.available_backends()["triton"] is not None, reason="no interpreter")
 def test_triton_step_equals_its_parts():
     # small: the interpreter is slow
@@ -276,4 +293,7 @@ def test_wrong_int8_weights():
 def test_on_a_gpu():
     case = Case(2, 2, 32, torch.float32)
     case.cache_len = case.cache_len.cuda()
-    assert torch.equal(case.run(transformer_step_, torch.Tensor.cuda)[0], case.run(by_parts, torch.Tensor.cuda)[0])
+    for backend in ("cuda", "triton"):
+        with flexkernels.backend(backend):
+            got, want = (case.run(step, torch.Tensor.cuda)[0] for step in (transformer_step_, by_parts))
+        assert torch.equal(got, want)
