@@ -8,8 +8,6 @@
 
 #include <math.h>
 
-#include <type_traits>
-
 #include "dispatch.h"
 #include "lanes.h"
 
@@ -172,13 +170,18 @@ struct Pair {
 };
 #endif
 
+template <typename T>
+struct MathFor {
+  using Type = Single;
+};
 #if defined(__AVX512BF16__)
-template <typename T>
-using MathOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, Single>;
-#else
-template <typename T>
-using MathOf = Single;
+template <>
+struct MathFor<bf16> {
+  using Type = Pair;
+};
 #endif
+template <typename T>
+using MathOf = typename MathFor<T>::Type;
 
 // c [R, C * W] (+)= a b in lanes of Math, b [depth, C * W]; a is [R, depth], or [depth, R] where it is transposed
 template <typename Math, bool kTransposed, int R, int C>
