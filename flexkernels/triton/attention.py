@@ -27,6 +27,9 @@ LOW = tl.constexpr(-3.0e38)
 # stages of the steps that need a mask, of which a tile has few
 MASKED_STAGES = tl.constexpr(2)
 
+# 307 for 3.7: later versions spill at a limit on registers that earlier ones keep
+TRITON = 100 * int(triton.__version__.split(".")[0]) + int(triton.__version__.split(".")[1])
+
 # their values and alignment depend on lengths, which must not compile anything anew
 LENGTHS = ("total", "heads", "kv_heads", "group")
 METADATA = (
@@ -250,7 +253,7 @@ def launch(q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse
 def choice(kernel: str, q, rows, mask, cross) -> dict:
     """Blocks, steps, warps, stages and registers of a kernel, from the tuning table; a block is at most a tile."""
     facts = dict(bytes=q.element_size(), head_dim=q.shape[2], rows=rows.shape[1], switched=switched(mask, cross))
-    chosen = tuning.choose(kernel, **facts)
+    chosen = tuning.choose(kernel, **facts, triton=TRITON)
     return chosen | {"block": min(chosen["block"], rows.shape[1])}
 
 

@@ -12,9 +12,9 @@ from .. import library
 
 # keys of one split: as csrc/core/decode.h has them
 SPLIT = 256
-# keys of one step, at most: for one row, and for several (more spill on gfx942); the bytes they take; rows of tl.dot
+# keys of one step, at most, and the bytes they take: for one row, and for several (more spill); rows of tl.dot
 BLOCK_KEYS = (64, 32)
-BLOCK_BYTES = 16384
+BLOCK_BYTES = (16384, 8192)
 BLOCK_ROWS = 16
 NUM_WARPS = 4
 
@@ -189,7 +189,8 @@ def launch(q, k_cache, v_cache, cache_len, key_log_weight, scale, causal, out, l
     partial = torch.empty(sums * (head_dim + 2), dtype=torch.float32, device=q.device)
     acc, extremes = partial[: sums * head_dim], partial[sums * head_dim :]
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    block_keys = max(min(BLOCK_KEYS[block_rows > 1], BLOCK_BYTES // (block_d * q.element_size())), 16)
+    several = block_rows > 1
+    block_keys = max(min(BLOCK_KEYS[several], BLOCK_BYTES[several] // (block_d * q.element_size())), 16)
     with torch.cuda.device_of(q):
         decode_split_kernel[(splits, kv_heads * tiles, batch)](
             q,

@@ -3,13 +3,17 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 from paths import ROOT
+
+import flexkernels
 
 STAGES = ["build", "info", "tests", "memcheck", "racecheck", "warm", "report", "models", "tune"]
 
@@ -20,13 +24,23 @@ def gpu():
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def checkout(tmp_path_factory):
+    """A copy of the repository with the built objects of the flexkernels that is installed."""
+    folder = tmp_path_factory.mktemp("checkout") / "flexkernels"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "__pycache__", "*.so"))
+    for built in Path(flexkernels.__file__).parent.glob("*.so"):
+        shutil.copy(built, folder / "flexkernels")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(checkout, tmp_path_factory):
     """One call of the script on the stand-in: (its folder, the finished process)."""
     out = tmp_path_factory.mktemp("gpu")
     names = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "TRITON_INTERPRET"}
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"FLEXKERNELS_GPU_STANDIN": "cpu", "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(out)]
+    command = ["bash", str(checkout / "bench" / "gpu.sh"), str(out)]
     return out, subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

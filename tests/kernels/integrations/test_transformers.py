@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
-from flexkernels import library  # noqa: E402
+from helpers import called_ops  # noqa: E402
+
 from flexkernels.integrations import transformers as ours  # noqa: E402
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
@@ -59,9 +60,7 @@ def test_gradients_of_a_causal_model():
 
 
 def test_really_runs_the_kernel(monkeypatch):
-    model, tokens, calls = llama(), ids(), []
-    launch = library.launch
-    monkeypatch.setattr(library, "launch", lambda op, *args: (calls.append(op), launch(op, *args)))
+    model, tokens, calls = llama(), ids(), called_ops(monkeypatch)
     outputs(model, "flexkernels", tokens, attention_mask=torch.ones_like(tokens))
     assert calls == ["attention"] * 2
 
