@@ -18,6 +18,7 @@ from ..checkpoint import write_tensors
 from ..codebook import CodebookEmbedding, CodebookHead
 from ..config import GeneratorConfig, parse_generator_config
 from ..generator import Generator, time_first
+from ..stills import join_ids, still_groups
 from ..tokenizer import Tokenizer
 from . import data, loop
 from .loop import Engine, Settings
@@ -151,7 +152,10 @@ class GeneratorTask:
         # [B, 3, frames, H, W] -> ids [T, N] of each clip
         tokenizer = self.tokenizer.to(self.model.device)
         ids = tokenizer.encode_latents(tokenizer.codec.to(tokenizer.device).encode(clips.to(tokenizer.device)))
-        return [i.cpu() for i in ids]
+        # as Tokenizer.encode has them: what stands still repeats its ids
+        stride = tokenizer.codec.temporal_stride
+        still = [still_groups(clip.transpose(0, 1), stride) for clip in clips]
+        return [join_ids([i.cpu()], [groups]) for i, groups in zip(ids, still, strict=True)]
 
     def recompute(self, on: bool) -> None:
         self.model.recompute = on
