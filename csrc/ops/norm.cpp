@@ -222,10 +222,10 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
     return results;
   }
 
-  grad_out = as_contiguous(grad_out);
-  grad_sum = as_contiguous(grad_sum);
-  v = as_contiguous(v);
-  y = as_contiguous(y);
+  grad_out = kernel_rows(as_contiguous(grad_out));
+  grad_sum = kernel_rows(as_contiguous(grad_sum));
+  v = kernel_rows(as_contiguous(v));
+  y = kernel_rows(as_contiguous(y));
   NormBackward p{};
   p.n = n;
   p.d = d;

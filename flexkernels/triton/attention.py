@@ -228,7 +228,7 @@ def attention_triton(q, k, v, layout, key_log_weight, mask, cross, softmax_scale
     if len(q) > used:
         out[used:] = 0
         lse[:, used:] = float("-inf")
-    launch(*dense(q, k, v), layout, weights(key_log_weight), mask, cross, softmax_scale, out, lse)
+    launch(*dense(q, k, v), checked(layout), weights(key_log_weight), mask, cross, softmax_scale, out, lse)
     return out, lse
 
 
@@ -276,6 +276,13 @@ def constants(q, mask, cross) -> dict:
 def dense(*tensors):
     """The same with neighbours in the last dimension."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def checked(layout):
+    """The layout. Raises ValueError where a caller has made views of its tensors."""
+    if not all(t.is_contiguous() for t in layout):
+        raise ValueError("the tensors of a layout must be contiguous, as SequenceLayout makes them")
+    return layout
 
 
 def weights(key_log_weight):

@@ -17,6 +17,7 @@ from .attention import (
     LOG2_E,
     METADATA,
     add_weight,
+    checked,
     choice,
     constants,
     dense,
@@ -238,7 +239,8 @@ def attention_backward_triton(grad_out, q, k, v, out, lse, layout, key_log_weigh
     for grad, tokens in zip(grads, (layout[1], layout[4], layout[4]), strict=True):
         if len(grad) > len(tokens):
             grad[len(tokens) :] = 0
-    launch(*dense(grad_out, q, k, v), out, lse, layout, weights(key_log_weight), mask, cross, softmax_scale, *grads)
+    kept = out.contiguous(), lse.contiguous(), checked(layout), weights(key_log_weight)
+    launch(*dense(grad_out, q, k, v), *kept, mask, cross, softmax_scale, *grads)
     return grads
 
 

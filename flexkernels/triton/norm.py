@@ -312,7 +312,8 @@ def rms_norm_triton(x, weight, residual, eps):
 def norm_backward_triton(grad_out, grad_sum, v, y, gate, scale, segment, order, offsets, rows, eps, rms, wanted):
     results = backward_results(grad_out, grad_sum, rows, wanted)
     grad_x, grad_y, *grads = results
-    grad_out, grad_sum, v, y, segment = (_contiguous(t) for t in (grad_out, grad_sum, v, y, segment))
+    given = grad_out, grad_sum, v, y, segment, order, offsets
+    grad_out, grad_sum, v, y, segment, order, offsets = map(_contiguous, given)
     grad = grad_sum if grad_out is None else grad_out
     if grad.numel() == 0:
         for table in grads:
