@@ -355,7 +355,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"tokens must hold all frames: {tokens.latent_frames} rows hold {held} of {tokens.frames}")
         times = schedule(self.steps if steps is None else steps, shift)
         count = len(times) - 1
-        height, width = self._frame_size(tokens)
+        height, width = self.frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
         chunks = self._token_chunks(tokens.ids)
         still = self._token_chunks(repeats(tokens.ids))
@@ -399,7 +399,8 @@ class Tokenizer(nn.Module):
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.codec.encode(frames.to(self.device), generator).to(self.dtype)
 
-    def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
+    def frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
+        """Height and width of the frames that tokens decode to."""
         # without a working size, encode has cropped the source to whole patches
         crop = self.codec.spatial_stride * self.config.patch[1], self.codec.spatial_stride * self.config.patch[2]
         if self.size:
