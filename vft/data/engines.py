@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +29,7 @@ def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -
     threads = max(1, (os.cpu_count() or 1) // workers)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray_data.DataContext.get_current().enable_progress_bars = False
     done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
