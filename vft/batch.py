@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -110,7 +111,7 @@ def encode_folder(
     finished = read_manifest(output, videos)
     jobs = []
     for file in videos:
-        job = _Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
+        job = Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
         entry = finished.get(file)
         wanted = entry and (entry["model"], entry["registers"]) == (tokenizer.name, keep)
         if not wanted or not _current(entry, job) or (strict and entry.get("warnings")):
@@ -118,7 +119,7 @@ def encode_folder(
     skipped, failed, silent = len(videos) - len(jobs), 0, 0
     with (
         _manifest(output, rank, {job.file for job in jobs}) as write,
-        closing(_encoded(tokenizer, jobs, packed, readers, strict)) as encoded,
+        closing(encode_jobs(tokenizer, jobs, packed, readers, strict)) as encoded,
     ):
         progress(skipped, len(videos), None)
         for count, job in enumerate(encoded, skipped + 1):
@@ -147,7 +148,7 @@ def _facts(path: Path, checksum: bool) -> dict:
         return {}
 
 
-def _current(entry: dict, job: "_Job") -> bool:
+def _current(entry: dict, job: "Job") -> bool:
     """Whether a finished line was asked for the same, of a video that has not changed."""
     if entry.get("asked", {}) != job.asked:
         return False
@@ -221,8 +222,11 @@ def _target(output: Path, file: str) -> Path:
 
 
 @dataclass(eq=False)
-class _Job:
-    """One video on its way: a reader counts its frames, the encoder adds ids; ``error`` where it failed."""
+class Job:
+    """One video on its way: a reader counts its frames, the encoder adds ids; ``error`` where it failed.
+
+    A video that is no file is given as ``data``, its bytes; ``path`` is then a file of them for as long as it is read.
+    """
 
     file: str
     path: Path
@@ -235,13 +239,14 @@ class _Job:
     ids: list[torch.Tensor] = field(default_factory=list)
     still: list[list[bool]] = field(default_factory=list)
     error: str | None = None
+    data: bytes | None = None
 
     def fail(self, error: Exception) -> None:
         text = " ".join(str(error).split()).removeprefix(f"{self.path}: ")
         self.error = self.error or text or type(error).__name__
 
 
-def _save(job: _Job, output: Path, keep: int, tokenizer) -> dict:
+def _save(job: Job, output: Path, keep: int, tokenizer) -> dict:
     """Writes the token file; returns the manifest line."""
     if job.error is None:
         path = _target(output, job.file)
@@ -265,10 +270,13 @@ def _save(job: _Job, output: Path, keep: int, tokenizer) -> dict:
     }  # fmt: skip
 
 
-def _encoded(tokenizer, jobs: list[_Job], packed: int, readers: int, strict: bool) -> Iterator[_Job]:
-    """Reads and encodes videos; yields each job once, in the order in which they end."""
-    group: list[tuple[_Job, torch.Tensor]] = []
-    ended: list[_Job] = []
+def encode_jobs(tokenizer, jobs: list[Job], packed: int, readers: int, strict: bool) -> Iterator[Job]:
+    """Reads and encodes videos; yields each job once, in the order in which they end.
+
+    A video that cannot be read or does not fit the model has ``error`` set; the others go on.
+    """
+    group: list[tuple[Job, torch.Tensor]] = []
+    ended: list[Job] = []
     with closing(_read_ahead(tokenizer, jobs, packed, readers, strict)) as items:
         for job, chunk in items:
             if chunk is None:
@@ -286,7 +294,7 @@ def _encoded(tokenizer, jobs: list[_Job], packed: int, readers: int, strict: boo
     yield from ended
 
 
-def _encode(tokenizer, group: list[tuple[_Job, torch.Tensor]]) -> None:
+def _encode(tokenizer, group: list[tuple[Job, torch.Tensor]]) -> None:
     try:
         encoded = tokenizer.encode_chunks([chunk for _, chunk in group])
     except ValueError as error:
@@ -303,14 +311,14 @@ def _encode(tokenizer, group: list[tuple[_Job, torch.Tensor]]) -> None:
 
 
 def _read_ahead(
-    tokenizer, jobs: list[_Job], bound: int, readers: int, strict: bool
-) -> Iterator[tuple[_Job, torch.Tensor | None]]:
+    tokenizer, jobs: list[Job], bound: int, readers: int, strict: bool
+) -> Iterator[tuple[Job, torch.Tensor | None]]:
     """(job, chunk) of all videos, those of one video in order, then (job, None); threads read ``bound`` items ahead.
 
     Closing the generator ends the threads.
     """
-    todo: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-    items: queue.Queue[tuple[_Job, torch.Tensor | None]] = queue.Queue(bound)
+    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    items: queue.Queue[tuple[Job, torch.Tensor | None]] = queue.Queue(bound)
     stop = threading.Event()
     for job in jobs:
         todo.put(job)
@@ -348,12 +356,26 @@ def _read_ahead(
                 items.get(timeout=0.05)
 
 
-def _chunks(tokenizer, job: _Job, strict: bool) -> Iterator[torch.Tensor]:
+def _chunks(tokenizer, job: Job, strict: bool) -> Iterator[torch.Tensor]:
     config, stride = tokenizer.config, tokenizer.codec.temporal_stride
-    with open_video(job.path, tokenizer.size, fps=job.asked.get("fps"), strict=strict, warn=False) as video:
+    fps = job.asked.get("fps")
+    with _file(job) as path, open_video(path, tokenizer.size, fps=fps, strict=strict, warn=False) as video:
         job.source, job.audio = (video.fps, video.height, video.width), video.audio
         for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap, stride):
             job.frames += new
             job.still.append(still_groups(chunk, stride))
             yield chunk
     job.warnings += video.warnings
+
+
+@contextmanager
+def _file(job: Job) -> Iterator[Path]:
+    if job.data is None:
+        yield job.path
+        return
+    # FFmpeg opens names
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(job.data)
+        file.flush()
+        job.path = Path(file.name)
+        yield job.path

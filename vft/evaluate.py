@@ -6,6 +6,7 @@ video files; what each register controls; the class accuracy of generated clips.
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .features import Network, frechet_distance
+from .files import replacing
 from .generator import Generator
 from .metrics import METRICS
 from .tokenizer import Tokenizer
@@ -48,6 +51,66 @@ def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> d
             video = model.codec.decode(z)
             rows.setdefault(name, []).append({metric: f(video, clips) for metric, f in METRICS.items()})
     return {name: _means(parts) for name, parts in rows.items()}
+
+
+def distances(model: Tokenizer, networks: Sequence[Network], count: int, keeps: Sequence[int], **options) -> dict:
+    """Distances of reconstructions to the first ``count`` held-out clips in the networks' feature spaces.
+
+    Returns {"protocol": what was compared, "rows": {k, and "codec" for the latent codec alone: {metric: value}}}.
+    ``options`` go to ``model.decode_latents``. Raises ValueError for fewer than two clips.
+    """
+    if count < 2:
+        raise ValueError(f"clips must be at least 2, got {count}")
+    real: dict[str, list[torch.Tensor]] = {}
+    found: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for start in tqdm(range(0, count, BATCH), desc="features", leave=False, disable=not sys.stderr.isatty()):
+        clips = _clips(model, range(start, min(start + BATCH, count)))
+        latents = model.codec.encode(clips)
+        ids = model.encode_latents(latents)
+        decoded = {"codec": latents}
+        decoded |= {str(k): torch.stack(model.decode_latents(ids, k, seed=start, **options)) for k in keeps}
+        videos = {name: model.codec.decode(z) for name, z in decoded.items()}
+        for network in networks:
+            if network.kind != "lpips":
+                real.setdefault(network.kind, []).append(network.features(clips))
+            for name, video in videos.items():
+                part = network.distances(video, clips) if network.kind == "lpips" else network.features(video)
+                found.setdefault(name, {}).setdefault(network.kind, []).append(part)
+    rows = {
+        name: {
+            kind: float(parts.mean()) if kind == "lpips" else frechet_distance(parts, torch.cat(real[kind]))
+            for kind, parts in ((kind, torch.cat(parts)) for kind, parts in kinds.items())
+        }
+        for name, kinds in found.items()
+    }
+    protocol = {
+        "data": "procedural, held out", "seed": HELD_OUT_SEED, "clips": count, "frames": model.config.chunk_size,
+        "stride": 1, "size": model.size, "range": [-1, 1], "batch": BATCH,
+        "networks": {network.kind: network.protocol for network in networks},
+    }  # fmt: skip
+    return {"protocol": protocol, "rows": rows}
+
+
+def comparison(results: Sequence[dict]) -> list[dict]:
+    """A row for each model and k of results of ``vft eval``: model, k, and every metric on the held-out clips."""
+    rows = []
+    for result in results:
+        more = result.get("distances", {"rows": {}})["rows"]
+        for k, values in result["rate_distortion"]["held-out clips"].items():
+            rows.append({"model": result["model"], "k": k, **values, **more.get(k, {})})
+    return rows
+
+
+def write_table(rows: Sequence[dict], path: Path) -> None:
+    """Writes rows as CSV or, for a path in .md, as a Markdown table; a column that a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in (row.get(n, "") for n in names)] for row in rows]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".md":
+            for line in (names, ["---"] * len(names), *cells):
+                file.write(f"| {' | '.join(line)} |\n")
+        else:
+            csv.writer(file).writerows([names, *cells])
 
 
 def one_video(model: Tokenizer, path: Path, keeps: Sequence[int], **options) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from torch import nn
 import flexkernels
 from flexkernels import APG, CFG
 
-from . import checkpoint
+from . import checkpoint, share
 from .config import TokenizerConfig, parse_config
 from .graphs import VelocityGraphs
 from .layers import Decoder, Encoder, Merged
@@ -80,6 +80,36 @@ class Tokenizer(nn.Module):
         """
         guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
         checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        data: str | None = None,
+        evaluation: dict | None = None,
+    ) -> None:
+        """Writes a folder that :meth:`from_pretrained` reads: config.json, model.safetensors, and a card, README.md.
+
+        The latent codec's weights are in it where the checkpoint of this model had them. The card states what the model
+        is, ``data`` (what it was trained on) and ``evaluation`` (the JSON of ``vft eval``). Files there are replaced.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        share.save_folder(self, folder, dtype, data, evaluation)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, **options) -> str:
+        """Uploads what :meth:`save_pretrained` writes (``options`` are its) to ``"org/repo"``, made if missing.
+
+        Needs huggingface_hub, whose login is used. Returns the address of the commit.
+        """
+        return share.push(self, repo, private, **options)
+
+    @property
+    def codec_state(self) -> dict[str, torch.Tensor] | None:
+        """The latent codec's weights as the checkpoint had them; empty or None where it had none."""
+        return self._codec_state
 
     @property
     def device(self) -> torch.device:
@@ -355,7 +385,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"tokens must hold all frames: {tokens.latent_frames} rows hold {held} of {tokens.frames}")
         times = schedule(self.steps if steps is None else steps, shift)
         count = len(times) - 1
-        height, width = self._frame_size(tokens)
+        height, width = self.frame_size(tokens)
         generator = torch.Generator().manual_seed(seed)
         chunks = self._token_chunks(tokens.ids)
         still = self._token_chunks(repeats(tokens.ids))
@@ -399,7 +429,8 @@ class Tokenizer(nn.Module):
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.codec.encode(frames.to(self.device), generator).to(self.dtype)
 
-    def _frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
+    def frame_size(self, tokens: VideoTokens) -> tuple[int, int]:
+        """Height and width of the frames that tokens decode to."""
         # without a working size, encode has cropped the source to whole patches
         crop = self.codec.spatial_stride * self.config.patch[1], self.codec.spatial_stride * self.config.patch[2]
         if self.size:

@@ -28,12 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", "--keep", type=options.at_least(1), help="keep the first K registers of every latent frame")
     add("--batch", action="store_true", help="input and output are folders; finished videos are kept")
     add("--packed", type=options.at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
+    add("--shards", choices=("tar", "parquet"), help="a folder to a folder of shards, see docs/data.md")
+    add("--shard-size", type=options.at_least(1), default=1000, help="videos of a shard (default: 1000)")
+    add("--engine", choices=("ray", "daft"), help="spread shards over processes or machines (default: this process)")
+    add("--workers", type=options.at_least(1), help="of the engine (default: one a GPU, else one a core)")
     add("--readers", type=options.at_least(1), default=2, help="with --batch: reading threads (default: 2)")
     reading.add_reading(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:
     """Returns 1 where a video of the folder failed."""
+    if args.shards or args.engine:
+        return _run_shards(args)
     if args.batch:
         return _run_folder(args)
     if os.path.isdir(args.input):
@@ -113,10 +119,51 @@ def _run_folder(args: argparse.Namespace) -> int:
             rank=rank, world_size=world_size, fps=args.fps, strict=args.strict, audio=args.audio == "copy",
             checksum=args.checksum, progress=progress,
         )  # fmt: skip
-    if rank == 0:
-        reading.print_left_out(summary.left_out)
     if summary.silent:
         print(f"vft: warning: {summary.silent} audio tracks are left out (--audio copy keeps them)", file=sys.stderr)
+    return _report(args, summary, rank)
+
+
+def _run_shards(args: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from vft.batch import shard
+    from vft.data import Encoder, encode, engines
+
+    if "-" in (args.input, args.output) or args.batch or args.audio == "copy" or args.checksum:
+        raise ValueError("--shards and --engine take folders, and go without --batch, --audio copy and --checksum")
+    rank, world_size = shard()
+    if args.engine and world_size > 1:
+        raise ValueError("--engine starts its own processes: run it once, not under torchrun")
+    gpus = torch.cuda.device_count() if args.device in (None, "cuda") else 0
+    engine = encode.here
+    if args.engine:
+        engine = engines.make(args.engine, args.workers or gpus or os.cpu_count() or 1, 1.0 if gpus else 0.0)
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if gpus and "LOCAL_RANK" in os.environ else args.device
+    encoder = Encoder(
+        args.model or options.DEFAULT_MODEL, keep=args.keep, device=local, packed=args.packed, readers=args.readers,
+        fps=args.fps, strict=args.strict,
+    )  # fmt: skip
+    options.check_keep(args.keep, encoder.model.load()[0].registers)
+    with tqdm(desc="encode", unit="video", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int, errors: list[dict[str, str]]) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            for row in errors:
+                tqdm.write(f"vft: error: {row['key']}: {row['error']}", sys.stderr)
+
+        summary = encode.encode_shards(
+            args.input, args.output, encoder, kind=args.shards or "tar", shard_size=args.shard_size, engine=engine,
+            rank=rank, world_size=world_size, progress=progress,
+        )  # fmt: skip
+    return _report(args, summary, rank)
+
+
+def _report(args: argparse.Namespace, summary, rank: int) -> int:
+    if rank == 0:
+        reading.print_left_out(summary.left_out)
     counts = f"{summary.encoded} encoded, {summary.skipped} there already, {summary.failed} failed"
     print(f"{args.output}: {counts}" + (f", {len(summary.left_out)} left out" if summary.left_out else ""))
     return 1 if summary.failed else 0

@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, help="JSON file of the results, replaced if it exists")
     add("--plot", type=Path, metavar="PNG", help="draw the curves, replaced if it exists (needs matplotlib)")
+    add("--table", type=Path, metavar="FILE", help="a row for each k, .csv or .md, replaced if it exists")
+    add(
+        "--metrics", nargs="+", default=[], metavar="NAME=FILE[,FILE]",
+        help="also fvd=, fid= or lpips= with the file of a network, see docs/data.md; nothing is downloaded",
+    )  # fmt: skip
     add("--clips", type=options.at_least(2), default=256, help="held-out procedural clips (default: %(default)s)")
     add("--steps", type=options.at_least(1), help="solver steps (default: the model's)")
     add("--video", type=Path, nargs="*", help="video files (default: the shipped clip)")
@@ -42,6 +47,11 @@ def run(args: argparse.Namespace) -> None:
         check_output(args.plot, [*inputs, args.output])
         # a missing matplotlib is an error before the work
         plots.figure(1, 1)
+    if args.table:
+        check_output(args.table, [*inputs, args.output])
+        if args.table.suffix not in (".csv", ".md"):
+            raise ValueError(f"table must end in .csv or .md, got {str(args.table)!r}")
+    networks = [network(text) for text in args.metrics]
     logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
     if len(logs) < len(args.training_runs):
         raise ValueError("folders of training runs must have different names")
@@ -55,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
         "rate_distortion": {"held-out clips": evaluate.held_out(model, args.clips, keeps, steps=steps)},
         "control": evaluate.control(model, min(args.clips, 64), steps=steps),
     }  # fmt: skip
+    if networks:
+        result["distances"] = evaluate.distances(model, networks, args.clips, keeps, steps=steps)
     for path in videos:
         result["rate_distortion"][path.name] = evaluate.one_video(model, path, keeps, steps=steps)
     if args.generator:
@@ -70,5 +82,17 @@ def run(args: argparse.Namespace) -> None:
     print(evaluate.table(result))
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if args.table:
+        evaluate.write_table(evaluate.comparison([result]), args.table)
     if args.plot:
         plots.evaluation(result, args.plot)
+
+
+def network(text: str):
+    """The network that ``NAME=FILE[,FILE]`` names."""
+    from vft.features import Network
+
+    name, equals, files = text.partition("=")
+    if not equals or not files:
+        raise ValueError(f"metrics must be NAME=FILE[,FILE], got {text!r}")
+    return Network(name, [Path(file) for file in files.split(",")])

@@ -20,7 +20,7 @@ from ..config import GeneratorConfig, parse_generator_config
 from ..generator import Generator, time_first
 from ..stills import join_ids, still_groups
 from ..tokenizer import Tokenizer
-from . import data, loop
+from . import data, loop, shards
 from .loop import Engine, Settings
 
 CONDITIONS = ("class", "text")
@@ -133,8 +133,13 @@ class GeneratorTask:
         if settings.data != data.PROCEDURAL and data.holds_tokens(settings.data):
             files = data.TokenFiles(settings.data, tokenizer.name, settings.tokens_per_frame, text)
             return files, min(files.longest, settings.latent_frames or files.longest)
+        if settings.data != data.PROCEDURAL and not text and shards.holds_shards(settings.data):
+            rows = shards.TokenShards(settings.data, tokenizer, settings.tokens_per_frame)
+            return rows, min(rows.longest, settings.latent_frames or rows.longest)
         if text or settings.latent_frames:
-            raise ValueError("condition text and latent_frames need data to be a folder of .vft files")
+            raise ValueError(
+                "condition text and latent_frames need data to be a folder of .vft files (latent_frames: or shards)"
+            )
         config = tokenizer.config
         if tokenizer.size is None:
             raise ValueError(f"tokenizer {settings.tokenizer!r} must have a working size")

@@ -1,0 +1,70 @@
+"""Engines that spread shards over processes and machines: Ray Data and Daft, each in a few lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+
+from ..deferred import Deferred
+from .encode import Engine, ShardWriter
+from .rows import Row
+
+ray = Deferred("ray", "the engine ray", "'ray[data]'")
+ray_data = Deferred("ray.data", "the engine ray", "'ray[data]'")
+daft = Deferred("daft", "the engine daft", "daft")
+
+
+def make(name: str, workers: int, gpus: float) -> Engine:
+    """The engine ``ray`` or ``daft`` with ``workers`` processes, each of which has ``gpus`` GPUs."""
+    return partial({"ray": with_ray, "daft": with_daft}[name], workers=workers, gpus=gpus)
+
+
+def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:
+    """Ray Data: an actor a worker. Joins the cluster that RAY_ADDRESS names, else starts one on this machine.
+
+    An actor that dies is started again and its shard done again.
+    """
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray_data.DataContext.get_current().enable_progress_bars = False
+    done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
+        compute=ray_data.ActorPoolStrategy(size=min(workers, len(tasks))), num_gpus=gpus, num_cpus=threads,
+    )  # fmt: skip
+    yield from done.iter_rows()
+
+
+class _Actor:
+    """Ray Data takes a class."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self.writer = writer
+
+    def __call__(self, batch):
+        return self.writer(batch)
+
+
+def with_daft(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:
+    """Daft: a class of which each of ``workers`` processes has an instance, called for one shard after another."""
+
+    class Writer:
+        def __init__(self) -> None:
+            self.writer = writer
+
+        def __call__(self, shard: str, keys: list[str]) -> Row:
+            return self.writer.write(shard, keys)
+
+    kind = daft.DataType
+    returned = kind.struct(
+        {"shard": kind.string(), "rows": kind.int64(), "errors": kind.string(), "failure": kind.string()}
+    )
+    Writer.__call__ = daft.method(return_dtype=returned)(Writer.__call__)
+    write = daft.cls(Writer, max_concurrency=workers, gpus=gpus, use_process=True)()
+    # a batch is what one process gets
+    table = daft.from_pylist(tasks).into_batches(1)
+    for row in table.select(write(daft.col("shard"), daft.col("keys")).alias("done")).iter_rows():
+        yield row["done"]
