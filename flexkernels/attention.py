@@ -15,6 +15,8 @@ from .attention_backward import attention_backward_blocks
 from .layout import MASKS, LayoutTensors, SequenceLayout, visible_tokens
 
 MAX_HEAD_DIM = 256
+# of the CUDA kernel
+MAX_CUDA_HEAD_DIM = 128
 
 
 def attention(
@@ -135,7 +137,7 @@ def _backward(ctx, grad_out, _grad_lse):
     return (*grads, [None] * len(layout), None, None, None, None)
 
 
-# ops; there are no CUDA kernels of them
+# ops; Triton was measured faster on GPUs, where it is; the gradient has no CUDA kernel
 
 _ARGUMENTS = "Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, float? softmax_scale"
 
@@ -146,6 +148,14 @@ def _too_many_registers(grad_out, q, *rest) -> str | None:
     return None
 
 
+def _not_on_tensor_cores(q, *rest) -> str | None:
+    if q.dtype == torch.float32:
+        return "its kernel takes bfloat16 and float16, not float32"
+    if q.shape[-1] > MAX_CUDA_HEAD_DIM:
+        return f"its kernel takes head_dim up to {MAX_CUDA_HEAD_DIM}, not {q.shape[-1]}"
+    return None
+
+
 _attention_op = library.Op(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -153,7 +163,8 @@ _attention_op = library.Op(
     reference=_attention_reference,
     fake=_attention_fake,
     triton="attention",
-    cuda_order=("triton",),
+    cuda_order=("triton", "cuda"),
+    unsupported={"cuda": _not_on_tensor_cores},
     setup_context=_setup,
     backward=_backward,
 )

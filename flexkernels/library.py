@@ -189,8 +189,8 @@ class Op:
             module = self.triton and importlib.import_module(f"{__package__}.triton.{self.triton}")
             return getattr(module, f"{self.name}_triton") if module else None
         if name == "cuda" and device.type == "cpu":
-            return getattr(getattr(torch.ops, emulated), self.name, None)
-        return self.direct if _has_native(self.name, name.upper()) else None
+            return getattr(getattr(torch.ops, emulated), self.name) if _has_native(emulated, self.name, "CPU") else None
+        return self.direct if _has_native(NAMESPACE, self.name, name.upper()) else None
 
     def _refusal(self, name: str, device: torch.device, args) -> str | None:
         """Why backend `name` cannot serve `args`, or None."""
@@ -298,8 +298,8 @@ def _device(args) -> torch.device:
 
 
 @functools.cache
-def _has_native(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+def _has_native(space: str, name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{space}::{name}", key)
 
 
 def _cannot_run(name: str, device: torch.device) -> str | None:

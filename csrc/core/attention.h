@@ -6,6 +6,7 @@
 namespace flexkernels {
 
 constexpr int kAttentionMaxHeadDim = 256;
+constexpr int kAttentionMaxCudaHeadDim = 128;
 
 enum AttentionMaskCode : int { kMaskFull, kMaskCausal, kMaskFrameCausal, kMaskFrameCausalPrefix };
 enum AttentionCrossCode : int { kCrossNone, kCrossFull, kCrossCausal };
@@ -38,6 +39,7 @@ struct AttentionForward {
   float* lse;             // [heads, total_q]
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides in elements
   int64_t total_q, total_k, batch, tile_count;
+  int64_t used_q;                                      // rows of queries that the layout holds, the first of total_q
   const int32_t *cu_seqlens_q, *cu_seqlens_k;          // [batch + 1]
   const int32_t *q_frame, *q_rank, *k_frame, *k_rank;  // a token each
   const int32_t* reach;         // [total_q] end of the keys that a row sees; null with cross-frame switches
@@ -54,8 +56,8 @@ struct AttentionForward {
   Dtype dtype;
   char* scratch;  // a thread's own, 64-byte aligned
 
-  const int32_t* tile(int64_t i) const { return tiles + kAttentionTileColumns * i; }
-  int rows_of(int64_t i) const { return tile(i)[2] - tile(i)[1]; }
+  FLEXKERNELS_HD_MEMBER const int32_t* tile(int64_t i) const { return tiles + kAttentionTileColumns * i; }
+  FLEXKERNELS_HD_MEMBER int rows_of(int64_t i) const { return tile(i)[2] - tile(i)[1]; }
 };
 
 struct AttentionBackward {

@@ -8,8 +8,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FLEXKERNELS_HD static inline __host__ __device__
+#define FLEXKERNELS_HD_MEMBER __host__ __device__
 #else
 #define FLEXKERNELS_HD static inline
+#define FLEXKERNELS_HD_MEMBER
 #endif
 
 namespace flexkernels {

@@ -1,6 +1,7 @@
 // What the .cu units provide. No torch header: each architecture would parse it again.
 #pragma once
 
+#include "../core/attention.h"
 #include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
@@ -23,6 +24,7 @@ void fsq_train_launch(const FsqTrain& p, void* stream);
 void fsq_project_launch(const FsqProject& p, void* stream);
 void fsq_embed_launch(const FsqEmbed& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);
+void attention_launch(const AttentionForward& p, void* stream);
 void decode_attention_launch(const DecodeAttention& p, void* stream);
 void kv_append_launch(const KvAppend& p, void* stream);
 void qk_norm_launch(const QkNorm& p, void* stream);

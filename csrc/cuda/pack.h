@@ -29,4 +29,21 @@ static __device__ __forceinline__ void store_floats(T* p, const float (&in)[N]) 
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+union Words {
+  uint4 v;
+  uint32_t w[4];
+};
+
+// 16 bytes from the `count` elements at p that exist, zeros behind them
+template <typename T>
+static __device__ __forceinline__ uint4 gather(const T* p, int count) {
+  constexpr int kPerWord = 4 / sizeof(T), kBits = 8 * sizeof(T);
+  Words words{};
+#pragma unroll
+  for (int j = 0; j < 4 * kPerWord; ++j) {
+    if (j < count) words.w[j / kPerWord] |= static_cast<uint32_t>(p[j]) << j % kPerWord * kBits;
+  }
+  return words.v;
+}
+
 }  // namespace flexkernels::cuda

@@ -36,6 +36,8 @@ inductor = pytest.param(
 on_every_backend = pytest.mark.parametrize("place", list(_places()))
 # without the emulator, for what would take it minutes
 on_every_machine = pytest.mark.parametrize("place", [p for p in _places() if p.id != "cuda-emulated"])
+# the CUDA kernels alone
+on_cuda = pytest.mark.parametrize("place", [p for p in _places() if p.values[0][0] == "cuda"])
 
 
 def emulated(place) -> bool:
