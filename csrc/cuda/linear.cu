@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "pack.h"
 #include "ptx.h"
+#include "vectors.h"
 
 namespace flexkernels::cuda {
 namespace {
@@ -39,23 +40,6 @@ __device__ __forceinline__ void write(const SkinnyLinear& p, int i, int64_t colu
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 // groups of 8 rows of weight a block takes at a time; with swiglu half of them are of w1, half of w3
 constexpr int kGroups = 2, kTileRows = 8 * kGroups;
-
-union Words {
-  uint4 v;
-  uint32_t w[4];
-};
-
-// 16 bytes from the `count` elements at p that exist, zeros behind them
-template <typename T>
-__device__ __forceinline__ uint4 gather(const T* p, int count) {
-  constexpr int kPerWord = 4 / sizeof(T), kBits = 8 * sizeof(T);
-  Words words{};
-#pragma unroll
-  for (int j = 0; j < 4 * kPerWord; ++j) {
-    if (j < count) words.w[j / kPerWord] |= static_cast<uint32_t>(p[j]) << j % kPerWord * kBits;
-  }
-  return words.v;
-}
 
 // elements 0 and 2 of four int8 as a pair of X: an exponent that gives the mantissa's last bit the value 1 makes
 // 2^7 (bfloat16) or 2^10 (float16) plus the low 7 bits; what is taken from it is 2^7 more where the sign is set

@@ -52,6 +52,23 @@ static __device__ __forceinline__ uint4 pack(const float (&v)[kPack<X>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+union Words {
+  uint4 v;
+  uint32_t w[4];
+};
+
+// 16 bytes from the `count` elements at p that exist, zeros behind them
+template <typename T>
+static __device__ __forceinline__ uint4 gather(const T* p, int count) {
+  constexpr int kPerWord = 4 / sizeof(T), kBits = 8 * sizeof(T);
+  Words words{};
+#pragma unroll
+  for (int j = 0; j < 4 * kPerWord; ++j) {
+    if (j < count) words.w[j / kPerWord] |= static_cast<uint32_t>(p[j]) << j % kPerWord * kBits;
+  }
+  return words.v;
+}
+
 static __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);

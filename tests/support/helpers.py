@@ -34,6 +34,8 @@ inductor = pytest.param(
 
 # (backend, device) of every backend; one that cannot run here is a visible skip
 on_every_backend = pytest.mark.parametrize("place", list(_places()))
+# the CUDA kernels alone, on a GPU and in the emulator
+on_cuda = pytest.mark.parametrize("place", [p for p in _places() if p.id.startswith("cuda-")])
 # without the emulator, for what would take it minutes
 on_every_machine = pytest.mark.parametrize("place", [p for p in _places() if p.id != "cuda-emulated"])
 
