@@ -185,14 +185,14 @@ __device__ void find_bin(Shared& s, Blocks<kCluster>& blocks, int turn, Needed n
 }
 
 // A key that parts the row: amounts of keys from it on reach needed_of(all amounts), or all there are, and those of the
-// keys above its own do not. amount_of(x) is 0 for values left out. kBits: of a key, those that tell values apart.
-template <bool kMass, int kBits, typename T, bool kCluster, typename Needed, typename AmountOf>
-__device__ uint32_t threshold(const Slice<T, kCluster>& row, Shared& s, Blocks<kCluster>& blocks, Needed needed_of,
-                              AmountOf amount_of) {
+// keys above its own do not. amount_of(x) is 0 for values left out. bits: of a key, those that tell values apart.
+template <bool kMass, typename T, bool kCluster, typename Needed, typename AmountOf>
+__device__ uint32_t threshold(const Slice<T, kCluster>& row, int bits, Shared& s, Blocks<kCluster>& blocks,
+                              Needed needed_of, AmountOf amount_of) {
   static_assert(kBins == 2 * kThreads, "a thread has two bins");
   uint32_t prefix = 0;
 #pragma unroll 1
-  for (int known = 0; known < kBits; known += kBinBits) {
+  for (int known = 0; known < bits; known += kBinBits) {
     const int width = known + kBinBits < 32 ? kBinBits : 32 - known, shift = 32 - known - width, turn = blocks.turn;
     blocks.turn ^= 1;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.low[turn][bin] = s.high[turn][bin] = 0;
@@ -219,19 +219,21 @@ __device__ uint32_t threshold(const Slice<T, kCluster>& row, Shared& s, Blocks<k
 }
 
 // the smallest key that top-k and top-p leave
-template <int kBits, typename T, bool kCluster>
+template <typename T, bool kCluster>
 __device__ uint32_t kept_from(const SampleLogits& p, const Slice<T, kCluster>& row, float largest, Shared& s,
                               Blocks<kCluster>& blocks) {
   // of the lowest finite number
   uint32_t low = key_of(-3.402823466e+38f);
+  // float32 of 16-bit values: the lowest 13 bits are the same; guidance fills them
+  const int bits = sizeof(T) == 2 && !p.uncond ? 19 : 32;
   if (p.top_k < p.vocab) {
-    low = threshold<false, kBits>(
-        row, s, blocks, [&](Amount) { return static_cast<Amount>(p.top_k); },
+    low = threshold<false>(
+        row, bits, s, blocks, [&](Amount) { return static_cast<Amount>(p.top_k); },
         [](float x) { return Amount{x > -kSampleInfinity}; });
   }
   if (!p.top_p) return low;
-  return threshold<true, kBits>(
-      row, s, blocks,
+  return threshold<true>(
+      row, bits, s, blocks,
       [&](Amount all) { return static_cast<Amount>(sample_needed(static_cast<int64_t>(all), p.top_p)); },
       [&](float x) -> Amount {
         if (key_of(x) < low) return 0;
@@ -303,10 +305,7 @@ __device__ __forceinline__ void sample_row(const SampleLogits& p, Shared& s, Blo
     if (p.logprob) p.logprob[index] = blank ? __int_as_float(0x7fc00000) : 0.0f;
     return;
   }
-  // float32 of 16-bit values: the lowest 13 bits are the same; guidance fills them
-  constexpr int kNarrow = sizeof(T) == 2 ? 19 : 32;
-  const uint32_t low =
-      p.uncond ? kept_from<32>(p, row, largest, s, blocks) : kept_from<kNarrow>(p, row, largest, s, blocks);
+  const uint32_t low = kept_from(p, row, largest, s, blocks);
   draw(p, index, row, largest, low, s, blocks);
 }
 
