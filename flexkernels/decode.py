@@ -37,8 +37,8 @@ def decode_attention(
     return_lse: also return the log-sum-exp of the logits.
 
     Returns out [batch, n, heads, head_dim] in q's dtype and, with `return_lse`, lse float32 [batch, n, heads]. A query
-    that sees no key gets 0 and -inf; an empty batch gives empty results. Keys are summed in splits of 256 merged in
-    order: a row's bits depend neither on the other rows nor on its place in the batch.
+    that sees no key gets 0 and -inf; an empty batch gives empty results. Keys are summed in splits of a fixed length
+    merged in a fixed order: a row's bits depend neither on the other rows nor on its place in the batch.
 
     Raises TypeError or ValueError for a wrong dtype, device, shape or stride. A cache_len outside 0 .. max_len raises
     ValueError on the CPU; elsewhere it is not looked for (that would wait for the device) and is cut to that range.

@@ -10,6 +10,10 @@ namespace flexkernels {
 constexpr int kDecodeMaxHeadDim = 256;
 // keys of one split; a constant, so that a row's arithmetic depends on its own length alone
 constexpr int kDecodeSplit = 256;
+// the same on tensor cores, where a block holds a split's keys and values in registers
+FLEXKERNELS_HD int decode_mma_split(int head_dim) { return head_dim <= 64 ? 256 : 128; }
+// floats that a row's sums take there: whole packs of 4
+FLEXKERNELS_HD int decode_pitch(int head_dim) { return (head_dim + 3) / 4 * 4; }
 // query rows that share one pass over keys and values on the CPU
 constexpr int kDecodeTile = 8;
 
@@ -20,7 +24,7 @@ struct DecodeAttention {
   const void* v;
   const int32_t* cache_len;     // [batch]
   const float* key_log_weight;  // [batch, max_len] or null
-  float* partial;               // per row and split: head_dim sums, then (after all of those) maximum and total
+  float* partial;               // per row and split: sums, then (after all of those) maximum and total
   void* out;                    // [batch, n, heads, head_dim]
   float* lse;                   // [batch, n, heads] or null
   int64_t q_stride[3], k_stride[3], v_stride[3];  // in elements; the last dimension has stride 1

@@ -1,6 +1,7 @@
-// Decoding. Attention: a block takes one split of one kv head for R query rows. `lanes` neighbouring threads share a
-// key, each with its packs of head_dim, and keep a running maximum, total and sum; these are merged over the groups of
-// a warp, then over warps, in a fixed order.
+// Decode attention over float32 caches; decode_mma.cu has the 16-bit ones. A block takes one split of one kv head for R
+// query rows. `lanes` neighbouring threads share a key, each with its packs of head_dim, and keep a running maximum,
+// total and sum; these are merged over the groups of a warp, then over warps, in a fixed order. A second kernel merges
+// splits.
 #include "kernels.h"
 #include "lanes.h"
 #include "launch.h"
@@ -43,8 +44,9 @@ struct Place {
 };
 
 // the packs of V elements that thread `lane` of a group holds of a row: pack c starts at (c * lanes + lane) * V
-template <typename T, int V, int C>
-__device__ __forceinline__ void load_row(const T* row, const Place& at, int head_dim, bool valid, float (&out)[V * C]) {
+template <int V, int C>
+__device__ __forceinline__ void load_row(const float* row, const Place& at, int head_dim, bool valid,
+                                         float (&out)[V * C]) {
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     const int d = (c * at.lanes + at.lane) * V;
@@ -58,11 +60,11 @@ __device__ __forceinline__ void load_row(const T* row, const Place& at, int head
 }
 
 // sums over the keys [first, end): group g of the block takes first + g, first + g + groups, ...
-template <typename T, int V, int C, int R>
+template <int V, int C, int R>
 __device__ __forceinline__ void sum_keys(const DecodeAttention& p, const Place& at, const float (&q)[R][V * C],
                                          const int64_t (&seen)[R], int64_t first, int64_t end, Sum<V * C> (&sums)[R]) {
-  const T* k = static_cast<const T*>(p.k) + at.b * p.k_stride[0] + at.kv_head * p.k_stride[1];
-  const T* v = static_cast<const T*>(p.v) + at.b * p.v_stride[0] + at.kv_head * p.v_stride[1];
+  const float* k = static_cast<const float*>(p.k) + at.b * p.k_stride[0] + at.kv_head * p.k_stride[1];
+  const float* v = static_cast<const float*>(p.v) + at.b * p.v_stride[0] + at.kv_head * p.v_stride[1];
   const float* weight = p.key_log_weight ? p.key_log_weight + at.b * p.max_len : nullptr;
   const int groups = kThreads / at.lanes, group = static_cast<int>(threadIdx.x) / at.lanes;
   // shuffles need whole warps: all threads of the block make the same number of steps
@@ -72,7 +74,7 @@ __device__ __forceinline__ void sum_keys(const DecodeAttention& p, const Place& 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t j = base + u * groups;
-      load_row<T, V, C>(k + j * p.k_stride[2], at, p.head_dim, j < end, x[u]);
+      load_row<V, C>(k + j * p.k_stride[2], at, p.head_dim, j < end, x[u]);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -86,7 +88,7 @@ __device__ __forceinline__ void sum_keys(const DecodeAttention& p, const Place& 
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t j = base + u * groups;
-      load_row<T, V, C>(v + j * p.v_stride[2], at, p.head_dim, j < end, x[u]);
+      load_row<V, C>(v + j * p.v_stride[2], at, p.head_dim, j < end, x[u]);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -112,7 +114,6 @@ __device__ __forceinline__ void sum_keys(const DecodeAttention& p, const Place& 
 }
 
 // out = acc / total, or the parts of this split for the merge
-template <typename T>
 __device__ void write_row(const DecodeAttention& p, const Place& at, int r, int d, float value, float maximum,
                           float total) {
   if (p.splits > 1) {
@@ -125,12 +126,12 @@ __device__ void write_row(const DecodeAttention& p, const Place& at, int r, int 
     return;
   }
   const int64_t row = decode_out(p, at.b, at.kv_head, r);
-  from_float(total == 0 ? 0.0f : value / total, static_cast<T*>(p.out) + row * p.head_dim + d);
+  static_cast<float*>(p.out)[row * p.head_dim + d] = total == 0 ? 0.0f : value / total;
   if (p.lse && d == 0) p.lse[row] = decode_lse(maximum, total);
 }
 
 // grid: splits, kv_heads * tiles of R rows, batch
-template <typename T, int V, int C, int R>
+template <int V, int C, int R>
 __global__ void __launch_bounds__(kThreads)
     decode_split_kernel(const __grid_constant__ DecodeAttention p, int lanes, bool aligned) {
   __shared__ float warp_acc[kWarps][R][32 * V * C];
@@ -156,12 +157,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = 0; r < R; ++r) {
     const bool valid = at.r0 + r < p.rows;
     const int row = valid ? at.r0 + r : 0;
-    load_row<T, V, C>(static_cast<const T*>(p.q) + decode_query(p, at.b, at.kv_head, row), at, p.head_dim, valid, q[r]);
+    load_row<V, C>(static_cast<const float*>(p.q) + decode_query(p, at.b, at.kv_head, row), at, p.head_dim, valid,
+                   q[r]);
     const int64_t visible = decode_visible(p, length, row);
     seen[r] = visible < end ? visible : end;
     sums[r].clear();
   }
-  sum_keys<T, V, C, R>(p, at, q, seen, first, end, sums);
+  sum_keys<V, C, R>(p, at, q, seen, first, end, sums);
 
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -196,12 +198,11 @@ __global__ void __launch_bounds__(kThreads)
       total += share * warp_extremes[w][r][1];
       value += share * warp_acc[w][r][d];
     }
-    write_row<T>(p, at, at.r0 + r, d, value, maximum, total);
+    write_row(p, at, at.r0 + r, d, value, maximum, total);
   }
 }
 
 // one row of out a block, one element a thread
-template <typename T>
 __global__ void decode_merge_kernel(const __grid_constant__ DecodeAttention p) {
   const int64_t i = blockIdx.x, b = i / p.rows / p.kv_heads;
   const int r = static_cast<int>(i % p.rows), kv_head = static_cast<int>(i / p.rows % p.kv_heads);
@@ -220,54 +221,47 @@ __global__ void decode_merge_kernel(const __grid_constant__ DecodeAttention p) {
     if (d < p.head_dim) value += share * p.partial[slot * p.head_dim + d];
   }
   const int64_t row = decode_out(p, b, kv_head, r);
-  if (d < p.head_dim) from_float(total == 0 ? 0.0f : value / total, static_cast<T*>(p.out) + row * p.head_dim + d);
+  if (d < p.head_dim) static_cast<float*>(p.out)[row * p.head_dim + d] = total == 0 ? 0.0f : value / total;
   if (p.lse && d == 0) p.lse[row] = decode_lse(maximum, total);
 }
 
-template <typename T>
 bool aligned(const DecodeAttention& p) {
-  constexpr int V = 16 / sizeof(T);
   bool fit = aligned16(p.q) && aligned16(p.k) && aligned16(p.v);
-  for (int i = 0; i < 3; ++i) fit = fit && p.q_stride[i] % V == 0 && p.k_stride[i] % V == 0 && p.v_stride[i] % V == 0;
+  for (int i = 0; i < 3; ++i) fit = fit && p.q_stride[i] % 4 == 0 && p.k_stride[i] % 4 == 0 && p.v_stride[i] % 4 == 0;
   return fit;
 }
 
-template <typename T, int V, int C, int R>
+template <int V, int C, int R>
 void queue_split(const DecodeAttention& p, cudaStream_t stream) {
   const int packs = (p.head_dim + V - 1) / V;
   const int lanes = packs < 32 ? power_of_two(packs) : 32;
   const dim3 grid(p.splits > 0 ? p.splits : 1, p.kv_heads * ((p.rows + R - 1) / R), static_cast<unsigned>(p.batch));
-  launch({"decode_attention", grid, kThreads, stream}, decode_split_kernel<T, V, C, R>, p, lanes,
-         V == 1 || aligned<T>(p));
+  launch({"decode_attention", grid, kThreads, stream}, decode_split_kernel<V, C, R>, p, lanes, V == 1 || aligned(p));
 }
 
-template <typename T, int V, int C>
+template <int V, int C>
 void queue_rows(const DecodeAttention& p, cudaStream_t stream) {
-  if (p.rows == 1) return queue_split<T, V, C, 1>(p, stream);
+  if (p.rows == 1) return queue_split<V, C, 1>(p, stream);
   // single elements take more registers than packs
-  if (p.rows == 2 || V == 1) return queue_split<T, V, C, 2>(p, stream);
-  if constexpr (V > 1) queue_split<T, V, C, 4>(p, stream);
-}
-
-template <typename T>
-void decode_attention(const DecodeAttention& p, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T);
-  if (p.head_dim % V) {
-    queue_rows<T, 1, kDecodeMaxHeadDim / 32>(p, stream);
-  } else if (p.head_dim <= 32 * V) {
-    queue_rows<T, V, 1>(p, stream);
-  } else {
-    queue_rows<T, V, kDecodeMaxHeadDim / 32 / V>(p, stream);
-  }
-  if (p.splits <= 1) return;
-  const unsigned rows = static_cast<unsigned>(p.batch * p.kv_heads * p.rows);
-  launch({"decode_attention merge", rows, (p.head_dim + 31) / 32 * 32, stream}, decode_merge_kernel<T>, p);
+  if (p.rows == 2 || V == 1) return queue_split<V, C, 2>(p, stream);
+  if constexpr (V > 1) queue_split<V, C, 4>(p, stream);
 }
 
 }  // namespace
 
-void decode_attention_launch(const DecodeAttention& p, void* stream) {
-  by_dtype(p, stream, decode_attention<float>, decode_attention<bf16>, decode_attention<f16>);
+void decode_attention_launch(const DecodeAttention& p, void* on) {
+  if (p.dtype != Dtype::f32) return decode_mma_launch(p, on);
+  const cudaStream_t stream = static_cast<cudaStream_t>(on);
+  if (p.head_dim % 4) {
+    queue_rows<1, kDecodeMaxHeadDim / 32>(p, stream);
+  } else if (p.head_dim <= 128) {
+    queue_rows<4, 1>(p, stream);
+  } else {
+    queue_rows<4, 2>(p, stream);
+  }
+  if (p.splits <= 1) return;
+  const unsigned rows = static_cast<unsigned>(p.batch * p.kv_heads * p.rows);
+  launch({"decode_attention merge", rows, (p.head_dim + 31) / 32 * 32, stream}, decode_merge_kernel, p);
 }
 
 }  // namespace flexkernels::cuda

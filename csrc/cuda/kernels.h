@@ -26,6 +26,8 @@ void fsq_embed_launch(const FsqEmbed& p, void* stream);
 void flow_update_launch(const FlowUpdate& p, void* stream);
 void attention_launch(const AttentionForward& p, void* stream);
 void decode_attention_launch(const DecodeAttention& p, void* stream);
+// of 16-bit caches; called by the one above
+void decode_mma_launch(const DecodeAttention& p, void* stream);
 void kv_append_launch(const KvAppend& p, void* stream);
 void qk_norm_launch(const QkNorm& p, void* stream);
 void qk_norm_backward_launch(const QkNormBackward& p, void* stream);

@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "pack.h"
 #include "ptx.h"
+#include "vectors.h"
 
 namespace flexkernels::cuda {
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/dtype.h"
+#include "pack.h"
 #include "ptx.h"
 
 namespace flexkernels::cuda {

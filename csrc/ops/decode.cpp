@@ -63,7 +63,8 @@ Tensor check_caches(const Tensor& k, const Tensor& v, const Tensor& cache_len, c
 // without looking at the lengths
 void count_splits(DecodeAttention& p) {
   STD_TORCH_CHECK(p.batch <= 65535, "q must have at most 65535 sequences, got ", p.batch);
-  p.splits = static_cast<int>((p.max_len + kDecodeSplit - 1) / kDecodeSplit);
+  const int split = p.dtype == Dtype::f32 ? kDecodeSplit : decode_mma_split(p.head_dim);
+  p.splits = static_cast<int>((p.max_len + split - 1) / split);
 }
 
 void run(const DecodeAttention& p, const Tensor& like) { FLEXKERNELS_LAUNCH(decode_attention, p, like, p.batch, 0); }
@@ -130,7 +131,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cac
   OptionalTensor partial;
   if (p.splits > 1) {
     const int64_t sums = p.batch * p.kv_heads * p.splits * p.rows;
-    partial = empty(q, {sums * (p.head_dim + 2)}, ScalarType::Float);
+    partial = empty(q, {sums * (decode_pitch(p.head_dim) + 2)}, ScalarType::Float);
     p.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
   run(p, q);

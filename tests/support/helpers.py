@@ -34,10 +34,10 @@ inductor = pytest.param(
 
 # (backend, device) of every backend; one that cannot run here is a visible skip
 on_every_backend = pytest.mark.parametrize("place", list(_places()))
+# the CUDA kernels alone, on a GPU and in the emulator
+on_cuda = pytest.mark.parametrize("place", [p for p in _places() if p.id.startswith("cuda-")])
 # without the emulator, for what would take it minutes
 on_every_machine = pytest.mark.parametrize("place", [p for p in _places() if p.id != "cuda-emulated"])
-# the CUDA kernels alone
-on_cuda = pytest.mark.parametrize("place", [p for p in _places() if p.values[0][0] == "cuda"])
 
 
 def emulated(place) -> bool:

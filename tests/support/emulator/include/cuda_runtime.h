@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -113,6 +114,26 @@ EMU_HOST cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (
 
 EMU_INLINE cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return memset(p, value, bytes), cudaSuccess;
+}
+extern "C" void emu_region(void* base, size_t bytes, const char* name, int output);
+EMU_INLINE cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  emu_region(*p, bytes, "memory of cudaMalloc", 0);
+  return cudaSuccess;
+}
+EMU_INLINE cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return *stream = nullptr, cudaSuccess;
+}
+EMU_INLINE cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+EMU_INLINE cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+constexpr unsigned cudaStreamNonBlocking = 1;
+// nothing is ever captured
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+EMU_INLINE cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+EMU_INLINE cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                                unsigned long long* capture) {
+  return *status = cudaStreamCaptureStatusNone, *capture = 0, cudaSuccess;
 }
 
 // --- bits and numbers
