@@ -202,11 +202,13 @@ class Generator(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         weights: str | None = None,
+        check_finite: bool = True,
     ) -> Generator:
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
-        small error (see the tests); embeddings and norms stay in ``dtype``.
+        small error (see the tests); embeddings and norms stay in ``dtype``. ``check_finite=False`` loads weights that
+        are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
@@ -216,7 +218,7 @@ class Generator(nn.Module):
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
         raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
-        checkpoint.fill(model.published(), tensors)
+        checkpoint.fill(model.published(), tensors, check_finite)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         return model.quantize() if weights == "int8" else model
 
@@ -366,6 +368,8 @@ class Generator(nn.Module):
     def draw(self, x: torch.Tensor, view: decoding.View, sampler: dict) -> None:
         """Draws a token from the normed outputs x ``[rows, width]`` and makes it the next input."""
         logits = self.head(x)
+        # the largest is NaN where any is
+        view.nan.logical_or_(logits.amax(1).isnan())
         guided = len(view.ids) > len(view.offset)
         uncond = logits[1::2] if guided else None
         cond = logits[::2] if guided else logits
@@ -400,7 +404,8 @@ class Generator(nn.Module):
             cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``.
+            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``. ValueError
+                where logits are NaN, by the last yield at the latest: on a GPU nothing is read before.
         """
         rows = self.conditions(class_id, text_emb, text_mask, n)
         sampling = decoding.Sampling(temperature, top_k, top_p, min_p, guidance, seed)

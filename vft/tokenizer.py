@@ -59,8 +59,11 @@ class Tokenizer(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
     ) -> Tokenizer:
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
+
+        ``check_finite=False`` loads weights that are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
@@ -68,7 +71,7 @@ class Tokenizer(nn.Module):
         raw, tensors, name = checkpoint.read(reference)
         sampler = raw.pop("sampler", None)
         model = cls(parse_config(raw), name)
-        model._codec_state = checkpoint.load_weights(model, model.config, tensors)
+        model._codec_state = checkpoint.load_weights(model, model.config, tensors, check_finite)
         if sampler is not None:
             model.steps, model.guidance = _read_sampler(sampler)
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
