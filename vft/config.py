@@ -99,7 +99,9 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Sizes of the autoregressive transformer; ``raw`` is the config as it was read, for saving."""
+    """Sizes of the autoregressive transformer; ``tokenizer`` names what made the tokens that it was trained on, and
+    ``fingerprint`` its weights; ``raw`` is the config as it was read, for saving.
+    """
 
     depth: int
     vocab: int
@@ -111,6 +113,7 @@ class GeneratorConfig:
     head_bias: bool = False
     classes: tuple[str, ...] = ()
     tokenizer: str | None = None
+    fingerprint: str | None = None
     raw: dict[str, Any] = field(repr=False, default_factory=dict)
 
     head_dim = 64
@@ -145,8 +148,9 @@ def parse_generator_config(raw: dict[str, Any]) -> GeneratorConfig:
             raise ConfigError(f"{key} must be an int of at least {low}, got {value!r}")
     if not isinstance(raw.get("head_bias", False), bool):
         raise ConfigError(f"head_bias must be true or false, got {raw['head_bias']!r}")
-    if not isinstance(raw.get("tokenizer"), (str, type(None))):
-        raise ConfigError(f"tokenizer must be a string, got {raw['tokenizer']!r}")
+    for key in ("tokenizer", "fingerprint"):
+        if not isinstance(raw.get(key), (str, type(None))):
+            raise ConfigError(f"{key} must be a string, got {raw[key]!r}")
     classes = raw.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ConfigError(f"classes must be a list of names, got {classes!r}")

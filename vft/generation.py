@@ -29,6 +29,11 @@ def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | Non
     levels = tokenizer.config.levels
     if generator.config.vocab != math.prod(levels):
         raise ValueError(f"the generator has {generator.config.vocab} ids, the tokenizer {math.prod(levels)}")
+    if generator.config.fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the generator's tokens are those of a tokenizer of fingerprint {generator.config.fingerprint}, got "
+            f"{tokenizer.name!r} of {tokenizer.fingerprint}"
+        )
     count = options["tokens_per_frame"]
     if count is None:
         count = max(1, min(tokenizer.registers, generator.config.seq_len // max(options["frames"], 1)))
@@ -40,8 +45,8 @@ def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | Non
             bar.update(ids.shape[-1] - bar.n)
     frames = 1 + (options["frames"] - 1) * tokenizer.codec.temporal_stride
     size = tokenizer.size or size or DEFAULT_SIZE
-    chunk = tokenizer.config.chunk_size
-    return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk) for row in ids.cpu()]
+    chunk, fingerprint = tokenizer.config.chunk_size, tokenizer.fingerprint
+    return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk, fingerprint) for row in ids.cpu()]
 
 
 def token_paths(path: str, count: int, inputs: Sequence[str | None] = ()) -> list[Path]:

@@ -56,7 +56,8 @@ def _tokenizer(target: str) -> dict:
     model = Tokenizer.from_pretrained(target)
     levels = model.config.levels
     return {
-        "kind": "model", "name": model.name, "parameters": sum(p.numel() for p in model.parameters()),
+        "kind": "model", "name": model.name, "fingerprint": model.fingerprint,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "frame size": f"{model.size}x{model.size}" if model.size else "any multiple of 16",
         "chunk": f"{model.config.chunk_size} frames", "registers": model.registers,
         "codebook": f"{math.prod(levels)} ids, levels {','.join(map(str, levels))}",
@@ -83,7 +84,8 @@ def _tokens(target: str) -> dict:
 
     tokens = VideoTokens.load(target)
     return {
-        "kind": "tokens", "model": tokens.model, "tokens": options.describe(tokens), "frames": tokens.frames,
+        "kind": "tokens", "model": tokens.model, "fingerprint": tokens.fingerprint or "not stated",
+        "tokens": options.describe(tokens), "frames": tokens.frames,
         "fps": f"{tokens.fps:g}", "source size": f"{tokens.width}x{tokens.height}",
         "codebook": f"{tokens.codebook_size} ids, levels {','.join(map(str, tokens.levels))}",
         "bytes": os.path.getsize(target),

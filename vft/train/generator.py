@@ -118,6 +118,7 @@ class GeneratorTask:
         raw = {
             "depth": settings.depth, "vocab": tokenizer.config.codebook_size,
             "seq_len": frames * settings.tokens_per_frame, "tokenizer": settings.tokenizer, "cond": settings.condition,
+            "fingerprint": tokenizer.fingerprint,
         }  # fmt: skip
         if settings.condition == "text":
             raw |= {"ctx_dim": self.data.captions([0])[0].shape[1], "n_ctx_null": 1}
@@ -130,7 +131,8 @@ class GeneratorTask:
         settings, tokenizer = self.settings, self.tokenizer
         text = settings.condition == "text"
         if settings.data != data.PROCEDURAL and data.holds_tokens(settings.data):
-            files = data.TokenFiles(settings.data, tokenizer.name, settings.tokens_per_frame, text)
+            wanted = tokenizer.name, settings.tokens_per_frame
+            files = data.TokenFiles(settings.data, *wanted, text, fingerprint=tokenizer.fingerprint)
             return files, min(files.longest, settings.latent_frames or files.longest)
         if text or settings.latent_frames:
             raise ValueError("condition text and latent_frames need data to be a folder of .vft files")
