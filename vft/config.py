@@ -100,7 +100,8 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Sizes of the autoregressive transformer; ``tokenizer`` names what made the tokens that it was trained on, and
-    ``fingerprint`` its weights; ``raw`` is the config as it was read, for saving.
+    ``fingerprint`` its weights; ``frames`` are the latent frames of the longest clip of training, 0 where that is not
+    stated; ``raw`` is the config as it was read, for saving.
     """
 
     depth: int
@@ -114,9 +115,15 @@ class GeneratorConfig:
     classes: tuple[str, ...] = ()
     tokenizer: str | None = None
     fingerprint: str | None = None
+    frames: int = 0
     raw: dict[str, Any] = field(repr=False, default_factory=dict)
 
     head_dim = 64
+
+    @property
+    def trained_frames(self) -> int:
+        """Latent frames of a clip of training: where not stated, those of one published chunk, 17 frames."""
+        return self.frames or min(5, self.seq_len)
 
     @property
     def heads(self) -> int:
@@ -142,7 +149,7 @@ def parse_generator_config(raw: dict[str, Any]) -> GeneratorConfig:
     if cond not in ("class", "text"):
         raise ConfigError(f"cond must be 'class' or 'text', got {cond!r}")
     needed = ("n_classes",) if cond == "class" else ("ctx_dim", "n_ctx_null")
-    for key in ("depth", "vocab", "seq_len", "n_classes", "ctx_dim", "n_ctx_null"):
+    for key in ("depth", "vocab", "seq_len", "n_classes", "ctx_dim", "n_ctx_null", "frames"):
         value, low = raw.get(key, 0), 1 if key in ("depth", "vocab", "seq_len", *needed) else 0
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
             raise ConfigError(f"{key} must be an int of at least {low}, got {value!r}")

@@ -10,11 +10,6 @@ import hashlib
 import json
 import re
 import warnings
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
-    from .tokens import VideoTokens
 
 # values of each tensor that are looked at, evenly spread: training moves nearly all, and a billion are read at once
 SAMPLES = 4096
@@ -25,11 +20,11 @@ _FORM = re.compile(r"[0-9a-f]{16}")
 
 
 class TokensWarning(UserWarning):
-    """Tokens do not say which weights made them."""
+    """Tokens do not say which weights made them, or are asked of a generator that has not learned them."""
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """16 hexadecimal digits of the SHA-256 of the encoder's config and float32 weights."""
+def fingerprint(tokenizer) -> str:
+    """16 hexadecimal digits of the SHA-256 of a :class:`vft.Tokenizer`'s encoder: config, float32 weights."""
     facts = dataclasses.asdict(tokenizer.config)
     digest = hashlib.sha256(json.dumps({name: facts[name] for name in _FIELDS}).encode())
     for name, value in sorted(tokenizer.encoder.named_parameters()):
@@ -46,10 +41,9 @@ def check_form(value: str) -> str:
     return value
 
 
-def check_tokens(tokens: VideoTokens, tokenizer: Tokenizer, force: bool = False) -> None:
-    """Raises ValueError for the tokens of another model; warns where they, as those of old files, do not say.
-
-    ``force``: neither.
+def check_tokens(tokens, tokenizer, force: bool = False) -> None:
+    """Of :class:`vft.VideoTokens` that a :class:`vft.Tokenizer` is to decode: raises ValueError for those of another
+    model; warns where they, as those of old files, do not say. ``force``: neither.
     """
     if force or tokens.fingerprint == tokenizer.fingerprint:
         return

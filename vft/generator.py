@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
 
-from . import checkpoint, codebook, decoding
+from . import checkpoint, codebook, decoding, generation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
+from .fingerprint import TokensWarning
+from .tokens import VideoTokens
 
 # rows that skinny_linear serves
 SKINNY_ROWS = 16
@@ -395,8 +398,8 @@ class Generator(nn.Module):
                 without a caption.
             n: rows; defaults to the number of classes or captions given; one class or caption serves any n.
             frames: T, latent frames (default 5: a clip of 17 frames).
-            tokens_per_frame: k, any prefix of the registers (default: what fits into ``seq_len``); a list of n ints
-                stops each row at its own, and pads the ids with -1.
+            tokens_per_frame: k, any prefix of the registers (default: what a frame had in training, or less where that
+                does not fit into ``seq_len``); a list of n ints stops each row at its own, and pads the ids with -1.
             temperature: 0 takes the most likely token. top_k, top_p in (0, 1], min_p in [0, 1): filters in this order.
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
@@ -412,6 +415,13 @@ class Generator(nn.Module):
         request = decoding.Request.checked(
             self.config, rows, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt, guided=sampling.guided
         )
+        if frames > self.config.trained_frames:
+            warnings.warn(
+                f"frames {frames} are more than the {self.config.trained_frames} that the generator was trained on: "
+                f"{request.levels} tokens a frame",
+                TokensWarning,
+                stacklevel=2,
+            )
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph must be off on {self.device}")
         return decoding.levels(self, request, sampling, cuda_graph)
@@ -420,6 +430,22 @@ class Generator(nn.Module):
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""
         *_, ids = self.stream(*condition, **options)
         return ids.contiguous()
+
+    def generate_tokens(
+        self, tokenizer, *condition, fps: float = 8.0, size: int | None = None, **options
+    ) -> list[VideoTokens]:
+        """Generates :class:`vft.VideoTokens`, one a row, for ``tokenizer.decode``.
+
+        Args:
+            tokenizer: the :class:`vft.Tokenizer` that will decode them.
+            fps: frames a second that the video says.
+            size: its side in pixels where the tokenizer has no working size (default: 256).
+            condition, options: :meth:`stream`'s; tokens_per_frame is one int, at most the tokenizer's registers.
+
+        Raises:
+            TypeError, ValueError: as :meth:`stream`; the tokenizer is another than that of training.
+        """
+        return generation.tokens(self, tokenizer, *condition, fps=fps, size=size, **options)
 
     # shown by help() and editors
     generate.__signature__ = inspect.signature(stream).replace(return_annotation="torch.Tensor")

@@ -9,7 +9,7 @@ import torch
 from small_tokenizer import small
 
 import vft
-from vft import batch, cli, generation
+from vft import batch, cli
 from vft.config import make_config, parse_config
 from vft.demo import CLIP
 from vft.tokens import VideoTokens
@@ -152,11 +152,11 @@ def test_generated_tokens_know_the_tokenizer(saved):
     options = {"fps": 8.0, "n": 1, "frames": 2, "tokens_per_frame": 2}
     for stated in ({}, {"fingerprint": model.fingerprint}):
         generator = vft.Generator(vft.config.parse_generator_config(raw | stated)).eval().requires_grad_(False)
-        (tokens,) = generation.tokens(generator, model, {"class_id": 1}, **options)
+        (tokens,) = generator.generate_tokens(model, 1, **options)
         assert tokens.fingerprint == model.fingerprint
     generator = vft.Generator(vft.config.parse_generator_config(raw | {"fingerprint": "0" * 16}))
     with pytest.raises(ValueError, match="of a tokenizer of fingerprint 0000000000000000, got 'small' of"):
-        generation.tokens(generator, model, {"class_id": 1}, **options)
+        generator.generate_tokens(model, 1, **options)
 
 
 def test_a_generator_is_not_trained_on_tokens_of_other_weights(saved, tmp_path):

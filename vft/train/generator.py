@@ -118,7 +118,7 @@ class GeneratorTask:
         raw = {
             "depth": settings.depth, "vocab": tokenizer.config.codebook_size,
             "seq_len": frames * settings.tokens_per_frame, "tokenizer": settings.tokenizer, "cond": settings.condition,
-            "fingerprint": tokenizer.fingerprint,
+            "fingerprint": tokenizer.fingerprint, "frames": frames,
         }  # fmt: skip
         if settings.condition == "text":
             raw |= {"ctx_dim": self.data.captions([0])[0].shape[1], "n_ctx_null": 1}
