@@ -113,7 +113,9 @@ def encode_folder(
     for file in videos:
         job = Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
         entry = finished.get(file)
-        wanted = entry and (entry["model"], entry["registers"]) == (tokenizer.name, keep)
+        # lines of earlier versions do not state the fingerprint
+        made_by = entry and (entry["model"], entry.get("fingerprint", tokenizer.fingerprint), entry["registers"])
+        wanted = made_by == (tokenizer.name, tokenizer.fingerprint, keep)
         if not wanted or not _current(entry, job) or (strict and entry.get("warnings")):
             jobs.append(job)
     skipped, failed, silent = len(videos) - len(jobs), 0, 0
@@ -264,7 +266,8 @@ def _save(job: Job, output: Path, keep: int, tokenizer) -> dict:
     if job.error is not None:
         return {"file": job.file, "error": job.error}
     return {
-        "file": job.file, "model": tokens.model, "registers": tokens.registers, "frames": tokens.frames,
+        "file": job.file, "model": tokens.model, "fingerprint": tokens.fingerprint,
+        "registers": tokens.registers, "frames": tokens.frames,
         "tokens": tokens.ids.numel(), "checksum": hashlib.sha256(data).hexdigest(), "source": job.facts,
         **({"asked": job.asked} if job.asked else {}), **({"warnings": job.warnings} if job.warnings else {}),
     }  # fmt: skip

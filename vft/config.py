@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-ROOT = "videoflextok."
+from flexkernels import SequenceLayout
 
-
-class ConfigError(ValueError):
-    """The configuration asks for something that is not allowed or not known; the message names it."""
+from .schema import ROOT, SKIPPED, ConfigError, check_tree, field_of, kind_of, target_of
+from .wiring import PATCHES, follow
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,22 @@ class Trunk:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A linear layer after a LayerNorm; ``modulated``: with a shift and scale from the time step, by a linear layer."""
+
+    bias: bool = True
+    modulated: bool = False
+    modulation_bias: bool = True
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """Everything the tokenizer computes with; sizes in tokens or latent pixels, chunk sizes in video frames.
 
     ``register_ops`` is the order of what happens to the decoder's registers: among ``posemb``, ``keep``, ``prefix``,
-    ``null``. ``names`` maps our parameter prefixes to the checkpoint's, ``ignored`` are checkpoint prefixes of
-    training-only heads, ``raw`` is the config as it was read, for saving.
+    ``null``. ``register_table`` registers are stored, of which the first ``registers`` are used. ``names`` maps our
+    parameter prefixes to the checkpoint's, ``ignored`` are checkpoint prefixes of training-only heads, ``raw`` is the
+    config as it was read, for saving.
     """
 
     channels: int
@@ -62,12 +71,16 @@ class TokenizerConfig:
     encoder: Trunk
     decoder: Trunk
     registers: int
+    register_table: int
     max_frames: int
     register_ops: tuple[str, ...]
     register_posemb: PosEmb | None
     levels: tuple[int, ...]
     max_timestep: float
     time_frequencies: int
+    code_bias: bool
+    encoder_head: Head
+    decoder_head: Head
     codec: str
     chunk_size: int
     overlap: int
@@ -86,7 +99,10 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Sizes of the autoregressive transformer; ``raw`` is the config as it was read, for saving."""
+    """Sizes of the autoregressive transformer; ``tokenizer`` names what made the tokens that it was trained on, and
+    ``fingerprint`` its weights; ``frames`` are the latent frames of the longest clip of training, 0 where that is not
+    stated; ``raw`` is the config as it was read, for saving.
+    """
 
     depth: int
     vocab: int
@@ -98,9 +114,16 @@ class GeneratorConfig:
     head_bias: bool = False
     classes: tuple[str, ...] = ()
     tokenizer: str | None = None
+    fingerprint: str | None = None
+    frames: int = 0
     raw: dict[str, Any] = field(repr=False, default_factory=dict)
 
     head_dim = 64
+
+    @property
+    def trained_frames(self) -> int:
+        """Latent frames of a clip of training: where not stated, those of one published chunk, 17 frames."""
+        return self.frames or min(5, self.seq_len)
 
     @property
     def heads(self) -> int:
@@ -119,21 +142,22 @@ def parse_generator_config(raw: dict[str, Any]) -> GeneratorConfig:
     """A generator's ``config.json``. Raises ConfigError naming the field that is missing, unknown or wrong."""
     names = {f.name for f in fields(GeneratorConfig)} - {"raw"}
     for key in ("depth", "vocab", "seq_len", "cond"):
-        _get(raw, key, "the generator's config")
+        field_of(raw, key, "the generator's config")
     for key in sorted(raw.keys() - names):
         raise ConfigError(f"the generator's config has the unknown field {key!r}")
     cond = raw["cond"]
     if cond not in ("class", "text"):
         raise ConfigError(f"cond must be 'class' or 'text', got {cond!r}")
     needed = ("n_classes",) if cond == "class" else ("ctx_dim", "n_ctx_null")
-    for key in ("depth", "vocab", "seq_len", "n_classes", "ctx_dim", "n_ctx_null"):
+    for key in ("depth", "vocab", "seq_len", "n_classes", "ctx_dim", "n_ctx_null", "frames"):
         value, low = raw.get(key, 0), 1 if key in ("depth", "vocab", "seq_len", *needed) else 0
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
             raise ConfigError(f"{key} must be an int of at least {low}, got {value!r}")
     if not isinstance(raw.get("head_bias", False), bool):
         raise ConfigError(f"head_bias must be true or false, got {raw['head_bias']!r}")
-    if not isinstance(raw.get("tokenizer"), (str, type(None))):
-        raise ConfigError(f"tokenizer must be a string, got {raw['tokenizer']!r}")
+    for key in ("tokenizer", "fingerprint"):
+        if not isinstance(raw.get(key), (str, type(None))):
+            raise ConfigError(f"{key} must be a string, got {raw[key]!r}")
     classes = raw.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ConfigError(f"classes must be a list of names, got {classes!r}")
@@ -141,55 +165,6 @@ def parse_generator_config(raw: dict[str, Any]) -> GeneratorConfig:
         raise ConfigError(f"classes must hold n_classes = {raw.get('n_classes', 0)} names, got {len(classes)}")
     return GeneratorConfig(**{**raw, "classes": tuple(classes)}, raw=dict(raw))
 
-
-# fields that only wire the published code's data dictionary, or matter in training alone
-_INERT = {
-    "weight_init_style", "drop", "drop_path_rate", "use_act_checkpoint", "zero_init_query_proj", "compile",
-    "dropout_prob", "size_sampling_mode", "zipf_a", "flatten_patches", "pad_to_multiple", "compile_block_mask", "n_min",
-    "dtype_override", "intermediate_layers", "drop_quant_p", "corrupt_tokens_p",
-    "min_corrupt_tokens_p", "prefix_len", "keep_prefix_prob", "ln", "stratisfied", "mode_scale", "force_vae_encode",
-    "cond_sigma_min", "cond_sigma_max", "per_subseq_embs", "_partial_", "enable_mup_init",
-}  # fmt: skip
-# fields whose every other value would change the computation: refused
-_FIXED = {
-    "gated_mlp": (True,), "qk_norm": (True,), "use_mup_readout": (False,), "posemb_scaling": ("absolute",),
-    "adaLN_expansion": (1, 2), "adaLN_bias": (True,), "temb_as_tokens": (False,), "replace_with_single_token": (False,),
-    "zero_noise": (False,), "ordering_mode": ("nested",), "rope_forward_read_key": (None,),
-    "score_mod_read_key": (None,),
-}  # fmt: skip
-
-_TARGETS: dict[str, set[str]] = {
-    "wrappers.VideoFlexTok": {"vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline"},
-    "compressors.vidtok.VidTokVAE": {"tokenizer_id"},
-    "model.utils.wrappers.SequentialModuleDictWrapper": {"module_dict"},
-    "model.utils.dict_ops.PerSampleOp": {"per_sample_op"},
-    "model.utils.dict_ops.channels_first_to_last": set(),
-    "model.utils.dict_ops.channels_last_to_first": set(),
-    "model.utils.posembs.PositionalEmbeddingAdder": {"dim", "max_sizes", "posemb_type"},
-    "model.preprocessors.patching.PatchEmbedder": {"patch_sizes", "channels_in", "dim"},
-    "model.preprocessors.registers.RegistersTemporal2D": {"dim", "t_max", "n_max", "n_eval", "size_sampling_mode"},
-    "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker": {
-        "mask_mode", "cross_timestep_attention_config", "input_list_read_keys",
-    },
-    "model.preprocessors.linear.LinearLayer": {"dim_in", "dim", "proj_bias"},
-    "model.preprocessors.token_dropout.MaskedNestedDropout": {"dim"},
-    "model.preprocessors.token_dropout.MaskedPrefixDropout": {"dim"},
-    "model.preprocessors.nullcond.LearnedNullCond": {"dim"},
-    "model.preprocessors.time_embedding.TimestepEmbedder": {"dim", "frequency_embedding_size", "max_timestep"},
-    "model.trunks.transformers.FlexTransformer": {
-        "dim", "depth", "head_dim", "mlp_ratio", "qkv_bias", "proj_bias", "mlp_bias", "adaLN_expansion",
-    },
-    "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker": {"inner_seq_write_keys"},
-    "model.postprocessors.heads.LinearHead": {"dim", "dim_out", "proj_bias"},
-    "model.postprocessors.heads.ToPatchesLinearHead": {"dim", "channels_out", "patch_sizes", "proj_bias"},
-    "regularizers.quantize_fsq.FSQ": {"levels"},
-    "flow_matching.pipelines.VideoMinRFPipeline": {"out_channels"},
-    "flow_matching.noise_modules.PrefixMinRFNoiseModule": set(),
-    "flow_matching.noise_modules.MinRFNoiseModule": set(),
-}  # fmt: skip
-# heads used by training losses alone: their fields and keys are not read
-_SKIPPED = {"model.postprocessors.heads.TransformerHead"}
-_ALIASES = {"resamplers.video_wrappers.VideoFlowMatchingResampler": "wrappers.VideoFlexTok"}
 
 _MASKS = {
     "full": "full",
@@ -219,15 +194,15 @@ def parse_config(raw: dict[str, Any]) -> TokenizerConfig:
 
 def _parse(raw: dict[str, Any]) -> TokenizerConfig:
     model = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
-    _check_tree(model, "config")
-    if _target(model, "config") != "wrappers.VideoFlexTok":
+    check_tree(model, "config")
+    if target_of(model, "config") != "wrappers.VideoFlexTok":
         raise ConfigError(f"config must describe a VideoFlexTok model, got _target_ {model.get('_target_')!r}")
-    encoder = _modules(model, "encoder")
-    decoder = _modules(model, "decoder")
+    encoder = field_of(field_of(model, "encoder", "config"), "module_dict", "config.encoder")
+    decoder = field_of(field_of(model, "decoder", "config"), "module_dict", "config.decoder")
     names: dict[str, str] = {}
     parts = _read_encoder(encoder, names) | _read_decoder(decoder, names)
-    fsq = _get(model, "regularizer", "config")
-    levels = tuple(int(n) for n in _get(fsq, "levels", "config.regularizer"))
+    fsq = field_of(model, "regularizer", "config")
+    levels = tuple(int(n) for n in field_of(fsq, "levels", "config.regularizer"))
     if len(levels) != parts.pop("code_dim"):
         raise ConfigError(f"config.regularizer.levels must match the encoder head's outputs, got {list(levels)}")
     channels = parts["channels"]
@@ -242,7 +217,7 @@ def _parse(raw: dict[str, Any]) -> TokenizerConfig:
         size=preprocess.get("size"),
         names=names,
         ignored=tuple(f"{side}.module_dict.{n}." for side, m in (("encoder", encoder), ("decoder", decoder))
-                      for n, e in m.items() if _target(e, n) in _SKIPPED),
+                      for n, e in m.items() if target_of(e, n) in SKIPPED),
         raw=raw,
     )  # fmt: skip
 
@@ -250,8 +225,9 @@ def _parse(raw: dict[str, Any]) -> TokenizerConfig:
 def _read_encoder(modules: dict, names: dict) -> dict[str, Any]:
     where = "encoder"
     found = _Roles(modules, where)
-    patch, registers = found.one("PatchEmbedder"), found.one("RegistersTemporal2D")
-    posemb, head = found.optional("PositionalEmbeddingAdder"), found.one("LinearHead")
+    patch, registers, head = (found.one(kind) for kind in ("PatchEmbedder", "RegistersTemporal2D", "LinearHead"))
+    found.trunk()
+    posemb = _patch_posemb(where, modules, follow(where, modules))
     trunk = _read_trunk(found, posemb)
     width = trunk.width
     for entry in (patch, registers, posemb, head):
@@ -265,14 +241,26 @@ def _read_encoder(modules: dict, names: dict) -> dict[str, Any]:
     }
     if posemb:
         names["encoder.patch_posemb.table"] = f"encoder.module_dict.{posemb[0]}.posembs"
+    used, stored = int(registers[1].get("n_eval") or registers[1]["n_max"]), int(registers[1]["n_max"])
+    if used > stored:
+        raise ConfigError(f"{where}.{registers[0]}.n_eval must be at most n_max {stored}, got {used}")
     return {
         "encoder": trunk,
         "channels": int(patch[1]["channels_in"]),
         "patch": tuple(int(p) for p in patch[1]["patch_sizes"]),
-        "registers": int(registers[1].get("n_eval") or registers[1]["n_max"]),
+        "registers": used,
+        "register_table": stored,
         "max_frames": int(registers[1]["t_max"]),
         "code_dim": int(head[1]["dim_out"]),
+        "encoder_head": Head(bias=bool(head[1].get("proj_bias", True))),
     }
+
+
+def _patch_posemb(side: str, modules: dict, added: dict[str, str]) -> tuple[str, dict] | None:
+    found = [(name, modules[name]) for name, what in added.items() if what == PATCHES]
+    if len(found) > 1:
+        raise ConfigError(f"{side} must add positions to patches once, got {', '.join(name for name, _ in found)}")
+    return found[0] if found else None
 
 
 _REGISTER_OPS = {
@@ -286,14 +274,13 @@ _REGISTER_OPS = {
 def _read_decoder(modules: dict, names: dict) -> dict[str, Any]:
     found = _Roles(modules, "decoder")
     embed, patch, head = found.one("LinearLayer"), found.one("PatchEmbedder"), found.one("ToPatchesLinearHead")
-    times = found.one("TimestepEmbedder")
-    register_key, ops, register_posemb, patch_posemb = embed[1]["write_key"], [], None, None
+    times, ops, register_posemb = found.one("TimestepEmbedder"), [], None
+    found.trunk()
+    added = follow("decoder", modules)
+    patch_posemb = _patch_posemb("decoder", modules, added)
     for name, entry in modules.items():
-        kind = _target(entry, name).rsplit(".", 1)[-1]
-        if kind not in _REGISTER_OPS:
-            continue
-        if entry.get("read_key", entry.get("read_write_key")) != register_key:
-            patch_posemb = (name, entry)
+        kind = kind_of(entry, name)
+        if kind not in _REGISTER_OPS or added.get(name) == PATCHES:
             continue
         op, ours, theirs = _REGISTER_OPS[kind]
         if op in ops:
@@ -311,9 +298,11 @@ def _read_decoder(modules: dict, names: dict) -> dict[str, Any]:
         "decoder.patch_embed": f"{prefix}.{patch[0]}.patch_proj",
         "decoder.time_embed": f"{prefix}.{times[0]}.mlp",
         "decoder.blocks": f"{prefix}.{found.one('FlexTransformer')[0]}.blocks",
-        "decoder.head_modulation": f"{prefix}.{head[0]}.adaLN_modulation.1",
         "decoder.head": f"{prefix}.{head[0]}.proj",
     }
+    decoder_head = _modulated_head(found, head[1])
+    if decoder_head.modulated:
+        names["decoder.head_modulation"] = f"{prefix}.{head[0]}.adaLN_modulation.1"
     if patch_posemb:
         names["decoder.patch_posemb.table"] = f"{prefix}.{patch_posemb[0]}.posembs"
     return {
@@ -322,12 +311,20 @@ def _read_decoder(modules: dict, names: dict) -> dict[str, Any]:
         "register_posemb": register_posemb,
         "max_timestep": float(times[1].get("max_timestep", 1000.0)),
         "time_frequencies": int(times[1].get("frequency_embedding_size", 256)),
+        "code_bias": bool(embed[1].get("proj_bias", True)),
+        "decoder_head": decoder_head,
     }
 
 
+def _modulated_head(found: _Roles, entry: dict) -> Head:
+    # a config that names no wiring has the one that this package makes, with modulation
+    wired = "input_list_read_keys" in found.one("BlockWiseSequenceInterleavePacker")[1]
+    modulated = entry.get("adaLN_emb_read_key", None if wired else "time") is not None
+    return Head(bool(entry.get("proj_bias", True)), modulated, bool(entry.get("adaLN_bias", True)))
+
+
 def _read_trunk(found: _Roles, posemb) -> Trunk:
-    name, entry = found.one("FlexTransformer")
-    packer_name, packer = found.one("BlockWiseSequenceInterleavePacker")
+    (name, entry), (packer_name, packer) = found.trunk()
     mode = packer.get("mask_mode")
     if mode not in _MASKS:
         raise ConfigError(f"{packer_name}.mask_mode must be one of {', '.join(_MASKS)}, got {mode!r}")
@@ -335,6 +332,10 @@ def _read_trunk(found: _Roles, posemb) -> Trunk:
     if switches is not None and mode != "flexible_time_block_causal_last":
         raise ConfigError(f"{packer_name}.cross_timestep_attention_config needs flexible_time_block_causal_last")
     cross = tuple((k.replace("nonprefix", "register").replace("2", "_to_"), v) for k, v in (switches or {}).items())
+    try:
+        SequenceLayout([[(1, 1)]], _MASKS[mode], dict(cross))
+    except ValueError as error:
+        raise ConfigError(f"{packer_name}.cross_timestep_attention_config: {error}") from error
     width, head_dim = int(entry["dim"]), int(entry.get("head_dim", 64))
     if width % head_dim:
         raise ConfigError(f"{name}.dim must be a multiple of head_dim {head_dim}, got {width}")
@@ -356,7 +357,10 @@ def _posemb(entry: dict) -> PosEmb:
     kind = entry.get("posemb_type", "sincos")
     if kind not in ("learnable_sum", "learnable_prod", "sincos"):
         raise ConfigError(f"posemb_type must be learnable_sum, learnable_prod or sincos, got {kind!r}")
-    return PosEmb(kind, tuple(int(n) for n in entry["max_sizes"]))
+    sizes = tuple(int(n) for n in entry["max_sizes"])
+    if kind != "sincos" and len(set(sizes)) > 1:
+        raise ConfigError(f"max_sizes must be equal for {kind}, got {list(sizes)}")
+    return PosEmb(kind, sizes)
 
 
 class _Roles:
@@ -366,7 +370,7 @@ class _Roles:
         self.where = where
         self.by_kind: dict[str, list[tuple[str, dict]]] = {}
         for name, entry in modules.items():
-            self.by_kind.setdefault(_target(entry, name).rsplit(".", 1)[-1], []).append((name, entry))
+            self.by_kind.setdefault(kind_of(entry, name), []).append((name, entry))
 
     def optional(self, kind: str):
         entries = self.by_kind.get(kind, [])
@@ -374,49 +378,14 @@ class _Roles:
             raise ConfigError(f"{self.where} must have one {kind}, got {', '.join(n for n, _ in entries)}")
         return entries[0] if entries else None
 
+    def trunk(self) -> tuple[tuple[str, dict], tuple[str, dict]]:
+        return self.one("FlexTransformer"), self.one("BlockWiseSequenceInterleavePacker")
+
     def one(self, kind: str) -> tuple[str, dict]:
         entry = self.optional(kind)
         if entry is None:
             raise ConfigError(f"{self.where} must have a {kind}, got none")
         return entry
-
-
-def _modules(model: dict, side: str) -> dict:
-    return _get(_get(model, side, "config"), "module_dict", f"config.{side}")
-
-
-def _get(entry: dict, key: str, where: str):
-    if key not in entry:
-        raise ConfigError(f"{where} must have the field {key!r}")
-    return entry[key]
-
-
-def _target(entry: dict, where: str) -> str:
-    target = entry.get("_target_") if isinstance(entry, dict) else None
-    name = target.removeprefix(ROOT) if isinstance(target, str) and target.startswith(ROOT) else None
-    name = _ALIASES.get(name, name)
-    if name not in _TARGETS and name not in _SKIPPED:
-        raise ConfigError(f"{where} must have an allowed _target_, got {target!r}")
-    return name
-
-
-def _check_tree(entry: Any, where: str) -> None:
-    """Every ``_target_`` is allowed and every field of it is known and supported."""
-    target = _target(entry, where)
-    if target in _SKIPPED:
-        return
-    for key, value in entry.items():
-        path = f"{where}.{key}"
-        if key in _FIXED and value not in _FIXED[key]:
-            raise ConfigError(f"{path} must be {' or '.join(map(repr, _FIXED[key]))}, got {value!r}")
-        known = key in _TARGETS[target] or key in _FIXED or key in _INERT or key == "_target_" or key.endswith("_key")
-        if not known and not key.endswith("_keys"):
-            raise ConfigError(f"{path} is not a known field of {target}")
-        if key == "module_dict":
-            for name, module in value.items():
-                _check_tree(module, f"{where}.{name}")
-        elif isinstance(value, dict) and key != "cross_timestep_attention_config":
-            _check_tree(value, path)
 
 
 def make_config(

@@ -43,7 +43,8 @@ class Request:
         _integer("frames", frames, 1)
         n = len(conditions)
         if tokens_per_frame is None:
-            tokens_per_frame = max(1, config.seq_len // frames)
+            # no more registers than a frame had in training
+            tokens_per_frame = max(1, config.seq_len // max(frames, config.trained_frames))
         budgets = [tokens_per_frame] * max(n, 1) if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
         if len(budgets) != max(n, 1):
             raise ValueError(f"tokens_per_frame must be one int or one a row ({n}), got {len(budgets)}")
@@ -139,6 +140,7 @@ class View(NamedTuple):
     offset: torch.Tensor
     seed: torch.Tensor
     out: torch.Tensor
+    nan: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     cross: list
@@ -149,7 +151,8 @@ class State:
 
     ``k``, ``v``: ``[layers, rows, heads, max_len, head_dim]``; ``ids``, ``position`` int64 ``[rows]``: the next input
     and where it stands; ``length`` int32 ``[rows]``: keys in the cache; ``seed``, ``offset`` int64 ``[samples]``: of
-    the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``cross``: (k, v, context_len) for
+    the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``nan`` bool ``[rows]``: whether any
+    logit was; ``cross``: (k, v, context_len) for
     each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them.
     """
 
@@ -171,6 +174,7 @@ class State:
         for row, prompt in zip(out, request.prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.out = out.to(device)
+        self.nan = torch.zeros(rows, dtype=torch.bool, device=device)
         self.cross, self.contexts = self._contexts(model, request, samples)
         self.stack = model.stack()
         self._views: dict[tuple[int, int], View] = {}
@@ -195,14 +199,19 @@ class State:
             position = self.position[:rows]
             self._views[key] = View(
                 self.ids[:rows], position, self.length[:rows], position[:: self.branches], self.offset[:samples],
-                self.seed[:samples], self.out[:samples], self.k[:, :rows, :, :limit], self.v[:, :rows, :, :limit],
-                cross,
+                self.seed[:samples], self.out[:samples], self.nan[:rows], self.k[:, :rows, :, :limit],
+                self.v[:, :rows, :, :limit], cross,
             )  # fmt: skip
         return self._views[key]
 
     def counters(self) -> list[torch.Tensor]:
         """What a step changes beside the caches."""
-        return [self.ids, self.position, self.length, self.offset, self.out]
+        return [self.ids, self.position, self.length, self.offset, self.out, self.nan]
+
+    def check(self) -> None:
+        """Raises ValueError where a logit was NaN; waits for the device."""
+        if self.nan.any():
+            raise ValueError("the generator's logits are NaN: its weights or the caption are not fit for its dtype")
 
 
 def prefill(model, request: Request, state: State) -> None:
@@ -278,11 +287,15 @@ def levels(model, request: Request, sampling: Sampling, cuda_graph: bool | None 
     for done in range(1, steps[0] if steps else 0):
         shown, before = _complete(request, steps, done), shown
         if shown > before:
+            # a look at a GPU would hold up its next steps
+            if model.device.type == "cpu":
+                state.check()
             yield ids(shown)
         active = sum(count > done for count in steps)
         longest = max(len(p) for p in request.prompts[:active]) + done + 1
         bucket = min(state.max_len, -(-longest // BUCKET) * BUCKET) if cuda_graph else state.max_len
         advance(active, bucket)
+    state.check()
     yield ids(request.levels)
 
 

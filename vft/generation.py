@@ -20,8 +20,8 @@ SHEET_SAMPLES = 4
 DEFAULT_SIZE = 256
 
 
-def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | None = None, **options):
-    """Generated :class:`VideoTokens`, one a row; ``options`` go to ``generator.stream``.
+def tokens(generator, tokenizer, *condition, fps: float, size: int | None = None, **options) -> list[VideoTokens]:
+    """Generated :class:`VideoTokens`, one a row; condition and options go to ``generator.stream``.
 
     Raises:
         ValueError: the two models do not fit, or an option is out of range.
@@ -29,19 +29,25 @@ def tokens(generator, tokenizer, condition: dict, *, fps: float, size: int | Non
     levels = tokenizer.config.levels
     if generator.config.vocab != math.prod(levels):
         raise ValueError(f"the generator has {generator.config.vocab} ids, the tokenizer {math.prod(levels)}")
-    count = options["tokens_per_frame"]
+    if generator.config.fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the generator's tokens are those of a tokenizer of fingerprint {generator.config.fingerprint}, got "
+            f"{tokenizer.name!r} of {tokenizer.fingerprint}"
+        )
+    frames, count = options.setdefault("frames", 5), options.get("tokens_per_frame")
     if count is None:
-        count = max(1, min(tokenizer.registers, generator.config.seq_len // max(options["frames"], 1)))
+        longest = max(frames, generator.config.trained_frames)
+        count = max(1, min(tokenizer.registers, generator.config.seq_len // longest))
     if count > tokenizer.registers:
         raise ValueError(f"tokens per frame must be at most the tokenizer's {tokenizer.registers}, got {count}")
-    stream = generator.stream(**condition, **options | {"tokens_per_frame": count})
+    stream = generator.stream(*condition, **options | {"tokens_per_frame": count})
     with tqdm(desc="tokens", unit="level", total=count, leave=False, disable=not sys.stderr.isatty()) as bar:
         for ids in stream:
             bar.update(ids.shape[-1] - bar.n)
-    frames = 1 + (options["frames"] - 1) * tokenizer.codec.temporal_stride
+    frames = 1 + (frames - 1) * tokenizer.codec.temporal_stride
     size = tokenizer.size or size or DEFAULT_SIZE
-    chunk = tokenizer.config.chunk_size
-    return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk) for row in ids.cpu()]
+    chunk, fingerprint = tokenizer.config.chunk_size, tokenizer.fingerprint
+    return [VideoTokens(row, fps, frames, size, size, tokenizer.name, levels, chunk, fingerprint) for row in ids.cpu()]
 
 
 def token_paths(path: str, count: int, inputs: Sequence[str | None] = ()) -> list[Path]:

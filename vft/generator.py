@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
 
-from . import checkpoint, codebook, decoding
+from . import checkpoint, codebook, decoding, generation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
+from .fingerprint import TokensWarning
+from .tokens import VideoTokens
 
 # rows that skinny_linear serves
 SKINNY_ROWS = 16
@@ -202,11 +205,13 @@ class Generator(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         weights: str | None = None,
+        check_finite: bool = True,
     ) -> Generator:
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
-        small error (see the tests); embeddings and norms stay in ``dtype``.
+        small error (see the tests); embeddings and norms stay in ``dtype``. ``check_finite=False`` loads weights that
+        are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
@@ -216,7 +221,7 @@ class Generator(nn.Module):
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
         raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
-        checkpoint.fill(model.published(), tensors)
+        checkpoint.fill(model.published(), tensors, check_finite)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         return model.quantize() if weights == "int8" else model
 
@@ -366,6 +371,8 @@ class Generator(nn.Module):
     def draw(self, x: torch.Tensor, view: decoding.View, sampler: dict) -> None:
         """Draws a token from the normed outputs x ``[rows, width]`` and makes it the next input."""
         logits = self.head(x)
+        # the largest is NaN where any is
+        view.nan.logical_or_(logits.amax(1).isnan())
         guided = len(view.ids) > len(view.offset)
         uncond = logits[1::2] if guided else None
         cond = logits[::2] if guided else logits
@@ -391,8 +398,8 @@ class Generator(nn.Module):
                 without a caption.
             n: rows; defaults to the number of classes or captions given; one class or caption serves any n.
             frames: T, latent frames (default 5: a clip of 17 frames).
-            tokens_per_frame: k, any prefix of the registers (default: what fits into ``seq_len``); a list of n ints
-                stops each row at its own, and pads the ids with -1.
+            tokens_per_frame: k, any prefix of the registers (default: what a frame had in training, or less where that
+                does not fit into ``seq_len``); a list of n ints stops each row at its own, and pads the ids with -1.
             temperature: 0 takes the most likely token. top_k, top_p in (0, 1], min_p in [0, 1): filters in this order.
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
@@ -400,13 +407,21 @@ class Generator(nn.Module):
             cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``.
+            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``. ValueError
+                where logits are NaN, by the last yield at the latest: on a GPU nothing is read before.
         """
         rows = self.conditions(class_id, text_emb, text_mask, n)
         sampling = decoding.Sampling(temperature, top_k, top_p, min_p, guidance, seed)
         request = decoding.Request.checked(
             self.config, rows, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt, guided=sampling.guided
         )
+        if frames > self.config.trained_frames:
+            warnings.warn(
+                f"frames {frames} are more than the {self.config.trained_frames} that the generator was trained on: "
+                f"{request.levels} tokens a frame",
+                TokensWarning,
+                stacklevel=2,
+            )
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"cuda_graph must be off on {self.device}")
         return decoding.levels(self, request, sampling, cuda_graph)
@@ -415,6 +430,22 @@ class Generator(nn.Module):
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""
         *_, ids = self.stream(*condition, **options)
         return ids.contiguous()
+
+    def generate_tokens(
+        self, tokenizer, *condition, fps: float = 8.0, size: int | None = None, **options
+    ) -> list[VideoTokens]:
+        """Generates :class:`vft.VideoTokens`, one a row, for ``tokenizer.decode``.
+
+        Args:
+            tokenizer: the :class:`vft.Tokenizer` that will decode them.
+            fps: frames a second that the video says.
+            size: its side in pixels where the tokenizer has no working size (default: 256).
+            condition, options: :meth:`stream`'s; tokens_per_frame is one int, at most the tokenizer's registers.
+
+        Raises:
+            TypeError, ValueError: as :meth:`stream`; the tokenizer is another than that of training.
+        """
+        return generation.tokens(self, tokenizer, *condition, fps=fps, size=size, **options)
 
     # shown by help() and editors
     generate.__signature__ = inspect.signature(stream).replace(return_annotation="torch.Tensor")

@@ -272,9 +272,9 @@ class Encoder(nn.Module):
         self.config = config
         self.patch_embed = nn.Linear(math.prod(config.patch) * config.channels, trunk.width)
         self.patch_posemb = PositionTable(trunk.patch_posemb, trunk.width) if trunk.patch_posemb else None
-        self.registers = nn.Parameter(torch.empty(config.max_frames, config.registers, trunk.width))
+        self.registers = nn.Parameter(torch.empty(config.max_frames, config.register_table, trunk.width))
         self.blocks = nn.ModuleList(Block(trunk, conditioned=False) for _ in range(trunk.depth))
-        self.head = nn.Linear(trunk.width, len(config.levels))
+        self.head = nn.Linear(trunk.width, len(config.levels), bias=config.encoder_head.bias)
         _init_linears(self)
         nn.init.normal_(self.registers, std=POSITION_STD)
         # register values start well inside the range that FSQ resolves
@@ -287,7 +287,7 @@ class Encoder(nn.Module):
         members = tuple(Member(i, config.registers) for i in range(len(grids)))
         packed = packing(grids, members, config.registers, (), config.encoder, False, latents[0].device)
         patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids, config)
-        table = self.registers.view(config.max_frames, config.registers, -1)
+        table = self.registers[:, : config.registers]
         registers = torch.cat([table[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
         h = run_blocks(self.blocks, x, packed, recompute=self.recompute)
@@ -299,13 +299,14 @@ class TimeEmbedding(nn.Sequential):
 
     def __init__(self, width: int, frequencies: int, max_timestep: float) -> None:
         super().__init__(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.half, self.max_timestep = frequencies // 2, max_timestep
+        self.half, self.odd, self.max_timestep = frequencies // 2, frequencies % 2, max_timestep
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         index = torch.arange(self.half, dtype=torch.float32, device=t.device)
         freqs = 1000.0 / self.max_timestep * torch.exp(-math.log(256) * index / self.half)
         angles = t[:, None].float() * freqs
-        return super().forward(torch.cat([angles.cos(), angles.sin()], -1).to(self[0].weight.dtype))
+        features = F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, self.odd))
+        return super().forward(features.to(self[0].weight.dtype))
 
 
 class Decoder(nn.Module):
@@ -321,7 +322,7 @@ class Decoder(nn.Module):
         trunk, width = config.decoder, config.decoder.width
         patch_dim = math.prod(config.patch) * config.channels
         self.config = config
-        self.code_embed = nn.Linear(len(config.levels), width)
+        self.code_embed = nn.Linear(len(config.levels), width, bias=config.code_bias)
         self.register_posemb = PositionTable(config.register_posemb, width) if config.register_posemb else None
         for name, op in (("mask_token", "keep"), ("prefix_token", "prefix"), ("null_token", "null")):
             token = nn.Parameter(0.02 * torch.randn(width)) if op in config.register_ops else None
@@ -330,12 +331,13 @@ class Decoder(nn.Module):
         self.patch_posemb = PositionTable(trunk.patch_posemb, width) if trunk.patch_posemb else None
         self.time_embed = TimeEmbedding(width, config.time_frequencies, config.max_timestep)
         self.blocks = nn.ModuleList(Block(trunk, conditioned=True) for _ in range(trunk.depth))
-        self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, patch_dim)
+        head = config.decoder_head
+        self.head_modulation = nn.Linear(width, 2 * width, bias=head.modulation_bias) if head.modulated else None
+        self.head = nn.Linear(width, patch_dim, bias=head.bias)
         _init_linears(self)
         # codes as loud as their positions
         nn.init.normal_(self.code_embed.weight, std=len(config.levels) ** -0.5)
-        for layer in (self.head_modulation, self.head):
+        for layer in filter(None, (self.head_modulation, self.head)):
             nn.init.zeros_(layer.weight)
 
     def forward(
@@ -370,7 +372,10 @@ class Decoder(nn.Module):
         """What adaLN adds at the times t ``[times]``, all blocks at once."""
         temb = F.silu(self.time_embed(t))
         blocks = [block.adaLN_modulation[1](temb).view(2 * len(t), -1) for block in self.blocks]
-        return Modulation(torch.stack(blocks), self.head_modulation(temb).repeat_interleave(2, 0))
+        head = temb.new_zeros(len(t), 2 * temb.shape[1])
+        if self.head_modulation is not None:
+            head = self.head_modulation(temb)
+        return Modulation(torch.stack(blocks), head.repeat_interleave(2, 0))
 
     def embed_registers(self, codes: torch.Tensor, packed: Packing) -> torch.Tensor:
         """codes ``[sum T*N, D]`` of all samples -> ``[R, width]``, the registers of a packing in its order."""

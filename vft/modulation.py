@@ -20,7 +20,7 @@ class ModulationTable:
 
     def __init__(self, decoder: Decoder, times: Sequence[float], limit: int = LIMIT_BYTES) -> None:
         self.decoder = decoder
-        weight = decoder.head_modulation.weight
+        weight = decoder.head.weight
         self.times = torch.tensor(times, dtype=torch.float32, device=weight.device)
         row = (12 * len(decoder.blocks) + 4) * decoder.config.decoder.width * weight.element_size()
         self.held = max(1, min(len(times), limit // row))

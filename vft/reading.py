@@ -44,15 +44,19 @@ def print_left_out(files: dict[str, str]) -> None:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Prints each :class:`vft.video.VideoWarning` as one line on stderr."""
+    """Prints each :class:`vft.video.VideoWarning` and :class:`vft.fingerprint.TokensWarning` as one line on stderr."""
+    from vft.fingerprint import TokensWarning
     from vft.video import VideoWarning
 
+    ours = VideoWarning, TokensWarning
+
     with warnings.catch_warnings():
-        warnings.simplefilter("always", VideoWarning)
+        for kind in ours:
+            warnings.simplefilter("always", kind)
         other = warnings.showwarning
 
         def show(message, category, *where, **more) -> None:
-            if issubclass(category, VideoWarning):
+            if issubclass(category, ours):
                 print(f"vft: warning: {' '.join(str(message).split())}", file=sys.stderr)
             else:
                 other(message, category, *where, **more)

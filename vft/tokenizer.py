@@ -20,6 +20,7 @@ from flexkernels import APG, CFG
 
 from . import checkpoint, share
 from .config import TokenizerConfig, parse_config
+from .fingerprint import check_tokens, fingerprint
 from .graphs import VelocityGraphs
 from .layers import Decoder, Encoder, Merged
 from .modulation import ModulationTable
@@ -49,7 +50,7 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.registers, self.size = config.registers, config.size
         self.steps, self.guidance = DEFAULT_STEPS, DEFAULT_GUIDANCE
-        self._codec, self._codec_state = None, None
+        self._codec, self._codec_state, self._fingerprint = None, None, None
         self.cuda_graphs, self._graphs = True, VelocityGraphs()
 
     @classmethod
@@ -59,8 +60,11 @@ class Tokenizer(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        check_finite: bool = True,
     ) -> Tokenizer:
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
+
+        ``check_finite=False`` loads weights that are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
@@ -68,7 +72,9 @@ class Tokenizer(nn.Module):
         raw, tensors, name = checkpoint.read(reference)
         sampler = raw.pop("sampler", None)
         model = cls(parse_config(raw), name)
-        model._codec_state = checkpoint.load_weights(model, model.config, tensors)
+        model._codec_state = checkpoint.load_weights(model, model.config, tensors, check_finite)
+        # of the weights as they are stored, whatever they are cast to
+        model._fingerprint = fingerprint(model)
         if sampler is not None:
             model.steps, model.guidance = _read_sampler(sampler)
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -118,6 +124,11 @@ class Tokenizer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.head.weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what decides the ids, see :mod:`vft.fingerprint`: the checkpoint's, or of the weights as they are."""
+        return self._fingerprint or fingerprint(self)
 
     @property
     def codec(self):
@@ -347,14 +358,17 @@ class Tokenizer(nn.Module):
         """The tokens of one video from those of its chunks in order, see :func:`vft.stills.join_ids`; ``still`` are
         the values of :func:`vft.stills.still_groups` of each chunk."""
         rows, config = join_ids(ids, still), self.config
-        return VideoTokens(rows, fps, frames, int(height), int(width), self.name, config.levels, config.chunk_size)
+        return VideoTokens(
+            rows, fps, frames, int(height), int(width), self.name, config.levels, config.chunk_size, self.fingerprint
+        )
 
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
 
         Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver`` and
         ``shift`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first
-        frames), ``progress`` (called after each step with steps done in all and steps in all).
+        frames), ``progress`` (called after each step with steps done in all and steps in all), ``force`` (decode
+        the tokens of another model, too).
         """
         return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
 
@@ -371,15 +385,19 @@ class Tokenizer(nn.Module):
         seed: int = 0,
         conditioning: torch.Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
+        force: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Decodes chunk by chunk in bounded memory: yields float32 ``[3, t, H, W]`` pieces that make up all frames.
 
         Every chunk after the first starts from the last frame decoded so far: its latents condition the chunk, and its
         tokens stand in for the chunk's first latent frame. A latent frame that repeats the ids before it shows the last
         frame again.
+
+        Raises ValueError for the tokens of another model, unless ``force`` is set.
         """
         if tuple(tokens.levels) != self.config.levels:
             raise ValueError(f"tokens must have levels {list(self.config.levels)}, got {list(tokens.levels)}")
+        check_tokens(tokens, self, force)
         held = 1 + (tokens.latent_frames - 1) * self.codec.temporal_stride
         if tokens.frames > held:
             raise ValueError(f"tokens must hold all frames: {tokens.latent_frames} rows hold {held} of {tokens.frames}")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from vft.files import replacing
+from vft.fingerprint import check_form
 
 MAGIC = b"VFT\x1a"
 VERSION = 1
@@ -29,6 +30,8 @@ MAX_CODEBOOK = 1 << 16
 
 _START = struct.Struct("<4sHH")
 _CRC = struct.Struct("<I")
+# older files lack the last
+_OPTIONAL = "fingerprint"
 _HEADER = ("model", "shape", "fps", "frames", "height", "width", "levels", "chunk")
 _MAX_INT = (1 << 31) - 1
 
@@ -50,6 +53,7 @@ class VideoTokens:
         levels: FSQ levels of its codebook.
         chunk: frames per chunk; neighbouring chunks share one frame, and every chunk but the first drops its first
             latent frame.
+        fingerprint: of the weights and config that decide the ids, see :mod:`vft.fingerprint`; "" where not known.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, shape or range.
@@ -63,6 +67,7 @@ class VideoTokens:
     model: str
     levels: tuple[int, ...]
     chunk: int = 17
+    fingerprint: str = ""
 
     def __post_init__(self):
         levels = tuple(_integer(level, "levels", 2) for level in self.levels)
@@ -75,6 +80,7 @@ class VideoTokens:
         object.__setattr__(self, "fps", _fps(self.fps))
         if not isinstance(self.model, str):
             raise TypeError(f"model must be a str, got {type(self.model).__name__}")
+        check_form(self.fingerprint)
         object.__setattr__(self, "ids", _ids(self.ids, self.codebook_size))
 
     @property
@@ -116,6 +122,8 @@ class VideoTokens:
         if self.codebook_size > MAX_CODEBOOK:
             raise ValueError(f"levels must span at most {MAX_CODEBOOK} ids to be saved, got {self.codebook_size}")
         fields = {name: getattr(self, name) for name in _HEADER if name != "shape"}
+        if self.fingerprint:
+            fields[_OPTIONAL] = self.fingerprint
         header = json.dumps({"shape": list(self.ids.shape), **fields}, separators=(",", ":")).encode()
         if len(header) > 0xFFFF:
             raise ValueError(f"header must be at most 65535 bytes, got {len(header)}: model or levels is too long")
@@ -192,7 +200,7 @@ def _read_header(data: bytes) -> tuple[dict, bytes]:
     if zlib.crc32(data[: _START.size] + text) != _CRC.unpack_from(data, _START.size)[0]:
         raise ValueError("the header is damaged (its checksum is wrong)")
     header = json.loads(text)
-    if not isinstance(header, dict) or set(header) != set(_HEADER):
+    if not isinstance(header, dict) or set(header) - {_OPTIONAL} != set(_HEADER):
         raise ValueError(f"the header must have the keys {', '.join(_HEADER)}")
     if not isinstance(header["levels"], list):
         raise ValueError(f"levels must be a list, got {header['levels']!r}")

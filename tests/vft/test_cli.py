@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import io
 import os
 import pkgutil
@@ -172,7 +173,7 @@ def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
     assert callable(seen.pop("progress"))
     assert seen == {
         "keep": 2, "steps": 3, "guidance": flexkernels.CFG(2.5), "seed": 7, "solver": "heun", "backend": "reference",
-        "threads": 1,
+        "threads": 1, "force": False,
     }  # fmt: skip
     assert flexkernels.library.current_backend() == "auto"
     assert cli.main([*argv, "--guidance", "apg:9"]) == 0 and seen["guidance"] == flexkernels.APG(scale=9.0)
@@ -227,12 +228,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, model, tokens_file, 
         "EMPTY": b"",
         "RANDOM": torch.randint(256, (5000,), dtype=torch.uint8).numpy().tobytes(),
         "CUT.mp4": demo.CLIP.read_bytes()[:20000],
-        "CUT.vft": Path(tokens_file).read_bytes()[:140],
+        "CUT.vft": Path(tokens_file).read_bytes()[:173],
     }.items():
         files[name] = str(tmp_path / name)
         (tmp_path / name).write_bytes(content)
     tokens = VideoTokens.load(tokens_file)
-    VideoTokens(tokens.ids, 8, 999, 128, 128, "small", tokens.levels).save(tmp_path / "LONG.vft")
+    dataclasses.replace(tokens, frames=999).save(tmp_path / "LONG.vft")
     files["LONG.vft"] = str(tmp_path / "LONG.vft")
     before = sorted(tmp_path.iterdir())
     argv = [files.get(a, a.replace("OUT", f"{tmp_path}/out")) for a in argv]
@@ -268,7 +269,7 @@ def test_standard_input_and_output(tmp_path, model, tokens_file, monkeypatch, ca
     with open(CLIP, "rb") as clip:
         done = subprocess.run(command, stdin=clip, capture_output=True, timeout=300)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout == Path(tokens_file).read_bytes()
-    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(done.stdout[:140])))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(done.stdout[:173])))
     assert cli.main(["decode", "-", "-o", f"{tmp_path}/a.mp4", "--model", model, *FAST]) == 2
     assert b"standard input: the first register is not complete" in capfdbinary.readouterr().err
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(done.stdout)))

@@ -1,6 +1,7 @@
 """The generator against what the published implementation computes, and its loop against teacher forcing."""
 
 import contextlib
+import copy
 import inspect
 import json
 import shutil
@@ -193,6 +194,25 @@ def test_stream_with_prompts_and_stops():
     for ids in levels:
         assert torch.equal(ids, whole[..., : ids.shape[-1]])
     assert whole[2].flatten().tolist() == [7, 7, 7, -1, 7, 7, 7, -1]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", ["one weight of the head", "a caption or class", "an input"])
+def test_nan_logits_are_an_error_and_no_ids(case, place):
+    gen = copy.deepcopy(load(case))
+    condition = {"class_id": 1} if case == "ar_class" else {"text_emb": torch.randn(3, gen.config.ctx_dim)}
+    if place == "one weight of the head":
+        gen.head.weight.data[5, 0] = torch.nan
+    elif place == "an input":
+        # from the second step on
+        gen.pos_emb.data[1] = torch.nan
+    elif case == "ar_class":
+        gen.cls_emb.weight.data[1] = torch.nan
+    else:
+        gen.ctx_in.weight.data[0] = torch.inf
+    for guidance in (None, 2.0):
+        with pytest.raises(ValueError, match="logits are NaN"):
+            gen.generate(**condition, frames=2, tokens_per_frame=2, guidance=guidance)
 
 
 def test_the_caches_do_not_move_or_grow(monkeypatch):

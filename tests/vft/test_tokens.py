@@ -99,7 +99,9 @@ def test_random_bytes_never_raise_anything_else(data, signed):
 @settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["model", "shape", "fps", "frames", "height", "width", "levels", "chunk", "other"]),
+        st.sampled_from(
+            ["model", "shape", "fps", "frames", "height", "width", "levels", "chunk", "fingerprint", "other"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),

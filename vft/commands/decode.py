@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_sampler(parser)
     options.add_video_output(parser)
+    parser.add_argument("--force", action="store_true", help="decode the tokens of another model, too")
     parser.add_argument("input", help=".vft file; -: standard input")
     reading.add_audio(parser, "the track that encode --audio copy kept goes into the video")
 
@@ -39,14 +40,14 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None and tokens.model != options.DEFAULT_MODEL:
         raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
     tokenizer = options.load_tokenizer(args)
-    shown = resized(pieces(tokenizer, tokens, args), args.size)
+    shown = resized(pieces(tokenizer, tokens, args, force=args.force), args.size)
     track = sidecar(args.input) if args.audio == "copy" else None
     count = write_video(args.output, shown, tokens.fps, args.quality, track)
     rate = output_rate(args.output, tokens.fps)
     print(f"{args.output}: {count} frames, {rate:g} fps, from {args.keep or tokens.registers} registers a frame")
 
 
-def pieces(tokenizer, tokens, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+def pieces(tokenizer, tokens, args: argparse.Namespace, **more) -> Iterator[torch.Tensor]:
     """Decoded uint8 pieces [t, H, W, 3], with a progress bar over the solver's steps on a terminal."""
     from tqdm import tqdm
 
@@ -58,7 +59,8 @@ def pieces(tokenizer, tokens, args: argparse.Namespace) -> Iterator[torch.Tensor
             bar.total = total
             bar.update(done - bar.n)
 
-        for piece in tokenizer.decode_stream(tokens, keep=args.keep, progress=progress, **options.sampler(args)):
+        settings = options.sampler(args) | more
+        for piece in tokenizer.decode_stream(tokens, keep=args.keep, progress=progress, **settings):
             yield to_uint8(piece).cpu()
 
 

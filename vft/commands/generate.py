@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("the generator names no tokenizer: give one with --tokenizer")
     tokenizer = options.load_tokenizer(args, reference)
     samples = generation.tokens(
-        generator, tokenizer, condition, n=count, frames=args.frames, tokens_per_frame=args.keep,
+        generator, tokenizer, **condition, n=count, frames=args.frames, tokens_per_frame=args.keep,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         guidance=args.token_guidance, seed=args.seed, cuda_graph=args.cuda_graph, fps=args.fps, size=args.size,
     )  # fmt: skip

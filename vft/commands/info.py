@@ -21,18 +21,22 @@ def run(args: argparse.Namespace) -> None:
 
         installation.main([])
         return
-    facts = _facts(args.target)
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    for number, facts in enumerate(_facts(args.target)):
+        width = max(map(len, facts))
+        print("\n" * bool(number), end="")
+        for name, value in facts.items():
+            print(f"{name:<{width}}  {value}")
 
 
-def _facts(target: str) -> dict:
+def _facts(target: str) -> list[dict]:
     from vft import checkpoint
 
+    if target in checkpoint.embedded_models():
+        generator = target in checkpoint.embedded_models(checkpoint.GENERATOR)
+        return [_tokenizer(target), *([_generator(target)] if generator else [])]
     if os.path.isdir(target) or target.endswith(".safetensors") or not (os.path.exists(target) or _names_file(target)):
-        return _generator(target) if "cond" in checkpoint.read(target)[0] else _tokenizer(target)
-    return _tokens(target) if _is_tokens(target) else _video(target)
+        return [_generator(target) if "cond" in checkpoint.read(target)[0] else _tokenizer(target)]
+    return [_tokens(target) if _is_tokens(target) else _video(target)]
 
 
 def _names_file(target: str) -> bool:
@@ -56,24 +60,38 @@ def _tokenizer(target: str) -> dict:
     model = Tokenizer.from_pretrained(target)
     levels = model.config.levels
     return {
-        "kind": "model", "name": model.name, "parameters": sum(p.numel() for p in model.parameters()),
+        "kind": "model", "name": model.name, "fingerprint": model.fingerprint,
+        "parameters": _parameters(model, target),
         "frame size": f"{model.size}x{model.size}" if model.size else "any multiple of 16",
         "chunk": f"{model.config.chunk_size} frames", "registers": model.registers,
         "codebook": f"{math.prod(levels)} ids, levels {','.join(map(str, levels))}",
+        "memory": f"{sum(p.numel() for p in model.parameters()) * 4 / 2**20:.0f} MiB of weights in float32",
         "decodes in": f"{model.steps} steps, guidance {model.guidance or 'none'}",
     }  # fmt: skip
 
 
+def _parameters(model, target: str, suffix: str = "") -> str:
+    """As many as compute and, where that differs, as are stored."""
+    from vft import checkpoint
+
+    effective = sum(p.numel() for p in model.parameters())
+    stored = sum(t.numel() for t in checkpoint.read(target, suffix)[1].values())
+    return f"{effective}" if stored == effective else f"{stored} stored, {effective} effective"
+
+
 def _generator(target: str) -> dict:
-    from vft import Generator
+    from vft import Generator, checkpoint
 
     model = Generator.from_pretrained(target)
-    config = model.config
+    config, frames = model.config, model.config.trained_frames
+    per_frame = config.seq_len // frames
+    memory = model.memory(1, frames, per_frame)["total"]
     condition = f"{config.n_classes} classes" if config.cond == "class" else f"text, {config.ctx_dim} channels"
     return {
-        "kind": "generator", "name": model.name, "parameters": sum(p.numel() for p in model.parameters()),
+        "kind": "generator", "name": model.name, "parameters": _parameters(model, target, checkpoint.GENERATOR),
         "depth": config.depth, "condition": condition, "classes": ", ".join(model.classes) or "without names",
-        "longest": f"{config.seq_len} tokens", "codebook": f"{config.vocab} ids",
+        "makes": f"{frames} latent frames of {per_frame} tokens; at most {config.seq_len} tokens",
+        "memory": f"{memory / 2**20:.0f} MiB for one guided sample in float32", "codebook": f"{config.vocab} ids",
         "tokenizer": config.tokenizer or "not stated",
     }  # fmt: skip
 
@@ -83,7 +101,8 @@ def _tokens(target: str) -> dict:
 
     tokens = VideoTokens.load(target)
     return {
-        "kind": "tokens", "model": tokens.model, "tokens": options.describe(tokens), "frames": tokens.frames,
+        "kind": "tokens", "model": tokens.model, "fingerprint": tokens.fingerprint or "not stated",
+        "tokens": options.describe(tokens), "frames": tokens.frames,
         "fps": f"{tokens.fps:g}", "source size": f"{tokens.width}x{tokens.height}",
         "codebook": f"{tokens.codebook_size} ids, levels {','.join(map(str, tokens.levels))}",
         "bytes": os.path.getsize(target),

@@ -31,6 +31,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"name, folder, .safetensors file or org/repo (default: {DEFAULT_MODEL})")
+    parser.add_argument("--unchecked-weights", action="store_true", help="do not look for NaN in the model's weights")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
@@ -102,7 +103,8 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
     from vft import Tokenizer
 
     reference = reference or args.model or DEFAULT_MODEL
-    return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype))
+    checks = {"check_finite": not args.unchecked_weights}
+    return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
 
 
 def load_generator(args: argparse.Namespace):
@@ -111,8 +113,9 @@ def load_generator(args: argparse.Namespace):
 
     from vft import Generator
 
-    weights, dtype = "int8" if args.int8 else None, getattr(torch, args.dtype)
-    return Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device(args), dtype=dtype, weights=weights)
+    kind = {"dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else None}
+    kind["check_finite"] = not args.unchecked_weights
+    return Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device(args), **kind)
 
 
 def check_keep(keep: int | None, registers: int) -> None:

@@ -32,7 +32,7 @@ class TokenFiles:
         self.blocks = [min(_BLOCK, len(self._files) - i) for i in range(0, len(self._files), _BLOCK)]
         first = VideoTokens.load(self._files[0])
         self.facts = {
-            "model": first.model, "fingerprint": "", "levels": list(first.levels), "chunk": first.chunk,
+            "model": first.model, "fingerprint": first.fingerprint, "levels": list(first.levels), "chunk": first.chunk,
             "registers": first.registers,
         }  # fmt: skip
 
@@ -45,7 +45,7 @@ class TokenFiles:
     def read(self, block: int, keep: int | None) -> list[Row]:
         rows = []
         for file in self._files[block * _BLOCK : (block + 1) * _BLOCK]:
-            row = row_of(VideoTokens.load(file), file.relative_to(self.path).as_posix().removesuffix(_SUFFIX), "")
+            row = row_of(VideoTokens.load(file), file.relative_to(self.path).as_posix().removesuffix(_SUFFIX))
             rows.append(row | {"ids": row["ids"][:, :keep]})
         return rows
 
@@ -127,7 +127,7 @@ class TokenDataset(Dataset):
         for shard in self.shards:
             for block in range(len(shard.blocks)):
                 for row in shard.read(block, None):
-                    again = row_of(tokens_of(row), row["key"], "")["checksum"]
+                    again = row_of(tokens_of(row), row["key"])["checksum"]
                     if again != row["checksum"]:
                         found[row["key"]] = f"checksum must be {row['checksum']}, got {again}"
                     if row["key"] in seen:

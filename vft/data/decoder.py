@@ -81,7 +81,7 @@ class Decoder:
 
     def _tokens(self, row: Row, tokenizer: Tokenizer, mark: str) -> VideoTokens:
         tokens = tokens_of(row)
-        if row.get("fingerprint", mark) != mark:
+        if row.get("fingerprint") not in (None, "", mark):
             raise ValueError(f"fingerprint must be {mark}, that of the model, got {row['fingerprint']}")
         if tokens.levels != tokenizer.config.levels or tokens.registers > tokenizer.registers:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 
 from ..batch import Job, encode_jobs
 from ..tokenizer import Tokenizer
-from .rows import Batch, Row, error_row, fingerprint, like, row_of, rows_of
+from .rows import Batch, Row, error_row, like, row_of, rows_of
 
 
 class Model:
@@ -34,7 +34,7 @@ class Model:
         if self._loaded is None:
             given = isinstance(self.model, Tokenizer)
             tokenizer = self.model if given else Tokenizer.from_pretrained(self.model)
-            mark = fingerprint(tokenizer)
+            mark = tokenizer.fingerprint
             if not given:
                 device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
                 tokenizer = tokenizer.to(device=device, dtype=self.dtype)
@@ -77,7 +77,7 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> Any:
         rows = rows_of(batch)
-        tokenizer, mark = self.model.load()
+        tokenizer, _ = self.model.load()
         keep = tokenizer.registers if self.keep is None else self.keep
         if keep > tokenizer.registers:
             raise ValueError(f"keep must be between 1 and {tokenizer.registers}, got {keep}")
@@ -89,7 +89,7 @@ class Encoder:
             except ValueError as error:
                 made[i] = error_row(str(row.get("key") or ""), str(error), keep)
         for job in encode_jobs(tokenizer, list(jobs), self.packed, self.readers, self.strict):
-            made[jobs[job]] = self._row(job, tokenizer, keep, mark)
+            made[jobs[job]] = self._row(job, tokenizer, keep)
             job.ids.clear()
         kept = [{name: value for name, value in row.items() if name != "bytes"} for row in rows]
         return like(batch, [old | new for old, new in zip(kept, made, strict=True)])
@@ -106,12 +106,12 @@ class Encoder:
         raise ValueError("row must have path, the name of a file, or bytes, its content")
 
     @staticmethod
-    def _row(job: Job, tokenizer: Tokenizer, keep: int, mark: str) -> Row:
+    def _row(job: Job, tokenizer: Tokenizer, keep: int) -> Row:
         if job.error is None:
             fps, height, width = job.source
             try:
                 tokens = tokenizer.join_chunks(job.ids, job.still, fps, job.frames, height, width).truncate(keep)
-                return row_of(tokens, job.file, mark)
+                return row_of(tokens, job.file)
             except ValueError as error:
                 job.fail(error)
         return error_row(job.file, str(job.error), keep)

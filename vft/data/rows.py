@@ -5,7 +5,7 @@ What :class:`vft.data.Encoder` adds to a row, and what shards hold:
     key          str, the name of the video in its data set
     ids          uint16 [T, k], k registers of each of T latent frames; [0, k] in a row with an error
     frames       int, fps float, height int, width int: of the source; 0 in a row with an error
-    model        str, name of the tokenizer; fingerprint: str, of its config and weights
+    model        str, name of the tokenizer; fingerprint: str, see vft.fingerprint
     levels       int64 [D], chunk int: as in VideoTokens
     checksum     SHA-256 of the .vft file of these tokens
     error        None, or why there are no tokens
@@ -14,7 +14,6 @@ What :class:`vft.data.Encoder` adds to a row, and what shards hold:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,12 +61,12 @@ def column(values: list) -> np.ndarray:
     return made
 
 
-def row_of(tokens: VideoTokens, key: str, fingerprint: str) -> Row:
+def row_of(tokens: VideoTokens, key: str) -> Row:
     """The row of one video. Raises ValueError where ids do not fit into 16 bits."""
     data = tokens.to_bytes()
     return {
         "key": key, "ids": tokens.ids.cpu().numpy().astype(np.uint16), "frames": tokens.frames, "fps": tokens.fps,
-        "height": tokens.height, "width": tokens.width, "model": tokens.model, "fingerprint": fingerprint,
+        "height": tokens.height, "width": tokens.width, "model": tokens.model, "fingerprint": tokens.fingerprint,
         "levels": np.array(tokens.levels), "chunk": tokens.chunk, "checksum": hashlib.sha256(data).hexdigest(),
         "error": None,
     }  # fmt: skip
@@ -94,19 +93,5 @@ def tokens_of(row: Mapping[str, Any]) -> VideoTokens:
     return VideoTokens(
         torch.from_numpy(ids), float(row["fps"]), int(row["frames"]), int(row["height"]), int(row["width"]),
         str(row["model"]), tuple(int(level) for level in row["levels"]), int(row["chunk"]),
+        str(row.get("fingerprint") or ""),
     )  # fmt: skip
-
-
-def fingerprint(tokenizer) -> str:
-    """What tells tokenizers of one name apart: equal for equal config and weights."""
-    return getattr(tokenizer, "fingerprint", None) or _model_checksum(tokenizer)
-
-
-def _model_checksum(tokenizer) -> str:
-    # 16 hex digits over config, parameters and the latent codec's parameters
-    digest = hashlib.sha256(json.dumps(tokenizer.config.raw, sort_keys=True).encode())
-    for module in (tokenizer, tokenizer.codec):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

@@ -110,7 +110,7 @@ class TarShard:
         tokens = VideoTokens.from_bytes(content, where)
         try:
             facts = json.loads(described or b"{}")
-            row = row_of(tokens, name, "") if "checksum" not in facts else {}
+            row = row_of(tokens, name) if "checksum" not in facts else {}
             return row | {"levels": np.array(tokens.levels), "error": None} | facts | {"ids": _ids(tokens, keep)}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: its .json must be a mapping of columns ({error})") from error

@@ -66,7 +66,12 @@ def _transformer(m) -> dict[str, Any]:
 def _linear_head(m) -> dict[str, Any]:
     if getattr(m.norm, "eps", None) != LAYER_NORM_EPS or m.norm.weight is not None:
         raise ValueError(f"{type(m).__name__} must have a plain LayerNorm of eps {LAYER_NORM_EPS}")
-    return {"dim": m.dim_in, "dim_out": m.dim_out, "use_mup_readout": type(m.proj) is not nn.Linear}
+    modulation = getattr(m, "adaLN_modulation", None)
+    return {
+        "dim": m.dim_in, "dim_out": m.dim_out, "use_mup_readout": type(m.proj) is not nn.Linear,
+        "proj_bias": m.proj.bias is not None, "adaLN_emb_read_key": modulation and "time",
+        "adaLN_bias": modulation is None or modulation[1].bias is not None,
+    }  # fmt: skip
 
 
 def _patches_head(m) -> dict[str, Any]:
@@ -85,7 +90,9 @@ READERS: dict[str, Reader] = {
     "FlexTransformer": _transformer,
     "LinearHead": _linear_head,
     "ToPatchesLinearHead": _patches_head,
-    "LinearLayer": lambda m: {"write_key": m.write_key, "dim_in": m.dim_in, "dim": m.dim_out},
+    "LinearLayer": lambda m: {
+        "write_key": m.write_key, "dim_in": m.dim_in, "dim": m.dim_out, "proj_bias": m.proj.bias is not None,
+    },
     "MaskedNestedDropout": lambda m: {"read_write_key": m.read_write_key, "dim": m.dim},
     "MaskedPrefixDropout": lambda m: {"read_write_key": m.read_write_key, "dim": m.dim},
     "LearnedNullCond": lambda m: {

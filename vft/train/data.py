@@ -180,11 +180,12 @@ class Clips:
 class TokenFiles(Folder):
     """The ids of the ``.vft`` files of a folder, whole in memory, ``[T, N]`` int32 each.
 
+    ``model`` and ``fingerprint`` are those of the tokenizer; files of earlier versions state no fingerprint, and pass.
     With ``captions``, ``a.safetensors`` beside ``a.vft`` holds the embeddings of its caption, see
     :func:`vft.text.load_embeddings`.
     """
 
-    def __init__(self, folder: str, model: str, registers: int, captions: bool = False) -> None:
+    def __init__(self, folder: str, model: str, registers: int, captions: bool = False, fingerprint: str = "") -> None:
         if not Path(folder).is_dir():
             raise OSError(f"{folder}: {'not a folder' if Path(folder).exists() else 'no such folder'}")
         names = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob(f"*{_TOKENS}"))
@@ -195,6 +196,10 @@ class TokenFiles(Folder):
                 raise ValueError(
                     f"{path} must hold at least {registers} registers of the model {model!r}, "
                     f"got {tokens.registers} of {tokens.model!r}"
+                )
+            if fingerprint and tokens.fingerprint not in ("", fingerprint):
+                raise ValueError(
+                    f"{path} must hold tokens of {model!r} with the fingerprint {fingerprint}, got {tokens.fingerprint}"
                 )
             return tokens.ids[:, :registers].int(), _caption(path) if captions else None
 

@@ -119,6 +119,7 @@ class GeneratorTask:
         raw = {
             "depth": settings.depth, "vocab": tokenizer.config.codebook_size,
             "seq_len": frames * settings.tokens_per_frame, "tokenizer": settings.tokenizer, "cond": settings.condition,
+            "fingerprint": tokenizer.fingerprint, "frames": frames,
         }  # fmt: skip
         if settings.condition == "text":
             raw |= {"ctx_dim": self.data.captions([0])[0].shape[1], "n_ctx_null": 1}
@@ -131,7 +132,8 @@ class GeneratorTask:
         settings, tokenizer = self.settings, self.tokenizer
         text = settings.condition == "text"
         if settings.data != data.PROCEDURAL and data.holds_tokens(settings.data):
-            files = data.TokenFiles(settings.data, tokenizer.name, settings.tokens_per_frame, text)
+            wanted = tokenizer.name, settings.tokens_per_frame
+            files = data.TokenFiles(settings.data, *wanted, text, fingerprint=tokenizer.fingerprint)
             return files, min(files.longest, settings.latent_frames or files.longest)
         if settings.data != data.PROCEDURAL and not text and shards.holds_shards(settings.data):
             rows = shards.TokenShards(settings.data, tokenizer, settings.tokens_per_frame)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from ..data.dataset import TokenDataset
-from ..data.rows import fingerprint
 from ..data.shards import KINDS, find_shards
 from ..tokenizer import Tokenizer
 
@@ -34,7 +33,7 @@ class TokenShards:
     def __init__(self, source: str, tokenizer: Tokenizer, registers: int) -> None:
         self.skipped: dict[str, str] = {}
         self.rows = TokenDataset(
-            source, keep=registers, model=tokenizer.name, fingerprint=fingerprint(tokenizer), cached=CACHED
+            source, keep=registers, model=tokenizer.name, fingerprint=tokenizer.fingerprint, cached=CACHED
         )
         self.longest = max(self.rows.latent_frames())
         keys = self.rows.keys()

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
         rows = []
         for i in range(40 * s, 40 * s + 40):
             ids = torch.full((1 + i % 3, 8), i)
-            rows.append(row_of(VideoTokens(ids, 8.0, 1, 16, 16, "m", (16, 16)), str(i), "f" * 16))
+            rows.append(row_of(VideoTokens(ids, 8.0, 1, 16, 16, "m", (16, 16), fingerprint="f" * 16), str(i)))
         write_shard(root / f"{s}.tar", rows)
     return root
 

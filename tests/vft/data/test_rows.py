@@ -10,7 +10,7 @@ from small_tokenizer import small
 
 from vft import VideoTokens, video
 from vft.data import Decoder, Encoder
-from vft.data.rows import fingerprint, rows_of, tokens_of
+from vft.data.rows import rows_of, tokens_of
 
 FRAMES = {"a.mp4": 17, "b.mp4": 3, "c.mp4": 40}
 
@@ -93,11 +93,11 @@ def test_a_pickled_encoder_is_small_and_gives_the_same(model, clips, encoded):
 
 def test_fingerprint_is_of_the_weights(encoded):
     tokenizer = small()
-    mark = fingerprint(tokenizer)
+    mark = tokenizer.fingerprint
     tokenizer.encode(torch.zeros(1, 3, 5, 32, 32))
-    assert mark == fingerprint(tokenizer) == fingerprint(small())
+    assert mark == tokenizer.fingerprint == small().fingerprint
     tokenizer.encoder.state_dict()[next(iter(tokenizer.encoder.state_dict()))].flatten()[0] += 1
-    assert fingerprint(tokenizer) != mark
+    assert tokenizer.fingerprint != mark
 
 
 def test_decoder_gives_what_decode_gives(model, encoded):

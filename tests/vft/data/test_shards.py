@@ -24,8 +24,8 @@ def rows_of(count, registers=REGISTERS, seed=0, latent_frames=None):
     for i in range(count):
         t = latent_frames or 1 + i % 5
         ids = torch.from_numpy(rng.integers(64000, size=(t, registers)))
-        tokens = VideoTokens(ids, 25.0, 4 * t - 3, 48, 64, "tiny", LEVELS)
-        made.append(row_of(tokens, f"class{i % 3}/{i:06d}.mp4", "f" * 16) | {"label": i % 3})
+        tokens = VideoTokens(ids, 25.0, 4 * t - 3, 48, 64, "tiny", LEVELS, fingerprint="f" * 16)
+        made.append(row_of(tokens, f"class{i % 3}/{i:06d}.mp4") | {"label": i % 3})
     return made
 
 

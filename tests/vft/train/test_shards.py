@@ -8,7 +8,7 @@ import torch
 from vft import Tokenizer, VideoTokens, cli
 from vft.config import make_config, parse_config
 from vft.data import write_shard
-from vft.data.rows import fingerprint, row_of
+from vft.data.rows import row_of
 
 OPTIONS = [
     "--batch",
@@ -37,10 +37,14 @@ def model(tmp_path_factory):
 
 
 def clips(model):
-    generator, levels = torch.Generator().manual_seed(0), Tokenizer.from_pretrained(model).config.levels
+    generator, tokenizer = torch.Generator().manual_seed(0), Tokenizer.from_pretrained(model)
+    facts = dict(model="small", levels=tokenizer.config.levels, fingerprint=tokenizer.fingerprint)
     for i in range(12):
         ids = torch.randint(64, (1 + i % 2, 4), generator=generator)
-        yield f"{'cat' if i % 3 else 'dog'}/{i:02d}", VideoTokens(ids, 8.0, 1, 32, 32, "small", levels)
+        yield (
+            f"{'cat' if i % 3 else 'dog'}/{i:02d}",
+            VideoTokens(ids, 8.0, 1, 32, 32, **facts),
+        )
 
 
 def train(output, data, model, *options):
@@ -56,13 +60,12 @@ def losses(output):
 @pytest.fixture(scope="module")
 def sources(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("tokens")
-    mark = fingerprint(Tokenizer.from_pretrained(model))
     for key, tokens in clips(model):
         path = root / "files" / f"{key}.vft"
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens.save(path)
     # in the order of the files
-    rows = sorted((row_of(tokens, key, mark) for key, tokens in clips(model)), key=lambda row: row["key"])
+    rows = sorted((row_of(tokens, key) for key, tokens in clips(model)), key=lambda row: row["key"])
     (root / "tar").mkdir()
     for i in range(2):
         write_shard(root / "tar" / f"{i}.tar", rows[6 * i : 6 * i + 6])
