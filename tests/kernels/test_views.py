@@ -75,7 +75,12 @@ def test_views_give_the_bits_of_contiguous_tensors(place, name):
     with torch.no_grad(), flexkernels.backend(place[0]):
         for args in calls[:1] if emulated(place) else calls:
             leaves, spec = tree_flatten(args)
-            want = results(op, fresh(leaves), spec)
+            try:
+                want = results(op, fresh(leaves), spec)
+            except RuntimeError as refusal:
+                if "cannot serve this call" not in str(refusal):
+                    raise
+                pytest.skip(str(refusal))
             for i, leaf in enumerate(leaves):
                 if not isinstance(leaf, torch.Tensor) or leaf.numel() < 2:
                     continue
