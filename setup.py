@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = (ROOT / "csrc" / "sources.txt").read_text().split()
 MODES = ("auto", "cpu", "cuda", "off")
 # the kernels are tuned for these; PTX of the newest one that nvcc knows covers later GPUs
-CUDA_ARCHS = {"80": "80", "90": "90a"}
+CUDA_ARCHS = ("80", "90")
 MIN_TORCH = (2, 10)
 
 
@@ -105,7 +105,8 @@ def cmake_archs(nvcc):
     wanted = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
     if not wanted:
         raise SystemExit(f"{nvcc} generates code for none of sm_{', sm_'.join(CUDA_ARCHS)}: set TORCH_CUDA_ARCH_LIST")
-    return [f"{CUDA_ARCHS[arch]}-real" for arch in wanted] + [f"{wanted[-1]}-virtual"]
+    # of the last one PTX for later GPUs too, which costs no second compilation
+    return [f"{arch}-real" for arch in wanted[:-1]] + [wanted[-1]]
 
 
 class BuildNative(build_ext):

@@ -125,8 +125,8 @@ def nvcc(tmp_path):
 def test_default_archs_ask_nvcc(setup_script, monkeypatch, nvcc):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     modern = nvcc("sm_75", "sm_80", "sm_90", "sm_100", "sm_121")
-    assert setup_script.cmake_archs(modern) == ["80-real", "90a-real", "90-virtual"]
-    assert setup_script.cmake_archs(nvcc("sm_80", "sm_90")) == ["80-real", "90a-real", "90-virtual"]
+    assert setup_script.cmake_archs(modern) == ["80-real", "90"]
+    assert setup_script.cmake_archs(nvcc("sm_80", "sm_90")) == ["80-real", "90"]
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
         setup_script.cmake_archs(nvcc("sm_52"))
 
