@@ -128,9 +128,7 @@ def tests(out: Path, log, seconds: float) -> int:
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_tests", "--tb=short"]
     if importlib.util.find_spec("xdist") and not STANDIN:
         command += ["-n", min(12, cores())]
-    command += (
-        ["tests/kernels/test_flow_update_solvers.py", "-k", "cpu-cpu"] if STANDIN else ["tests/kernels", "tests/vft"]
-    )
+    command += ["tests/kernels/test_skinny_linear.py", "-k", "cpu-cpu"] if STANDIN else ["tests/kernels", "tests/vft"]
     environment = {"FLEXKERNELS_GPU_TESTS": out, "FLEXKERNELS_GPU_END": time.time() + seconds - 2 * GRACE}
     return call(command, log, seconds, **environment)
 
