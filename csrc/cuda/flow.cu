@@ -122,7 +122,8 @@ __device__ void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin, in
 }
 
 template <typename X, typename V>
-__global__ void __launch_bounds__(kMaxThreads) flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
   const FlowCoefficients<float> k = coefficients<X, V>(p, begin, end, aligned);
   for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
