@@ -26,6 +26,8 @@ INT_MAX = tl.constexpr(2**31 - 1)
 LOW = tl.constexpr(-3.0e38)
 # stages of the steps that need a mask, of which a tile has few
 MASKED_STAGES = tl.constexpr(2)
+# what fits into 64 KiB of shared memory
+AMD_STAGES = 2
 
 # 307 for 3.7: later versions spill at a limit on registers that earlier ones keep
 TRITON = 100 * int(triton.__version__.split(".")[0]) + int(triton.__version__.split(".")[1])
@@ -259,6 +261,8 @@ def choice(kernel: str, q, rows, mask, cross) -> dict:
 
 def options(chosen: dict) -> dict:
     made = dict(BLOCK=chosen["block"], STEP=chosen["step"], num_warps=chosen["warps"], num_stages=chosen["stages"])
+    if torch.version.hip is not None:
+        made["num_stages"] = min(made["num_stages"], AMD_STAGES)
     # a limit on registers is NVIDIA's
     if "maxnreg" in chosen and torch.version.hip is None:
         made["maxnreg"] = chosen["maxnreg"]

@@ -34,6 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+from flexkernels.triton.attention import AMD_STAGES
+
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -97,9 +99,12 @@ class Launch:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> dict:
-    log = io.StringIO()
+    log, options = io.StringIO(), dict(launch.options)
+    if target.backend == "hip" and launch.kernel.__name__.startswith("attention_"):
+        # as flexkernels/triton/attention.py launches on AMD
+        options["num_stages"] = min(options["num_stages"], AMD_STAGES)
     with contextlib.redirect_stdout(log):
-        binary = triton.compile(launch.source(), target=target, options=launch.options)
+        binary = triton.compile(launch.source(), target=target, options=options)
     found = {"kernel": launch.kernel.__name__, "label": launch.label(), "shared": binary.metadata.shared}
     if target.backend == "hip":
         return found | of_amd(binary.asm["amdgcn"])
