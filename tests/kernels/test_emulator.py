@@ -6,6 +6,7 @@ import re
 import emulator
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytestmark = [
     pytest.mark.emulator,
@@ -162,6 +163,13 @@ def test_votes_matches_reductions_and_shuffles(planted):
         [1] * 32,
     ]
     assert out.tolist() == expected
+
+
+def test_memory_that_libraries_ask_of_torch_is_freed():
+    """By its address alone, as oneDNN's convolutions do. Another order aborts the process."""
+    emulator.load_ops()
+    image, kernel = torch.ones(6, 1, 64, 64), torch.ones(1, 1, 11, 1)
+    assert (F.conv2d(image, kernel) == 11).all()
 
 
 def test_every_ptx_function_is_emulated():

@@ -145,7 +145,7 @@ def _run_shards(args: argparse.Namespace) -> int:
         args.model or options.DEFAULT_MODEL, keep=args.keep, device=local, packed=args.packed, readers=args.readers,
         fps=args.fps, strict=args.strict,
     )  # fmt: skip
-    options.check_keep(args.keep, encoder.model.load()[0].registers)
+    options.check_keep(args.keep, encoder.model.load().registers)
     with tqdm(desc="encode", unit="video", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int, errors: list[dict[str, str]]) -> None:

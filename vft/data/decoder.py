@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..fingerprint import check_tokens
 from ..stills import hold, repeats
 from ..tokenizer import Tokenizer
 from ..tokens import VideoTokens
@@ -54,7 +55,7 @@ class Decoder:
 
     def __call__(self, batch: Batch) -> Any:
         rows = rows_of(batch)
-        tokenizer, mark = self.model.load()
+        tokenizer = self.model.load()
         if self.keep is not None and not 0 <= self.keep <= tokenizer.registers:
             raise ValueError(f"keep must be between 0 and {tokenizer.registers}, got {self.keep}")
         options = dict(self.sampler)
@@ -64,7 +65,7 @@ class Decoder:
             row["video"] = np.zeros((0, 0, 0, 3), np.uint8)
             if row["error"] is None:
                 try:
-                    tokens = self._tokens(row, tokenizer, mark)
+                    tokens = self._tokens(row, tokenizer)
                     if tokens.latent_frames > 1 + (tokenizer.config.chunk_size - 1) // tokenizer.codec.temporal_stride:
                         parts = tokenizer.decode_stream(tokens, keep=self.keep, **self.sampler)
                         row["video"] = np.concatenate([to_uint8(part).cpu().numpy() for part in parts])
@@ -79,10 +80,9 @@ class Decoder:
                 row["video"] = video
         return like(batch, rows)
 
-    def _tokens(self, row: Row, tokenizer: Tokenizer, mark: str) -> VideoTokens:
+    def _tokens(self, row: Row, tokenizer: Tokenizer) -> VideoTokens:
         tokens = tokens_of(row)
-        if row.get("fingerprint") not in (None, "", mark):
-            raise ValueError(f"fingerprint must be {mark}, that of the model, got {row['fingerprint']}")
+        check_tokens(tokens, tokenizer)
         if tokens.levels != tokenizer.config.levels or tokens.registers > tokenizer.registers:
             raise ValueError(
                 f"ids must be of levels {list(tokenizer.config.levels)} and at most {tokenizer.registers} registers, "

@@ -109,9 +109,9 @@ def encode_shards(
 
 def _finished(output: Path, encoder: Encoder) -> set[str]:
     """Keys in finished shards; a shard that is cut off or gone is forgotten, so that its videos are encoded again."""
-    tokenizer, mark = encoder.model.load()
+    tokenizer = encoder.model.load()
     wanted = {
-        "model": tokenizer.name, "fingerprint": mark, "registers": encoder.keep or tokenizer.registers,
+        "model": tokenizer.name, "fingerprint": tokenizer.fingerprint, "registers": encoder.keep or tokenizer.registers,
     }  # fmt: skip
     keys: set[str] = set()
     for path in sorted(output.glob(f"*{SUFFIX}")):

@@ -19,7 +19,7 @@ class Model:
     """A tokenizer that is loaded at first use, so that what holds it can be pickled and sent to another process.
 
     model: a name, path or hub id as :meth:`vft.Tokenizer.from_pretrained` takes it, or a Tokenizer, which is pickled
-    whole. ``fingerprint`` is that of the weights as stored, before ``dtype``.
+    whole.
     """
 
     def __init__(self, model: str | os.PathLike | Tokenizer, dtype: str | torch.dtype, device: str | None) -> None:
@@ -29,16 +29,12 @@ class Model:
             raise ValueError(f"dtype must be a floating-point torch.dtype or its name, got {dtype!r}")
         self.device, self._loaded = device, None
 
-    def load(self) -> tuple[Tokenizer, str]:
-        """(tokenizer, its fingerprint)."""
+    def load(self) -> Tokenizer:
         if self._loaded is None:
-            given = isinstance(self.model, Tokenizer)
-            tokenizer = self.model if given else Tokenizer.from_pretrained(self.model)
-            mark = tokenizer.fingerprint
-            if not given:
+            self._loaded = self.model
+            if not isinstance(self.model, Tokenizer):
                 device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-                tokenizer = tokenizer.to(device=device, dtype=self.dtype)
-            self._loaded = tokenizer, mark
+                self._loaded = Tokenizer.from_pretrained(self.model).to(device=device, dtype=self.dtype)
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +73,7 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> Any:
         rows = rows_of(batch)
-        tokenizer, _ = self.model.load()
+        tokenizer = self.model.load()
         keep = tokenizer.registers if self.keep is None else self.keep
         if keep > tokenizer.registers:
             raise ValueError(f"keep must be between 1 and {tokenizer.registers}, got {keep}")
