@@ -27,6 +27,7 @@ struct DecodeAttention {
   float* partial;               // per row and split: sums, then (after all of those) maximum and total
   void* out;                    // [batch, n, heads, head_dim]
   float* lse;                   // [batch, n, heads] or null
+  int32_t* done;                // on the CPU, [batch, kv_heads, tiles]: how many splits are, from 0
   int64_t q_stride[3], k_stride[3], v_stride[3];  // in elements; the last dimension has stride 1
   int64_t batch, max_len;
   int n, heads, kv_heads, group, head_dim, rows, splits;  // group = heads / kv_heads, rows = n * group
@@ -45,6 +46,9 @@ FLEXKERNELS_HD int64_t decode_length(const DecodeAttention& p, int64_t b) {
 FLEXKERNELS_HD int decode_splits(int64_t length) {
   return length <= kDecodeSplit ? 1 : static_cast<int>((length + kDecodeSplit - 1) / kDecodeSplit);
 }
+
+// tiles of the rows of a kv head on the CPU
+inline int decode_tiles(const DecodeAttention& p) { return (p.rows + kDecodeTile - 1) / kDecodeTile; }
 
 // keys that row r sees: the first `decode_visible`
 FLEXKERNELS_HD int64_t decode_visible(const DecodeAttention& p, int64_t length, int r) {

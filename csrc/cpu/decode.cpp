@@ -1,6 +1,9 @@
-// Decoding on vectors: a unit of work is one split of one kv head for a tile of query rows; sums of a row over its
-// splits are merged in order by decode_merge_kernel.
+// Decoding on vectors: a unit of work is one split of one kv head for a tile of query rows. Whoever finishes a tile's
+// last split merges its splits, always in their order: the sums of the others are seen, since each counted itself after
+// it had written them.
 #include "../core/decode.h"
+
+#include <type_traits>
 
 #include "dispatch.h"
 #include "kernels.h"
@@ -12,9 +15,12 @@ namespace decode {
 
 // query rows that share one pass over keys and values
 constexpr int kTile = kDecodeTile;
-// rows and vectors of the sums that stay in registers
-constexpr int kSumRows = W == 16 ? 4 : 2;
-constexpr int kSumVectors = 4;
+// rows whose scores share what is loaded of four keys
+constexpr int kDotRows = W == 16 ? 4 : 3;
+// rows and vectors of the sums that stay in registers; of a row alone, kLoneVectors
+constexpr int kSumRows = 4;
+constexpr int kSumVectors = W == 16 ? 4 : 2;
+constexpr int kLoneVectors = 4;
 // bytes between a load and what is asked for meanwhile
 constexpr int kAhead = 4096;
 
@@ -80,29 +86,74 @@ INLINE vf dot_all_keys(const float* q, const K* k, int64_t stride, int head_dim)
   return sum_rows(sums);
 }
 
+// the same for R rows and W keys, four keys at a time, whole vectors of both
+template <int R>
+INLINE void dot_rows(const float (*q)[kDecodeMaxHeadDim], const float* k, int64_t stride, int wide, vf (&dots)[R]) {
+  vf quads[R][W / 4];
+#pragma GCC unroll 4
+  for (int quad = 0; quad < W / 4; ++quad) {
+    const float* keys = k + 4 * quad * stride;
+    vf sums[R][4] = {};
+    for (int d = 0; d < wide; d += W) {
+      vf x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = load(q[r] + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const vf key = load(keys + j * stride + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][j] = fma(x[r], key, sums[r][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) quads[r][quad] = add_quads(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) dots[r] = join_quads(quads[r]);
+}
+
+// W keys in float32, whole vectors of each: themselves where they are that, else a copy
+template <typename T>
+INLINE const float* stage(const T* keys, int64_t* stride, int count, int head_dim, Scratch& s) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == W && head_dim % W == 0) return keys;
+  }
+  for (int i = 0; i < count; ++i) {
+    for_vectors(head_dim, [&](int d, auto io) { store(s.keys[i] + d, io.load_from(keys + i * *stride + d)); });
+  }
+  *stride = kDecodeMaxHeadDim;
+  return s.keys[0];
+}
+
+template <int R>
+INLINE void score_rows(const DecodeAttention& p, const float* keys, int64_t stride, vf add, int r, int j, Scratch& s) {
+  vf dots[R];
+  dot_rows<R>(s.q + r, keys, stride, round_up(p.head_dim), dots);
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i) store(s.p[r + i] + j, p.scale * dots[i] + add);
+}
+
 // p[r][j] = scores of the unit's keys
 template <typename T>
 void score(const DecodeAttention& p, const Unit& u, Scratch& s) {
   const T* k = static_cast<const T*>(p.k) + u.b * p.k_stride[0] + u.kv_head * p.k_stride[1] + u.first * p.k_stride[2];
   const float* weight = p.key_log_weight ? p.key_log_weight + u.b * p.max_len + u.first : nullptr;
-  const int64_t stride = p.k_stride[2];
-  const int wide = round_up(p.head_dim);
   for (int j = 0; j < u.keys; j += W) {
     const int count = u.keys - j < W ? u.keys - j : W;
+    int64_t stride = p.k_stride[2];
     const T* keys = k + j * stride;
     const vf add = !weight ? vf{} : count == W ? load(weight + j) : Part{count}.load_from(weight + j);
-    const bool staged = u.rows > 1;
-    if (staged) {
-      for (int i = 0; i < count; ++i) {
-        for_vectors(p.head_dim, [&](int d, auto io) { store(s.keys[i] + d, io.load_from(keys + i * stride + d)); });
-      }
+    if (u.rows == 1) {
+      const vf dots = count == W ? dot_all_keys(s.q[0], keys, stride, p.head_dim)
+                                 : dot_keys(s.q[0], keys, stride, count, p.head_dim);
+      store(s.p[0] + j, p.scale * dots + add);
+      continue;
     }
-    for (int r = 0; r < u.rows; ++r) {
-      const vf dots = staged       ? dot_all_keys(s.q[r], s.keys[0], kDecodeMaxHeadDim, wide)
-                      : count == W ? dot_all_keys(s.q[r], keys, stride, p.head_dim)
-                                   : dot_keys(s.q[r], keys, stride, count, p.head_dim);
-      store(s.p[r] + j, p.scale * dots + add);
-    }
+    const float* staged = stage(keys, &stride, count, p.head_dim, s);
+    int r = 0;
+    for (; r + kDotRows <= u.rows; r += kDotRows) score_rows<kDotRows>(p, staged, stride, add, r, j, s);
+    for (; r + 2 <= u.rows; r += 2) score_rows<2>(p, staged, stride, add, r, j, s);
+    if (r < u.rows) score_rows<1>(p, staged, stride, add, r, j, s);
   }
 }
 
@@ -141,7 +192,7 @@ INLINE void weigh(const float (*p)[kDecodeSplit], const T* v, int64_t stride, in
     vf x[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) x[n] = io.load_from(v + j * stride + n * W);
-    if (N > 1) {
+    if (R == 1 && N > 1) {
       __builtin_prefetch(reinterpret_cast<const char*>(v + j * stride) + kAhead);
       if (sizeof(vf) * N * sizeof(T) / 4 > 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(v + j * stride) + kAhead + 64);
@@ -161,10 +212,9 @@ INLINE void weigh(const float (*p)[kDecodeSplit], const T* v, int64_t stride, in
 
 template <int R, typename T>
 void weigh_rows(const float (*p)[kDecodeSplit], const T* v, int64_t stride, int keys, float* out, int head_dim) {
+  constexpr int N = R == 1 ? kLoneVectors : kSumVectors;
   int d = 0;
-  for (; d + kSumVectors * W <= head_dim; d += kSumVectors * W) {
-    weigh<R, kSumVectors>(p, v + d, stride, keys, out + d, head_dim, Full{});
-  }
+  for (; d + N * W <= head_dim; d += N * W) weigh<R, N>(p, v + d, stride, keys, out + d, head_dim, Full{});
   for (; d + W <= head_dim; d += W) weigh<R, 1>(p, v + d, stride, keys, out + d, head_dim, Full{});
   if (d < head_dim) weigh<R, 1>(p, v + d, stride, keys, out + d, head_dim, Part{head_dim - d});
 }
@@ -218,39 +268,6 @@ float* extremes_of(const DecodeAttention& p) {
   return p.partial ? p.partial + p.batch * p.kv_heads * p.splits * p.rows * p.head_dim : nullptr;
 }
 
-// the units [begin, end), counted over sequences, kv heads, tiles of rows, and the splits that hold keys
-template <typename T>
-void attend_units(const DecodeAttention& p, int64_t begin, int64_t end) {
-  Scratch s;
-  memset(s.keys, 0, sizeof s.keys);
-  const int tiles = (p.rows + kTile - 1) / kTile;
-  int64_t first = 0;
-  for (int64_t b = 0; b < p.batch && first < end; ++b) {
-    const int64_t length = decode_length(p, b);
-    const int splits = decode_splits(length);
-    const int64_t units = static_cast<int64_t>(p.kv_heads) * tiles * splits;
-    const int64_t from = begin > first ? begin - first : 0, to = end - first < units ? end - first : units;
-    for (int64_t i = from; i < to; ++i) {
-      const int split = static_cast<int>(i % splits), tile = static_cast<int>(i / splits % tiles);
-      Unit u{};
-      u.b = b;
-      u.kv_head = static_cast<int>(i / splits / tiles);
-      u.first = static_cast<int64_t>(split) * kDecodeSplit;
-      u.keys = static_cast<int>(length - u.first < kDecodeSplit ? length - u.first : kDecodeSplit);
-      u.r0 = tile * kTile;
-      u.rows = p.rows - u.r0 < kTile ? p.rows - u.r0 : kTile;
-      u.whole = splits == 1;
-      if (!u.whole) {
-        const int64_t at = slot(p, b, u.kv_head, split) + u.r0;
-        u.partial = p.partial + at * p.head_dim;
-        u.extremes = extremes_of(p) + 2 * at;
-      }
-      attend<T>(p, u, s);
-    }
-    first += units;
-  }
-}
-
 template <typename T>
 void merge_row(const DecodeAttention& p, int64_t b, int kv_head, int r, int splits) {
   const float* extremes = extremes_of(p);
@@ -271,14 +288,41 @@ void merge_row(const DecodeAttention& p, int64_t b, int kv_head, int r, int spli
   write_row<T>(p, b, kv_head, r, sums, maximum, total);
 }
 
+// the units [begin, end), counted over sequences, kv heads, the splits that hold keys, and tiles of rows, which read
+// the same keys
 template <typename T>
-void merge_rows(const DecodeAttention& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / p.kv_heads / p.rows;
-    const int splits = decode_splits(decode_length(p, b));
-    if (splits > 1) {
-      merge_row<T>(p, b, static_cast<int>(i / p.rows % p.kv_heads), static_cast<int>(i % p.rows), splits);
+void attend_units(const DecodeAttention& p, int64_t begin, int64_t end) {
+  Scratch s;
+  if (p.rows > 1) memset(s.keys, 0, sizeof s.keys);
+  const int tiles = decode_tiles(p);
+  int64_t first = 0;
+  for (int64_t b = 0; b < p.batch && first < end; ++b) {
+    const int64_t length = decode_length(p, b);
+    const int splits = decode_splits(length);
+    const int64_t units = static_cast<int64_t>(p.kv_heads) * tiles * splits;
+    const int64_t from = begin > first ? begin - first : 0, to = end - first < units ? end - first : units;
+    for (int64_t i = from; i < to; ++i) {
+      const int tile = static_cast<int>(i % tiles), split = static_cast<int>(i / tiles % splits);
+      Unit u{};
+      u.b = b;
+      u.kv_head = static_cast<int>(i / tiles / splits);
+      u.first = static_cast<int64_t>(split) * kDecodeSplit;
+      u.keys = static_cast<int>(length - u.first < kDecodeSplit ? length - u.first : kDecodeSplit);
+      u.r0 = tile * kTile;
+      u.rows = p.rows - u.r0 < kTile ? p.rows - u.r0 : kTile;
+      u.whole = splits == 1;
+      if (!u.whole) {
+        const int64_t at = slot(p, b, u.kv_head, split) + u.r0;
+        u.partial = p.partial + at * p.head_dim;
+        u.extremes = extremes_of(p) + 2 * at;
+      }
+      attend<T>(p, u, s);
+      if (u.whole) continue;
+      int32_t* done = p.done + (b * p.kv_heads + u.kv_head) * tiles + tile;
+      if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < splits) continue;
+      for (int r = 0; r < u.rows; ++r) merge_row<T>(p, b, u.kv_head, u.r0 + r, splits);
     }
+    first += units;
   }
 }
 
@@ -287,10 +331,6 @@ void merge_rows(const DecodeAttention& p, int64_t begin, int64_t end) {
 
 void decode_attention_kernel(const DecodeAttention& p, int64_t begin, int64_t end) {
   with_float(p.dtype, [&](auto element) { decode::attend_units<decltype(element)>(p, begin, end); });
-}
-
-void decode_merge_kernel(const DecodeAttention& p, int64_t begin, int64_t end) {
-  with_float(p.dtype, [&](auto element) { decode::merge_rows<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace flexkernels::FLEXKERNELS_ISA

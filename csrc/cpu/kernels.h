@@ -24,7 +24,6 @@
   int64_t attention_backward_scratch_bytes(const AttentionBackward& p);                   \
   void attention_backward_kernel(const AttentionBackward& p, int64_t begin, int64_t end); \
   void decode_attention_kernel(const DecodeAttention& p, int64_t begin, int64_t end);     \
-  void decode_merge_kernel(const DecodeAttention& p, int64_t begin, int64_t end);         \
   void kv_append_kernel(const KvAppend& p, int64_t begin, int64_t end);                   \
   void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                       \
   void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);      \

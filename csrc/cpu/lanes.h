@@ -29,23 +29,29 @@ INLINE vf add_pairs(vf a, vf b) {
 
 INLINE vf add_quads(vf a, vf b, vf c, vf d) { return add_pairs(add_pairs(a, b), add_pairs(c, d)); }
 
-// lane j = sum of the lanes of rows[j]
-INLINE vf sum_rows(const vf (&rows)[W]) {
+// lane 4 i + j = sum of the lanes of row 4 i + j, of which quads[i] is what add_quads makes
+INLINE vf join_quads(const vf (&quads)[W / 4]) {
 #if defined(__AVX512F__)
-  const vf x = add_quads(rows[0], rows[1], rows[2], rows[3]), y = add_quads(rows[4], rows[5], rows[6], rows[7]);
-  const vf z = add_quads(rows[8], rows[9], rows[10], rows[11]), w = add_quads(rows[12], rows[13], rows[14], rows[15]);
-  const vf xy = SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  const vf zw = SHUFFLE(z, w, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                SHUFFLE(z, w, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  const vf xy = SHUFFLE(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                SHUFFLE(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  const vf zw = SHUFFLE(quads[2], quads[3], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                SHUFFLE(quads[2], quads[3], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   return SHUFFLE(xy, zw, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
          SHUFFLE(xy, zw, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 #elif defined(__AVX2__)
-  const vf x = add_quads(rows[0], rows[1], rows[2], rows[3]), y = add_quads(rows[4], rows[5], rows[6], rows[7]);
-  return SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+  return SHUFFLE(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         SHUFFLE(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
 #else
-  return add_quads(rows[0], rows[1], rows[2], rows[3]);
+  return quads[0];
 #endif
+}
+
+// lane j = sum of the lanes of rows[j]
+INLINE vf sum_rows(const vf (&rows)[W]) {
+  vf quads[W / 4];
+#pragma GCC unroll 4
+  for (int i = 0; i < W / 4; ++i) quads[i] = add_quads(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
+  return join_quads(quads);
 }
 
 INLINE vf splat(float x) {

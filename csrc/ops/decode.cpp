@@ -75,18 +75,23 @@ void count_splits(DecodeAttention& p) {
   p.splits = decode_splits(longest);
 }
 
-void run(const DecodeAttention& p, [[maybe_unused]] const Tensor& like) {
+void run(DecodeAttention p, const Tensor& like) {
   int64_t splits = 0, keys = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     splits += decode_splits(decode_length(p, b));
     keys += decode_length(p, b);
   }
-  const int64_t tiles = (p.rows + kDecodeTile - 1) / kDecodeTile, units = p.kv_heads * tiles * splits;
+  const int64_t tiles = decode_tiles(p), units = p.kv_heads * tiles * splits;
+  OptionalTensor done;
+  if (p.splits > 1) {
+    done = empty(like, {p.batch * p.kv_heads * tiles}, ScalarType::Int);
+    p.done = static_cast<int32_t*>(done->mutable_data_ptr());
+    memset(p.done, 0, bytes_of(*done));
+  }
   // a unit reads keys and values and multiplies each by its rows
   const int64_t rows = p.rows < kDecodeTile ? p.rows : kDecodeTile;
   const int64_t per_unit = (keys / (splits + 1) + 1) * p.head_dim * 2 * (rows + 1) / 2;
   FLEXKERNELS_LAUNCH(decode_attention, p, like, units, per_unit);
-  if (p.splits > 1) FLEXKERNELS_LAUNCH(decode_merge, p, like, p.batch * p.kv_heads * p.rows, p.splits * p.head_dim);
 }
 #endif
 

@@ -147,6 +147,17 @@ def test_threads_do_not_change_a_bit(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("head_dim", [64, 20])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_that_share_loads_have_the_bits_of_rows_alone(dtype, head_dim):
+    """11 new tokens are tiles of 8 and 3 rows, each of several at a time; 570 keys end in part of a vector."""
+    q, k, v = draw(1, 11, 1, head_dim, dtype=dtype), *draw(2, 1, 1, 570, head_dim, dtype=dtype)
+    together = attend(("auto", "cpu"), q, k, v, [570], causal=False, return_lse=True)
+    for i in range(11):
+        alone = attend(("auto", "cpu"), q[:, i : i + 1], k, v, [570], causal=False, return_lse=True)
+        assert all(torch.equal(a[:, i], b[:, 0]) for a, b in zip(together, alone, strict=True))
+
+
 @on_every_backend
 def test_strided_caches_and_queries(place):
     layers = draw(3, 2, 2, 2, 290, 24).to(place[1])
