@@ -33,17 +33,25 @@ def target(request):
 @pytest.fixture(scope="module", params=PYTHONS, ids=["here", "other"][: len(PYTHONS)])
 def report(request, target, tmp_path_factory):
     """What triton_gate.py says of one target, in a process of its own: no interpreter, an empty cache."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "PYTHONPATH": str(Path(flexkernels.__file__).parents[1]),
-    }
-    command = [request.param, str(ROOT / "tests" / "support" / "triton_gate.py"), target]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-4000:]
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = printed(request.param, "triton_gate.py", target, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
     assert {found["kernel"] for found in report[target]["compiled"]} == set(report["kernels"])
     return report
+
+
+def printed(python, script, *arguments, **variables):
+    """The JSON that a script prints in a process of its own, without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(flexkernels.__file__).parents[1])} | variables
+    command = [python, str(ROOT / "tests" / "support" / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_no_length_compiles_attention_anew():
+    """Batches of other lengths, forward and backward: a kernel has one key, the one that its first batch compiled."""
+    keys = printed(sys.executable, "triton_keys.py")
+    assert len(keys) == 3 and all(len(batches) == 1 for batches in keys.values()), keys
 
 
 def test_kernels_compile(report, target):
