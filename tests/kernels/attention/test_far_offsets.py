@@ -8,8 +8,8 @@ import flexkernels
 from flexkernels import SequenceLayout
 
 ROWS, HEADS, HEAD_DIM = 70, 2, 16
-# rows of 2**31 / 60 elements: those from 60 on are beyond; or the second head is
-STRIDES = {"rows": (2**31 // 60 // 64 * 64, HEAD_DIM), "heads": (HEAD_DIM, 2**31 + 64)}
+# rows of 2**31 / 58 elements: the second sequence is beyond; or the second head is
+STRIDES = {"rows": (2**31 // 58 // 64 * 64, HEAD_DIM), "heads": (HEAD_DIM, 2**31 + 64)}
 
 
 @pytest.fixture(params=STRIDES)
@@ -33,7 +33,7 @@ def far(request):
 
 
 def make_layout():
-    layout = SequenceLayout([[(30, 20)], [(5, 15)]], "frame_causal_prefix")
+    layout = SequenceLayout([[(40, 20)], [(3, 7)]], "frame_causal_prefix")
     tensors, *mask = layout.arguments
     # copies, which the emulator knows of
     layout.arguments = [x.clone() for x in tensors], *mask
