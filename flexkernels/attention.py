@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from . import checks, library
 from .attention_backward import attention_backward_blocks
-from .layout import MASKS, LayoutTensors, SequenceLayout, visible_tokens
+from .layout import MASKS, NO_KEY, LayoutTensors, SequenceLayout, visible_tokens
 
 MAX_HEAD_DIM = 256
 # of the CUDA kernel
@@ -38,7 +38,7 @@ def attention(
             beyond ``layout.total_k``, which no query sees.
         softmax_scale: default ``1 / sqrt(head_dim)``.
         key_log_weight: float32 ``[total_k]``, finite (checked on the CPU alone), added to every logit of that key; no
-            gradient flows to it.
+            gradient flows to it. Of a layout with weighted_keys, 0 at all other keys and never negative.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
@@ -103,6 +103,16 @@ def _check_attention(q, k, v, layout, key_log_weight, mask, cross, softmax_scale
         checks.shape("key_log_weight", key_log_weight, k.shape[:1])
         checks.same_device("key_log_weight", key_log_weight, "layout", t.frame)
         checks.all_finite("key_log_weight", key_log_weight)
+        _check_weighted(key_log_weight, t.weighted)
+
+
+def _check_weighted(key_log_weight, weighted):
+    """Against a layout that lists its weighted keys; looks at the values as `checks.all_finite` does."""
+    if weighted.device.type != "cpu" or torch.compiler.is_compiling() or weighted.shape[1] == 0:
+        return
+    elsewhere = key_log_weight.index_fill(0, weighted[weighted != NO_KEY].long(), 0.0)
+    if (elsewhere != 0).any() or (key_log_weight < 0).any():
+        checks.reject("key_log_weight", "be 0 but at the layout's weighted_keys, and not negative", "other weights")
 
 
 def _check_attention_backward(grad_out, q, k, v, out, lse, layout, key_log_weight, mask, cross, softmax_scale):
@@ -143,8 +153,8 @@ _ARGUMENTS = "Tensor[] layout, Tensor? key_log_weight, int mask, int[] cross, fl
 
 
 def _too_many_registers(grad_out, q, *rest) -> str | None:
-    if q.dtype == torch.float32 and q.shape[-1] > 64:
-        return "the float32 gradient of head_dim above 64 does not fit into registers"
+    if q.dtype == torch.float32 and q.shape[-1] > 128:
+        return "the float32 gradient of head_dim above 128 does not fit into registers"
     return None
 
 

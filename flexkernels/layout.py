@@ -25,6 +25,8 @@ ALL_FULL = (1, 1, 1, 1)
 
 # keys of a tile, and what full runs hold whole numbers of unless they end with the sequence
 STEP = 64
+# weighted keys of a sequence are listed in whole steps of so many; what stands for no key is seen by no row
+LISTED_STEP, NO_KEY = 16, 2**31 - 1
 
 
 class TilePlan(NamedTuple):
@@ -56,7 +58,8 @@ class TilePlan(NamedTuple):
 class LayoutTensors(NamedTuple):
     """What attention kernels read of a layout: int32 tensors on its device.
 
-    cu_seqlens, frame, rank of the queries and of the keys, and the :class:`TilePlan`.
+    cu_seqlens, frame, rank of the queries and of the keys, the :class:`TilePlan`, and weighted ``[batch, n]``: the
+    keys of each sequence that may have a weight, then NO_KEY; n is 0 where any may.
     """
 
     cu_seqlens: torch.Tensor
@@ -73,6 +76,7 @@ class LayoutTensors(NamedTuple):
     key_tiles: torch.Tensor
     key_ptr: torch.Tensor
     key_runs: torch.Tensor
+    weighted: torch.Tensor
 
 
 class Side:
@@ -121,6 +125,8 @@ class SequenceLayout:
             register index <= query register index).
         device: where the index tensors live.
         key_frames: like frames, for keys that are other tokens than the queries (cross-attention); as many sequences.
+        weighted_keys: rising indices of the keys that may have a weight, where those are few: attention may then take
+            ``key_log_weight`` for 0 at all others, and for 0 or more at these. Default: any key, any weight.
 
     Attributes:
         cu_seqlens: int32 ``[batch + 1]``; frame: int32 ``[total]`` frame index inside the sequence;
@@ -131,7 +137,8 @@ class SequenceLayout:
     Making one takes some hundred microseconds, all on the host; keep it, or use :meth:`cached`.
 
     Raises:
-        ValueError: unknown mask or switch, a negative length, or another number of key sequences.
+        ValueError: unknown mask or switch, a negative length, another number of key sequences, or weighted_keys that
+            do not rise within the keys.
     """
 
     def __init__(
@@ -141,14 +148,15 @@ class SequenceLayout:
         cross_frame: Mapping[str, str] | None = None,
         device: torch.device | str = "cpu",
         key_frames: Sequence[Sequence[tuple[int, int]]] | None = None,
+        weighted_keys: Sequence[int] | None = None,
     ) -> None:
         if mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
         if key_frames is not None and len(key_frames) != len(frames):
             raise ValueError(f"key_frames must have {len(frames)} sequences like frames, got {len(key_frames)}")
-        self._build(frames, mask, _cross_codes(mask, cross_frame), device, key_frames)
+        self._build(frames, mask, _cross_codes(mask, cross_frame), device, key_frames, weighted_keys)
 
-    def _build(self, frames, mask, cross, device, key_frames) -> None:
+    def _build(self, frames, mask, cross, device, key_frames, weighted_keys) -> None:
         self.mask, self.cross, self.device = mask, cross, _with_index(device)
         self.queries = Side(frames, "frames")
         self.keys = self.queries if key_frames is None else Side(key_frames, "key_frames")
@@ -158,16 +166,20 @@ class SequenceLayout:
         made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
         own = [torch.from_numpy(x).to(self.device) for x in self.queries.tokens]
         keys = own if self.keys is self.queries else [torch.from_numpy(x).to(self.device) for x in self.keys.tokens]
+        made = *made, listed(weighted_keys, self.keys)
         self.tensors = LayoutTensors(*own, *keys, *(torch.from_numpy(x).to(self.device) for x in made))
         self.cu_seqlens, self.frame, self.rank = own
         self.arguments = list(self.tensors), MASKS.index(mask), list(cross)
 
     @classmethod
-    def cached(cls, frames, mask="frame_causal", cross_frame=None, device="cpu", key_frames=None) -> SequenceLayout:
+    def cached(
+        cls, frames, mask="frame_causal", cross_frame=None, device="cpu", key_frames=None, weighted_keys=None
+    ) -> SequenceLayout:
         """The same layout object for equal arguments; the latest 64 are kept."""
         freeze = lambda batch: None if batch is None else tuple(tuple(map(tuple, s)) for s in batch)  # noqa: E731
         cross = tuple(sorted(cross_frame.items())) if cross_frame else None
-        return _cached_layout(freeze(frames), mask, cross, _with_index(device), freeze(key_frames))
+        weighted = None if weighted_keys is None else tuple(weighted_keys)
+        return _cached_layout(freeze(frames), mask, cross, _with_index(device), freeze(key_frames), weighted)
 
     @classmethod
     def from_lengths(
@@ -201,8 +213,8 @@ class SequenceLayout:
 
 
 @lru_cache(maxsize=64)
-def _cached_layout(frames, mask, cross_frame, device, key_frames) -> SequenceLayout:
-    return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames)
+def _cached_layout(frames, mask, cross_frame, device, key_frames, weighted_keys) -> SequenceLayout:
+    return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames, weighted_keys)
 
 
 def _with_index(device: torch.device | str) -> torch.device:
@@ -219,6 +231,19 @@ def plan(queries: Side, keys: Side, mask: int, cross, rows: int, step: int = STE
 def tile_rows(device: torch.device, mask: str, keys: Side) -> int:
     """Query rows of a tile, as the kernels of a device want them."""
     return 64 if device.type != "cuda" else tuning.choose("attention_layout", mask=mask, keys=keys.max_seqlen)["rows"]
+
+
+def listed(weighted_keys: Sequence[int] | None, keys: Side) -> np.ndarray:
+    """``weighted`` of :class:`LayoutTensors`."""
+    batch, chosen = len(keys.cu_seqlens) - 1, np.array([] if weighted_keys is None else weighted_keys, dtype=np.int64)
+    if (np.diff(chosen) <= 0).any() or (len(chosen) and not 0 <= chosen[0] <= chosen[-1] < keys.total):
+        raise ValueError(f"weighted_keys must rise within the {keys.total} keys, got {chosen.tolist()[:8]}")
+    first = np.searchsorted(chosen, keys.cu_seqlens)
+    width = 0 if weighted_keys is None else max(1, np.diff(first).max(initial=0))
+    table = np.full((batch, -(-width // LISTED_STEP) * LISTED_STEP), NO_KEY, dtype=np.int32)
+    for sequence, (begin, end) in enumerate(pairwise(first.tolist())):
+        table[sequence, : end - begin] = chosen[begin:end]
+    return table
 
 
 def switched(mask: int, cross) -> bool:

@@ -59,9 +59,6 @@ class Packing:
         parts = [_Registers(grids[s.sample][0], s, registers, register_ops, trunk.mask, collapse) for s in members]
         self.grids = [grids[s.sample] for s in members]
         self.patches = [t * h * w for t, h, w in self.grids]
-        frames = [[(h * w, int(n)) for n in p.per_frame] for (_, h, w), p in zip(self.grids, parts, strict=True)]
-        self.layout = SequenceLayout(frames, trunk.mask, dict(trunk.cross_frame or ()), device)
-
         patch_first = np.cumsum([0] + [t * h * w for t, h, w in grids])
         code_first = registers * np.cumsum([0] + [t for t, _, _ in grids])
         position_rows = registers * max(t for t, _, _ in grids)
@@ -78,14 +75,17 @@ class Packing:
             weight.append(weights)
             base.append(np.where(part.token < 0, code_first[s.sample] + part.index, code_first[-1] + part.token))
             position.append(np.where(part.positioned, part.index, position_rows))
+        weights = np.concatenate(weight)
+        weighted = np.flatnonzero(weights).tolist() or None
+        frames = [[(h * w, int(n)) for n in p.per_frame] for (_, h, w), p in zip(self.grids, parts, strict=True)]
+        self.layout = SequenceLayout(frames, trunk.mask, dict(trunk.cross_frame or ()), device, weighted_keys=weighted)
         as_tensor = lambda pieces: torch.from_numpy(np.concatenate(pieces)).to(device)  # noqa: E731
         self.order = as_tensor(order)
         self.patch_at = (self.layout.rank < 0).nonzero()[:, 0]
         self.register_at = (self.layout.rank >= 0).nonzero()[:, 0]
         self.register_base, self.register_position = as_tensor(base), as_tensor(position)
         self.frames, self.registers = max(t for t, _, _ in grids), registers
-        weight = as_tensor(weight)
-        self.key_log_weight = weight if any((p.count > 1).any() for p in parts) else None
+        self.key_log_weight = torch.from_numpy(weights).to(device) if weighted else None
         # modulation rows: (patch, register) for each row of times
         self._is_register = (self.layout.rank >= 0).int()
         samples = np.repeat([s.sample for s in members], np.diff(self.layout.queries.cu_seqlens))

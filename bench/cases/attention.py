@@ -25,11 +25,12 @@ LAYOUTS = {
 
 def problem(name: str, device: str, dtype: torch.dtype):
     frames, mask, heads, weighted = LAYOUTS[name]
-    layout = flexkernels.SequenceLayout(frames, mask, device=device)
+    # the last register of a frame stands for 224
+    merged = (flexkernels.SequenceLayout(frames, mask).rank == 32).nonzero()[:, 0].tolist() if weighted else None
+    layout = flexkernels.SequenceLayout(frames, mask, device=device, weighted_keys=merged)
     q, k, v = torch.randn(3, layout.total, heads, HEAD_DIM).to(dtype).to(device)
     weight = None
     if weighted:
-        # the last register of a frame stands for 224
         weight = torch.where(layout.rank == 32, torch.tensor(224.0).log().to(device), 0.0)
     return layout, q, k, v, weight
 

@@ -17,7 +17,7 @@ using Tensors = std::vector<Tensor>;
 
 // LayoutTensors of flexkernels/layout.py
 enum LayoutTensor : int { kCuSeqlens, kFrame, kRank, kCuSeqlensK, kFrameK, kRankK, kReach, kRows, kTiles, kPtr, kRuns };
-constexpr size_t kLayoutTensors = 14;
+constexpr size_t kLayoutTensors = 15;
 
 // [rows, heads, head_dim] whose rows and heads may be strided
 inline void check_heads(const char* name, const Tensor& t, const Tensor& q) {

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import library, tuning
-from ..layout import switched
+from ..layout import LISTED_STEP, switched
 
 LOG2_E = tl.constexpr(1 / math.log(2))
 LN_2 = tl.constexpr(math.log(2))
@@ -33,10 +33,10 @@ AMD_STAGES = 2
 TRITON = 100 * int(triton.__version__.split(".")[0]) + int(triton.__version__.split(".")[1])
 
 # their values and alignment depend on lengths, which must not compile anything anew
-LENGTHS = ("total", "heads", "kv_heads", "group")
+LENGTHS = ("total", "heads", "kv_heads", "group", "listed")
 METADATA = (
     *("p_reach", "p_q_frame", "p_q_rank", "p_k_frame", "p_k_rank", "p_rows", "p_tiles", "p_ptr", "p_runs"),
-    *("p_weight", "p_lse", "p_delta", "p_norm"),
+    *("p_weight", "p_listed", "p_lse", "p_delta", "p_norm"),
 )
 
 
@@ -158,15 +158,40 @@ def attention_step(
     return b_acc, b_new, b_sum
 
 
+@triton.jit
+def listed_step(
+    b_q, b_acc, b_max, b_sum, b_reach, p_k, p_v, p_listed, o_d, m_dim, p_weight, stride_k, stride_v, end, scale,
+    PADDED: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over listed keys once more, now for what e^w exceeds 1 by: a key of weight w counts e^w times."""
+    keys = tl.load(p_listed + tl.arange(0, STEP))
+    # what stands for no key is beyond every end
+    m_k = keys < end
+    o_key = tl.where(m_k, keys, 0).to(tl.int64)
+    b_k = load_block(p_k, o_key[:, None] * stride_k + o_d, m_k, m_dim, True, PADDED, DOT)
+    b_w = LOG2_E * tl.load(p_weight + o_key, mask=m_k, other=0.0)
+    # log2(2^w - 1), which is -inf at 0
+    b_w += tl.log2(1.0 - tl.exp2(-b_w))
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale + b_w[None, :]
+    b_s = tl.where(keys[None, :] < b_reach, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new[:, None])
+    b_shrink = tl.exp2(b_max - b_new)
+    b_v = load_block(p_v, o_key[:, None] * stride_v + o_d, m_k, m_dim, True, PADDED, DOT)
+    b_acc = tl.dot(b_p.to(DOT), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+    return b_acc, b_new, b_sum * b_shrink + tl.sum(b_p, 1)
+
+
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=METADATA)
 def attention_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_weight, p_reach, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
+    p_q, p_k, p_v, p_out, p_lse, p_weight, p_listed, p_reach, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
     p_rows, p_tiles, p_ptr, p_runs,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, total, heads, group, scale,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, total, heads, group, listed, scale,
     CROSS: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, LISTED_STEP: tl.constexpr,
 ):  # fmt: skip
-    # q [BLOCK, BLOCK_D], k and v [STEP, BLOCK_D]; scale >= 0, its sign is NEGATIVE
+    # q [BLOCK, BLOCK_D], k and v [STEP, BLOCK_D]; scale >= 0, its sign is NEGATIVE; p_listed [batch, listed] replaces
+    # the weights of all keys
     PADDED: tl.constexpr = HEAD_DIM < BLOCK_D
     # later rows see more keys: they go first
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -184,19 +209,29 @@ def attention_kernel(
     b_max = tl.full([BLOCK], LOW, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     if CROSS is None:
+        p_dense = p_weight
+        if p_listed is not None:
+            p_dense = None
         begin, middle, end = load_span(p_tiles, tile, used)
         middle = tl.minimum(begin + (middle - begin) // STEP * STEP, end)
         for key in range(begin, middle, STEP):
             b_acc, b_max, b_sum = attention_step(
-                b_q, b_acc, b_max, b_sum, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, None, None,
+                b_q, b_acc, b_max, b_sum, None, p_k, p_v, o_kd, o_vd, m_dim, p_dense, None, None,
                 stride_k, stride_v, key, end, scale, False, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
         query = query_terms(p_reach, None, None, rows[:, None], m_q[:, None], CROSS)
         for key in tl.range(middle, end, STEP, num_stages=MASKED_STAGES):
             b_acc, b_max, b_sum = attention_step(
-                b_q, b_acc, b_max, b_sum, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, None, None,
+                b_q, b_acc, b_max, b_sum, query, p_k, p_v, o_kd, o_vd, m_dim, p_dense, None, None,
                 stride_k, stride_v, key, end, scale, True, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
+        if p_listed is not None:
+            p_listed += tl.load(p_tiles + 8 * tile) * tl.cast(listed, tl.int64)
+            for at in tl.range(0, tl.where(used, listed, 0), LISTED_STEP, num_stages=1):
+                b_acc, b_max, b_sum = listed_step(
+                    b_q, b_acc, b_max, b_sum, query[0], p_k, p_v, p_listed + at, o_d, m_dim, p_weight,
+                    stride_k, stride_v, end, scale, PADDED, DOT, LISTED_STEP,
+                )  # fmt: skip
     else:
         first, fulls, last = load_runs(p_tiles, p_ptr, tile, used)
         for i in range(first, first + fulls):
@@ -239,16 +274,20 @@ def launch(q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse
 
     ``chosen`` replaces the tuning table's entry.
     """
-    _, q_frame, q_rank, _, k_frame, k_rank, reach, rows, tiles, ptr, runs, *_ = layout
-    heads, scale = q.shape[1], scale_of(q, softmax_scale)
+    _, q_frame, q_rank, _, k_frame, k_rank, reach, rows, tiles, ptr, runs, *_, weighted = layout
+    heads, scale, listed = q.shape[1], scale_of(q, softmax_scale), weighted.shape[1]
+    # with switches weights are those of all keys
+    p_listed = weighted if key_log_weight is not None and listed and not switched(mask, cross) else None
     chosen = chosen or choice("attention_forward", q, rows, mask, cross)
     if len(tiles) == 0 or heads == 0:
         return
     with torch.cuda.device_of(q):
         attention_kernel[(len(tiles) * (rows.shape[1] // chosen["block"]) * heads,)](
-            q, k, v, out, lse, key_log_weight, reach, q_frame, q_rank, k_frame, k_rank, rows, tiles, ptr, runs,
-            *strides(q, k, v), len(q), heads, heads // k.shape[1], abs(scale) * LOG2_E.value,
-            NEGATIVE=scale < 0, ROWS=rows.shape[1], **constants(q, mask, cross), **options(chosen),
+            q, k, v, out, lse, key_log_weight, p_listed, reach, q_frame, q_rank, k_frame, k_rank,
+            rows, tiles, ptr, runs,
+            *strides(q, k, v), len(q), heads, heads // k.shape[1], listed, abs(scale) * LOG2_E.value,
+            NEGATIVE=scale < 0, ROWS=rows.shape[1], LISTED_STEP=LISTED_STEP,
+            **constants(q, mask, cross), **options(chosen),
         )  # fmt: skip
 
 

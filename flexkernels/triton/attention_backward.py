@@ -251,7 +251,7 @@ def launch(
 
     ``chosen`` (of dq, of dk and dv) replaces the tuning table's entries.
     """
-    _, q_frame, q_rank, _, k_frame, k_rank, reach, rows, tiles, ptr, runs, *keys = layout
+    _, q_frame, q_rank, _, k_frame, k_rank, reach, rows, tiles, ptr, runs, *keys, _ = layout
     heads, kv_heads = q.shape[1], k.shape[1]
     of_dq, of_dkdv = chosen or (choice(name, q, rows, mask, cross) for name in ("attention_dq", "attention_dkdv"))
     group, scale = heads // kv_heads, scale_of(q, softmax_scale)

@@ -32,7 +32,11 @@ def launched(lengths: list[int], mask: str) -> list:
     for module in (attention, attention_backward):
         for name in gates.attention.KERNELS & set(vars(module)):
             setattr(module, name, Recorder(getattr(module, name), found))
-    q, lse, weight = torch.zeros(layout.total, 2, 64).bfloat16(), torch.zeros(2, layout.total), torch.zeros(layout.total)
+    q, lse, weight = (
+        torch.zeros(layout.total, 2, 64).bfloat16(),
+        torch.zeros(2, layout.total),
+        torch.zeros(layout.total),
+    )
     given = layout.arguments[0], weight, *layout.arguments[1:], None
     attention.launch(q, q, q, *given, q, lse)
     attention_backward.launch(q, q, q, q, q, lse, *given, q, q, q)

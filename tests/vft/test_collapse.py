@@ -59,6 +59,12 @@ def tokens(case, keep, null=False, prefix=0, frames=5, patches=16):
     grids, members = ((frames, 4, patches // 4),), (Member(0, keep, prefix, null),)
     made = packing(grids, members, config.registers, config.register_ops, config.decoder, True, torch.device("cpu"))
     weight = made.key_log_weight
+    # what the layout promises of the weights
+    listed, weights = (
+        made.layout.tensors.weighted.flatten(),
+        torch.zeros(made.layout.total) if weight is None else weight,
+    )
+    assert listed[listed < made.layout.total].tolist() == weights.nonzero()[:, 0].tolist()
     counts = [] if weight is None else sorted(weight.exp().round().int()[weight > 0].tolist())
     return made.layout.total, counts
 

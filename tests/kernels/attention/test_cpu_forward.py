@@ -42,7 +42,7 @@ def draw(layout, heads=2, kv_heads=2, head_dim=64, dtype=torch.float32, extra=0)
 
 def planned(layout, blocks):
     made = plan(layout.queries, layout.keys, MASKS.index(layout.mask), layout.cross, *blocks)
-    return list(layout.tensors[:6]) + [torch.from_numpy(part) for part in made]
+    return list(layout.tensors[:6]) + [torch.from_numpy(part) for part in made] + [layout.tensors.weighted]
 
 
 def forward(q, k, v, layout, blocks=(64, 64), weight=None, scale=None, **replaced):
@@ -286,7 +286,7 @@ def test_refuses(replaced, message):
 
 
 def test_refuses_a_layout_of_fewer_tensors():
-    with pytest.raises(RuntimeError, match="layout must hold 14 tensors, got 13"):
+    with pytest.raises(RuntimeError, match="layout must hold 15 tensors, got 14"):
         ops.attention(X, X, X, list(SMALL.tensors)[:-1], None, 0, [1, 1, 1, 1], None)
 
 

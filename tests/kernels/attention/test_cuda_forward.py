@@ -44,7 +44,8 @@ def arguments(place, layout, blocks=(64, 64), **replaced):
     """What the op takes of a layout; `replaced`: tensors of it."""
     sides, mask = (layout.queries, layout.keys), MASKS.index(layout.mask)
     tokens = [x for side in sides for x in side.tokens]
-    made = dict(zip(LayoutTensors._fields, [*tokens, *plan(*sides, mask, layout.cross, *blocks)], strict=True))
+    planned = plan(*sides, mask, layout.cross, *blocks)
+    made = dict(zip(LayoutTensors._fields, [*tokens, *planned, layout.tensors.weighted], strict=True))
     # copies, which the emulator knows of
     tensors = [torch.as_tensor(x).clone().to(place[1]) for x in (made | replaced).values()]
     return tensors, mask, list(layout.cross)

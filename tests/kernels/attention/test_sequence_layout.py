@@ -184,6 +184,22 @@ def test_wrong_input(arguments, message):
         SequenceLayout(*arguments)
 
 
+def test_weighted_keys_stand_by_sequence():
+    frames = [[(20, 3)], [], [(1, 0)]]
+    layout = SequenceLayout.cached(frames, weighted_keys=[0, *range(2, 20), 23])
+    assert layout is SequenceLayout.cached(frames, weighted_keys=[0, *range(2, 20), 23])
+    none = [2**31 - 1]
+    assert layout.tensors.weighted.tolist() == [[0, *range(2, 20), *13 * none], 32 * none, [23, *31 * none]]
+    # none at all is not any
+    assert SequenceLayout(frames, weighted_keys=[]).tensors.weighted.tolist() == 3 * [16 * none]
+    assert SequenceLayout(frames).tensors.weighted.shape == (3, 0)
+    other = SequenceLayout(frames, key_frames=[[(1, 1)], [(2, 0)], []], weighted_keys=[1, 3])
+    assert other.tensors.weighted[:, 0].tolist() == [1, 3, *none]
+    for wrong in ([3, 3], [5, 4], [-1], [24]):
+        with pytest.raises(ValueError, match="weighted_keys must rise within the 24 keys, got"):
+            SequenceLayout(frames, weighted_keys=wrong)
+
+
 def test_wrong_number_of_key_sequences():
     with pytest.raises(ValueError, match="key_frames must have 1 sequences like frames, got 2"):
         SequenceLayout([[(1, 1)]], "full", key_frames=[[(1, 1)], []])

@@ -60,12 +60,12 @@ class Problem(NamedTuple):
         sides, mask = (self.layout.queries, self.layout.keys), MASKS.index(self.layout.mask)
         made = plan(*sides, mask, self.layout.cross, tiles.rows, tiles.step)
         tokens = [torch.from_numpy(x) for side in sides for x in side.tokens]
-        tensors = LayoutTensors(*tokens, *(torch.from_numpy(x) for x in made))
+        tensors = LayoutTensors(*tokens, *(torch.from_numpy(x) for x in made), self.layout.tensors.weighted)
         return [x.to(DEVICE) for x in tensors], mask, self.layout.cross
 
 
-def pose(case, frames=FRAMES, key_frames=None):
-    layout = SequenceLayout(frames, *CASES[case], key_frames=key_frames)
+def pose(case, frames=FRAMES, key_frames=None, weighted_keys=None):
+    layout = SequenceLayout(frames, *CASES[case], key_frames=key_frames, weighted_keys=weighted_keys)
     return Problem(layout, layout.visible())
 
 
@@ -241,6 +241,42 @@ def test_weights_that_are_not_contiguous():
     for weight in (every_other, expanded):
         got = through_the_op(problem, *tensors, weight=weight)
         assert torch.equal(got, through_the_op(problem, *tensors, weight=weight.contiguous()))
+
+
+# of FRAMES: 3 keys of the first sequence, none of the empty one, the only key of the third, 18 of the last: two steps
+WEIGHTED = [8, 15, 18, 19, *range(25, 42), 70]
+
+
+@pytest.mark.parametrize("head_dim", [16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_listed_weights(case, dtype, head_dim):
+    """As weights of all keys, whatever the weights: none, small, and larger than any score."""
+    problem = pose(case, weighted_keys=WEIGHTED)
+    weight = torch.zeros(problem.layout.total)
+    weight[WEIGHTED] = torch.cat([torch.tensor([0.0, 1e-6, 100.0, 3.0]), torch.rand(len(WEIGHTED) - 4) * 5])
+    check_forward(problem, *draw(problem, 2, 1, head_dim, dtype), weight, tiles=PARTS)
+
+
+def test_a_listed_key_that_a_tile_does_not_see_is_not_read():
+    problem = pose("frame_causal", [[(33, 1)] * 3], weighted_keys=[33, 67, 101])
+    q, k, v = draw(problem)
+    weight = torch.zeros(problem.layout.total)
+    weight[[33, 67, 101]] = 2.0
+    want, _ = forward(problem, q, k, v, weight)
+    k[67:], v[67:] = float("nan"), float("nan")
+    assert torch.equal(forward(problem, q, k, v, weight)[0][:32], want[:32])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="values are looked at on the CPU alone")
+def test_weights_that_the_layout_does_not_list():
+    layout = SequenceLayout([[(4, 1)]], "frame_causal", device=DEVICE, weighted_keys=[4])
+    q = torch.ones(5, 1, 8, device=DEVICE)
+    for at, value in ((3, 1.0), (4, -1.0)):
+        weight = torch.zeros(5, device=DEVICE)
+        weight[at] = value
+        with flexkernels.backend("triton"), pytest.raises(ValueError, match="key_log_weight must be 0 but at"):
+            flexkernels.attention(q, q, q, layout, key_log_weight=weight)
 
 
 def test_rows_beyond_the_layout():

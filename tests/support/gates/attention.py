@@ -7,9 +7,12 @@ from .record import Recorder
 
 KERNELS = {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
 FULL, PREFIX, SWITCHED = (0, (1, 1, 1, 1)), (3, (1, 1, 1, 1)), (3, (1, 0, 0, 2))
-# dtype, head_dim, mask and cross, rows of a tile, weights, query heads a kv head
+# dtype, head_dim, mask and cross, rows of a tile, weights (True: of any key, "few": of listed ones), query heads a kv
+# head
 FORWARD = (
     (torch.bfloat16, 64, PREFIX, 64, True, 1),
+    (torch.bfloat16, 64, PREFIX, 64, "few", 1),
+    (torch.bfloat16, 128, PREFIX, 64, "few", 1),
     (torch.bfloat16, 64, FULL, 128, False, 1),
     (torch.bfloat16, 64, SWITCHED, 64, True, 1),
     (torch.float16, 128, FULL, 128, False, 4),
@@ -26,13 +29,16 @@ BACKWARD = (
     (torch.float16, 256, PREFIX, 64, False, 4),
     (torch.float32, 64, SWITCHED, 64, False, 1),
     (torch.float32, 17, PREFIX, 64, True, 1),
+    (torch.float32, 128, SWITCHED, 64, True, 1),
+    (torch.float32, 128, PREFIX, 64, False, 1),
 )
 
 
 def launch(dtype, head_dim, mask, rows, weighted, group, backward):
     q, k = torch.zeros(32, 4, head_dim, dtype=dtype), torch.zeros(32, 4 // group, head_dim, dtype=dtype)
     lse, weight = torch.zeros(4, 32), torch.zeros(32) if weighted else None
-    layout = list(SequenceLayout([[(32, 0)]], "full").tensors._replace(rows=torch.zeros(1, rows, dtype=torch.int32)))
+    made = SequenceLayout([[(32, 0)]], "full", weighted_keys=[3] if weighted == "few" else None).tensors
+    layout = list(made._replace(rows=torch.zeros(1, rows, dtype=torch.int32)))
     given = layout, weight, *mask, 0.125
     if backward:
         attention_backward.launch(q, q, k, k, q, lse, *given, q, k, k)
