@@ -92,7 +92,7 @@ def causal_conv(
 ) -> torch.Tensor:
     """The convolution above; no frame sees a later one. For inference: it has no gradient.
 
-    x: float32 [B, T, H, W, C], T a multiple of the time stride, H and W of the stride. An empty x gives an empty result.
+    x: float32 [B, T, H, W, C], T a multiple of the time stride, H and W of the stride; empty gives empty.
     weight: from `prepare_conv`, on x's device.
     residual: float32, added to the result.
     past: float32 [B, taps in time - time stride, H, W, C], the frames before x; zeros where it is None.
@@ -227,10 +227,8 @@ def _out_shape(x, kind, time_stride, stride, phases, outputs) -> tuple[int, ...]
 
 def _causal_conv_reference(x, weight, bias, residual, past, kind, taps, time_stride, stride, phases, outputs):
     full = _taps(weight, kind, taps, phases, outputs).to(x.dtype)
-    if past is None:
-        x = F.pad(x, (0, 0, 0, 0, 0, 0, taps[0] - time_stride, 0))
-    else:
-        x = torch.cat([past, x], 1)
+    past = x.new_zeros(len(x), taps[0] - time_stride, *x.shape[2:]) if past is None else past
+    x = torch.cat([past, x], 1)
     x = x.permute(0, 4, 1, 2, 3)
     if kind == UPSAMPLE:
         x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)

@@ -53,12 +53,8 @@ class Convolution(nn.Module):
 
     def _prepared(self, ours: bool):
         parameters = list(self.parameters())
-        versions = [0 if p.is_inference() else p._version for p in parameters]
-        if (
-            self._made is None
-            or self._made[1] != versions
-            or any(a is not b for a, b in zip(self._made[0], parameters, strict=True))
-        ):
+        key = [ours, *map(id, parameters), *(0 if p.is_inference() else p._version for p in parameters)]
+        if self._made is None or self._made[0] != key:
             weight, bias = self.taps()
             make = flexkernels.prepare_conv if ours else Plain.prepare
             # with the parameters, so that their ids stay theirs

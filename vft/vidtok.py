@@ -15,7 +15,7 @@ from torch import nn
 from flexkernels import norm_silu
 
 from .codec import VIDTOK, Codec
-from .convolution import Convolution
+from .convolution import Convolution, native
 
 
 class VidTokCodec(Codec):
