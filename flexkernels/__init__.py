@@ -1,6 +1,7 @@
 """Structured attention, FSQ quantisation and flow-ODE solver steps as PyTorch ops."""
 
 from .attention import attention, attention_ref
+from .conv import ConvWeight, causal_conv, causal_conv_ref, norm_silu, norm_silu_ref, prepare_conv
 from .decode import decode_attention, decode_attention_ref, kv_append_, kv_append_ref_
 from .flow import APG, CFG, Prefix, flow_step, flow_step_ref, flow_update, flow_update_, flow_update_ref
 from .fsq import fsq_dequantize, fsq_dequantize_ref, fsq_quantize, fsq_quantize_ref
@@ -32,6 +33,7 @@ __all__ = [
     "APG",
     "CFG",
     "BlockWeights",
+    "ConvWeight",
     "Prefix",
     "SequenceLayout",
     "StackWeights",
@@ -43,6 +45,8 @@ __all__ = [
     "attention_ref",
     "available_backends",
     "backend",
+    "causal_conv",
+    "causal_conv_ref",
     "decode_attention",
     "decode_attention_ref",
     "flash_attn_varlen_func",
@@ -67,6 +71,9 @@ __all__ = [
     "gated_residual_ref",
     "kv_append_",
     "kv_append_ref_",
+    "norm_silu",
+    "norm_silu_ref",
+    "prepare_conv",
     "qk_norm",
     "qk_norm_ref",
     "quantize_rows",

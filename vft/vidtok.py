@@ -4,16 +4,18 @@ A causal 3-D convolutional autoencoder: 17 x 128 x 128 pixels become 5 x 16 x 16
 are the published ones. Time is padded with zeros on the left and upsampled by repetition, as the published inference
 code does; later VidTok releases repeat the first frame and interpolate instead, and give other values.
 
-Activations are [B, C, T, H, W] in channels-last memory; convolutions over space or time alone run as 3-D ones.
+Activations are [B, T, H, W, C]. The norms are over channels, so a pixel depends on its neighbours by convolutions
+alone, but for one attention over each frame at the latents' resolution: `vft.tiling` cuts all else into tiles.
 """
-
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flexkernels import norm_silu
+
 from .codec import VIDTOK, Codec
+from .convolution import Convolution, native
 
 
 class VidTokCodec(Codec):
@@ -52,15 +54,16 @@ class VidTokCodec(Codec):
         return codec.requires_grad_(False).eval()
 
     def _encode(self, video, generator):
-        moments = self.vidtok.encoder(video.to(self._dtype()))
-        mean, log_variance = moments.float().chunk(2, 1)
+        moments = self.vidtok.encoder(video.to(self._dtype()).permute(0, 2, 3, 4, 1).contiguous())
+        mean, log_variance = moments.float().permute(0, 4, 1, 2, 3).chunk(2, 1)
         if generator is None:
             return mean.contiguous()
         noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
         return mean + noise * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def _decode(self, latents):
-        return self.vidtok.decoder(latents.to(self._dtype())).contiguous()
+        video = self.vidtok.decoder(latents.to(self._dtype()).permute(0, 2, 3, 4, 1).contiguous())
+        return video.permute(0, 4, 1, 2, 3).contiguous()
 
     def _dtype(self):
         return self.vidtok.encoder.conv_in.conv.weight.dtype
@@ -86,20 +89,30 @@ class _Encoder(nn.Module):
                 self.down[level].downsample = _SpaceDownsample(here)
             if last - 2 <= level < last:
                 self.down_temporal[level].downsample = _TimeDownsample(here)
-        self.mid = _middle(widths[-1])
+        self.mid = _Middle(widths[-1])
         self.norm_out = _Norm(widths[-1])
         self.conv_out = _CausalConv(nn.Conv3d, widths[-1], 2 * channels)
 
-    def forward(self, video):
-        """[B, 3, 1 + 4k, H, W] -> mean and log variance [B, 2 C, 1 + k, h, w]."""
-        # three copies of the first frame in front make whole groups of four
-        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
-        x = self.conv_in(video.contiguous(memory_format=torch.channels_last_3d))
+    def forward(self, video, state=None):
+        """[B, 1 + 4k, H, W, 3] -> mean and log variance [B, 1 + k, h, w, 2 C]; with a state that has seen frames, the
+        4k that follow -> k."""
+        return self.finish(self.local(video, state), state)
+
+    def local(self, video, state=None):
+        """What sees a neighbourhood of pixels: -> [B, t, h, w, 4 width]."""
+        if not state:
+            # three copies of the first frame in front make whole groups of four
+            video = torch.cat([video[:, :1].expand(-1, 3, -1, -1, -1), video], 1)
+        x = self.conv_in(video, state=state)
         for space, time in zip(self.down, self.down_temporal, strict=True):
             for in_space, in_time in zip(space.block, time.block, strict=True):
-                x = in_time(in_space(x))
-            x = time.downsample(space.downsample(x))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+                x = in_time(in_space(x, state), state)
+            x = time.downsample(space.downsample(x), state=state)
+        return x
+
+    def finish(self, x, state=None):
+        """What sees whole frames."""
+        return self.conv_out(self.norm_out.silu(self.mid(x, state)), state=state)
 
 
 class _Decoder(nn.Module):
@@ -107,7 +120,7 @@ class _Decoder(nn.Module):
         super().__init__()
         widths = [width * m for m in multipliers]
         self.conv_in = _CausalConv(nn.Conv3d, channels, widths[-1])
-        self.mid = _middle(widths[-1])
+        self.mid = _Middle(widths[-1])
         self.up, self.up_temporal = nn.ModuleList(), nn.ModuleList()
         for level, (before, here) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             self.up.append(_Level(nn.Conv2d, before, here, blocks=3))
@@ -119,14 +132,28 @@ class _Decoder(nn.Module):
         self.norm_out = _Norm(widths[0])
         self.conv_out = _CausalConv(nn.Conv3d, widths[0], 3)
 
-    def forward(self, latents):
-        """[B, C, 1 + k, h, w] -> [B, 3, 1 + 4k, H, W]."""
-        x = self.mid(self.conv_in(latents.contiguous(memory_format=torch.channels_last_3d)))
+    def forward(self, latents, state=None):
+        """[B, 1 + k, h, w, C] -> [B, 1 + 4k, H, W, 3]; with a state that has seen frames, the k that follow -> 4k."""
+        # of the first latent frame's group of four, three frames stand for nothing
+        first = 0 if state else 3
+        return self.local(self.start(latents, state), state)[:, first:]
+
+    def start(self, latents, state=None):
+        """What sees whole frames: -> [B, t, h, w, 4 width]."""
+        return self.mid(self.conv_in(latents, state=state), state)
+
+    def local(self, x, state=None):
+        """What sees a neighbourhood of latents: -> [B, 4t, H, W, 3]."""
         for space, time in zip(reversed(self.up), reversed(self.up_temporal), strict=True):
             for in_space, in_time in zip(space.block, time.block, strict=True):
-                x = in_time(in_space(x))
-            x = time.upsample(space.upsample(x))
-        return self.conv_out(F.silu(self.norm_out(x)))[:, :, 3:]
+                x = in_time(in_space(x, state), state)
+            x = time.upsample(space.upsample(x), state=state)
+        return self.conv_out(self.norm_out.silu(x), state=state)
+
+
+class _Same(nn.Identity):
+    def forward(self, x, state=None):
+        return x
 
 
 class _Level(nn.Module):
@@ -135,17 +162,18 @@ class _Level(nn.Module):
     def __init__(self, kind, before, here, blocks):
         super().__init__()
         self.block = nn.ModuleList([_Residual(kind, here if i else before, here) for i in range(blocks)])
-        self.downsample = self.upsample = nn.Identity()
+        self.downsample = self.upsample = _Same()
 
 
-def _middle(width):
-    return nn.Sequential(
-        OrderedDict(
-            block_1=_Residual(nn.Conv3d, width, width),
-            attn_1=_Attention(width),
-            block_2=_Residual(nn.Conv3d, width, width),
-        )
-    )
+class _Middle(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.block_1 = _Residual(nn.Conv3d, width, width)
+        self.attn_1 = _Attention(width)
+        self.block_2 = _Residual(nn.Conv3d, width, width)
+
+    def forward(self, x, state=None):
+        return self.block_2(self.attn_1(self.block_1(x, state)), state)
 
 
 class _Residual(nn.Module):
@@ -153,15 +181,18 @@ class _Residual(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = _Norm(before), _conv(kind, before, here)
         self.norm2, self.conv2 = _Norm(here), _conv(kind, here, here)
-        self.nin_shortcut = nn.Identity() if before == here else _conv(kind, before, here, 1)
+        self.nin_shortcut = _Same() if before == here else _conv(kind, before, here, 1)
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, state=None):
+        h = self.conv1(self.norm1.silu(x), state=state)
+        return self.conv2(self.norm2.silu(h), self.nin_shortcut(x), state)
 
 
 class _Attention(nn.Module):
     """One head over the h * w positions of each frame."""
+
+    # scores that are in memory at a time
+    SCORES = 1 << 26
 
     def __init__(self, width):
         super().__init__()
@@ -170,10 +201,16 @@ class _Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        # [B, T, h * w, C]
-        q, k, v = (layer(h).permute(0, 2, 3, 4, 1).flatten(2, 3) for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v).unflatten(2, x.shape[3:])
-        return x + self.proj_out(out.permute(0, 4, 1, 2, 3))
+        # [B * T, 1, h * w, C]
+        q, k, v = (layer(h).flatten(2, 3).flatten(0, 1)[:, None] for layer in (self.q, self.k, self.v))
+        frames = [F.scaled_dot_product_attention(*part) for part in self._parts(q, k, v)]
+        rows = torch.cat(frames, 2) if len(frames) > 1 else frames[0]
+        return self.proj_out(rows.view(x.shape), x)
+
+    def _parts(self, q, k, v):
+        # some queries at a time
+        count = max(1, self.SCORES // (len(q) * k.shape[2]))
+        return [(part, k, v) for part in q.split(count, 2)]
 
 
 class _Norm(nn.Module):
@@ -184,36 +221,39 @@ class _Norm(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x):
-        return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        return self.norm(x)
+
+    def silu(self, x):
+        if not native(x):
+            return F.silu(self.norm(x))
+        return norm_silu(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
 
 
 def _conv(kind, before, here, size=3):
-    if kind is nn.Conv2d:
-        return _SpaceConv(before, here, size, padding=size // 2)
-    return _CausalConv(kind, before, here, size)
+    return _SpaceConv(before, here, size) if kind is nn.Conv2d else _CausalConv(kind, before, here, size)
 
 
-class _SpaceConv(nn.Conv2d):
+class _SpaceConv(Convolution, nn.Conv2d):
     """A 2-D convolution of every frame."""
 
-    def forward(self, x):
-        stride, padding = (1, *self.stride), (0, *self.padding)
-        return F.conv3d(x, self.weight[:, :, None], self.bias, stride, padding)
+    def __init__(self, before, here, size, **options):
+        super().__init__(before, here, size)
+        self.options = options
+
+    def taps(self):
+        return self.weight[:, :, None], self.bias
 
 
-class _CausalConv(nn.Module):
+class _CausalConv(Convolution):
     """A convolution over time (Conv1d) or over time and space (Conv3d) that sees no later frame; zeros come before."""
 
-    def __init__(self, kind, before, here, size=3, time_stride=1):
+    def __init__(self, kind, before, here, size=3):
         super().__init__()
         self.conv = kind(before, here, size)
-        self.time_stride, self.padding = time_stride, (size // 2 if kind is nn.Conv3d else 0)
 
-    def forward(self, x):
-        weight = self.conv.weight if self.conv.weight.ndim == 5 else self.conv.weight[..., None, None]
-        x = F.pad(x, (0, 0, 0, 0, weight.shape[2] - self.time_stride, 0))
-        padding = (0, self.padding, self.padding)
-        return F.conv3d(x, weight, self.conv.bias, (self.time_stride, 1, 1), padding)
+    def taps(self):
+        weight = self.conv.weight
+        return weight if weight.ndim == 5 else weight[..., None, None], self.conv.bias
 
 
 class _SpaceDownsample(nn.Module):
@@ -222,41 +262,63 @@ class _SpaceDownsample(nn.Module):
         self.conv = _SpaceConv(width, width, 3, stride=2)
 
     def forward(self, x):
-        # zeros on the far side only
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x)
 
 
 class _SpaceUpsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = _SpaceConv(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
-
-
-class _TimeDownsample(nn.Module):
-    """sigmoid(mix_factor) of the mean of three frames, stride 2, and the rest of a strided causal convolution."""
+    """A convolution of every pixel twice in both directions."""
 
     def __init__(self, width):
         super().__init__()
-        self.conv = _CausalConv(nn.Conv3d, width, width, time_stride=2)
-        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = _SpaceConv(width, width, 3, upsample=True)
 
     def forward(self, x):
-        padded = F.pad(x, (0, 0, 0, 0, 1, 0))
-        mean = (padded[:, :, :-1:2] + padded[:, :, 1::2] + padded[:, :, 2::2]) / 3
-        return torch.lerp(self.conv(x), mean, torch.sigmoid(self.mix_factor))
+        return self.conv(x)
 
 
-class _TimeUpsample(nn.Module):
-    """Every frame twice, mixed with a causal convolution of that."""
+class _TimeDownsample(Convolution):
+    """sigmoid(mix_factor) of the mean of three frames, stride 2, and the rest of a strided causal convolution: together
+    one convolution."""
 
     def __init__(self, width):
         super().__init__()
         self.conv = _CausalConv(nn.Conv3d, width, width)
         self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.options = {"time_stride": 2}
 
-    def forward(self, x):
-        x = F.interpolate(x, scale_factor=(2, 1, 1), mode="nearest")
-        return torch.lerp(self.conv(x), x, torch.sigmoid(self.mix_factor))
+    def taps(self):
+        mean = _centre(self.conv.conv.weight, 1 / 3)
+        return _mixed(self.conv.conv, mean, torch.sigmoid(self.mix_factor))
+
+
+class _TimeUpsample(Convolution):
+    """Every frame twice, mixed with a causal convolution of that: two convolutions of the frames as they are, since the
+    first of two equal frames sees itself and twice the one before, the second itself twice and the one before."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = _CausalConv(nn.Conv3d, width, width)
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.options = {"phases": 2}
+
+    def taps(self):
+        same = _centre(self.conv.conv.weight, 1.0)
+        same[:, :, :2] = 0
+        weight, bias = _mixed(self.conv.conv, same, torch.sigmoid(self.mix_factor))
+        first, second, third = weight.unbind(2)
+        folded = torch.cat([torch.stack([first + second, third], 2), torch.stack([first, second + third], 2)])
+        return folded, bias.repeat(2)
+
+
+def _centre(weight, value):
+    """A convolution of weight's shape that gives `value` times the pixel of each of its frames."""
+    made = torch.zeros_like(weight)
+    made[..., 1, 1] = value * torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)[..., None]
+    return made
+
+
+def _mixed(conv, other, share):
+    """Weight and bias of the convolution with its `share` replaced by `other`."""
+    wide = torch.promote_types(other.dtype, torch.float32)
+    weight = torch.lerp(conv.weight.to(wide), other.to(wide), share.to(wide))
+    return weight.to(other.dtype), conv.bias * (1 - share)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/attention.h"
+#include "../core/conv.h"
 #include "../core/decode.h"
 #include "../core/flow.h"
 #include "../core/fsq.h"
@@ -36,6 +37,8 @@
   void fsq_embed_kernel(const FsqEmbed& p, int64_t begin, int64_t end);                   \
   void sample_logits_kernel(const SampleLogits& p, int64_t begin, int64_t end);           \
   void skinny_linear_kernel(const SkinnyLinear& p, int64_t begin, int64_t end);           \
+  void causal_conv_kernel(const CausalConv& p, int64_t begin, int64_t end);               \
+  void norm_silu_kernel(const NormSilu& p, int64_t begin, int64_t end);                   \
   }
 
 FLEXKERNELS_DECLARE_KERNELS(baseline)

@@ -27,13 +27,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"flexkernels-emulator-{os.getuid()}"
 SOURCES = (ROOT / "csrc" / "sources.txt").read_text().split()
-# csrc/ops, whose CUDA form takes CPU tensors with FLEXKERNELS_EMULATOR; the gradient of attention has no CUDA kernels
+# csrc/ops, whose CUDA form takes CPU tensors with FLEXKERNELS_EMULATOR; the gradient of attention and convolutions have no CUDA kernels
 OPS = [
     name
     for name in SOURCES
     if name.startswith("ops/")
     and "FLEXKERNELS_OPS(m) {" in (ROOT / "csrc" / name).read_text()
-    and not name.startswith("ops/attention_backward")
+    and not name.startswith(("ops/attention_backward", "ops/conv"))
 ]
 RUNTIME = [HERE / name for name in ("runtime.cpp", "memory.cpp", "warp.cpp")]
 
