@@ -17,7 +17,9 @@ from importlib.util import find_spec
 
 from .commands import options
 
-COMMANDS = ("encode", "decode", "reconstruct", "generate", "demo", "eval", "bench", "info", "train")
+COMMANDS = (
+    "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vft import view
 from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
 from vft.metrics import frames_psnr
@@ -20,7 +21,7 @@ from vft.video import contact_sheet, preprocess, read_video, to_uint8, write_vid
 CLIP = Path(__file__).parent / "assets" / "bunny.mp4"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0"
 KEEPS = (1, 4, 16)
-FILES = ("demo.mp4", "demo.png")
+FILES = ("demo.mp4", "demo.png", "demo.html")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Result:
 
 
 def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
-    """Write ``demo.mp4`` and ``demo.png`` into ``folder`` (made if missing) and print a table.
+    """Write ``demo.mp4``, ``demo.png`` and the page ``demo.html`` into ``folder`` (made if missing) and print a table.
 
     ``options`` (steps, guidance, seed, ...) go to ``tokenizer.decode``.
 
@@ -47,7 +48,7 @@ def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    movie, picture = (check_output(folder / name) for name in FILES)
+    movie, picture, page = (check_output(folder / name) for name in FILES)
     video = read_video(CLIP, tokenizer.size)
     source = to_uint8(preprocess(video.frames, tokenizer.size))
     start = time.perf_counter()
@@ -64,8 +65,10 @@ def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
     rows += [(f"{r.label}\n{r.tokens.ids.numel()} tokens\n{r.psnr:.1f} dB", r.frames) for r in results]
     with replacing(picture) as temporary:
         contact_sheet(rows, footer=CREDIT).save(temporary, format="png")
+    clip = view.describe(tokenizer, tokens, source, name=CLIP.name, **options)
+    view.write(page, [clip], "From one token a frame to all", CREDIT)
     print(table(results, source))
-    print(f"wrote {movie} and {picture}\n{CREDIT}")
+    print(f"wrote {movie}, {picture} and {page}\n{CREDIT}")
     return results
 
 

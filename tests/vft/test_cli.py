@@ -120,7 +120,7 @@ def test_reconstruct_prints_the_psnr_of_its_output(tmp_path, model, capsys):
 def test_demo(tmp_path, model, capsys):
     folder = tmp_path / "new" / "folder"
     assert cli.main(["demo", "-o", str(folder), "--model", model, *FAST]) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["demo.mp4", "demo.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["demo.html", "demo.mp4", "demo.png"]
     movie = video.read_video(folder / "demo.mp4")
     # source, k = 1, 4, 8
     assert movie.fps == 8 and movie.frames.shape[0] == 33 and movie.frames.shape[2] == 8 + 4 * (192 + 8)

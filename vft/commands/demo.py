@@ -12,7 +12,9 @@ HELP = "Reconstruct the shipped clip from more and more tokens."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_sampler(parser)
-    parser.add_argument("-o", "--output", help="folder for demo.mp4 and demo.png, replaced there (default: here)")
+    parser.add_argument(
+        "-o", "--output", help="folder for demo.mp4, demo.png and demo.html, replaced there (default: here)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
