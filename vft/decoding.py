@@ -40,7 +40,7 @@ class Request:
     @classmethod
     def checked(cls, config: GeneratorConfig, conditions, *, frames, tokens_per_frame, prompt, guided) -> Request:
         """Raises TypeError or ValueError naming the argument."""
-        _integer("frames", frames, 1)
+        check_integer("frames", frames, 1)
         n = len(conditions)
         if tokens_per_frame is None:
             # no more registers than a frame had in training
@@ -49,7 +49,7 @@ class Request:
         if len(budgets) != max(n, 1):
             raise ValueError(f"tokens_per_frame must be one int or one a row ({n}), got {len(budgets)}")
         for k in budgets:
-            _integer("tokens_per_frame", k, 1)
+            check_integer("tokens_per_frame", k, 1)
             if frames * k > config.seq_len:
                 raise ValueError(
                     f"frames * tokens_per_frame must be at most seq_len = {config.seq_len}, got {frames} * {k}"
@@ -81,7 +81,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0)
         # the op checks its own arguments; from no rows it draws nothing, wherever the model's logits will be
         none = torch.empty(0, 1)
         with backend("reference"):
@@ -105,7 +105,7 @@ def check_range(name: str, ids: torch.Tensor, vocab: int) -> None:
         raise ValueError(f"{name} must lie in 0..{vocab - 1}, got {low if low < 0 else high}")
 
 
-def _integer(name: str, value, low: int) -> None:
+def check_integer(name: str, value, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value < 2**63:
@@ -128,6 +128,12 @@ def _prompts(prompt, n: int, stops: Sequence[int], vocab: int) -> list[list[int]
         if len(row):
             check_range("prompt", row, vocab)
     return [row.tolist() for row in rows]
+
+
+def check_nan(nan: torch.Tensor, name: str = "") -> None:
+    """Raises ValueError where a flag of ``nan`` is set; waits for the device."""
+    if nan.any():
+        raise ValueError(f"{name}the generator's logits are NaN: its weights or the caption are not fit for its dtype")
 
 
 class View(NamedTuple):
@@ -210,24 +216,41 @@ class State:
 
     def check(self) -> None:
         """Raises ValueError where a logit was NaN; waits for the device."""
-        if self.nan.any():
-            raise ValueError("the generator's logits are NaN: its weights or the caption are not fit for its dtype")
+        check_nan(self.nan)
 
 
 def prefill(model, request: Request, state: State) -> None:
     """Runs all prompts in one packed pass, equal ones once, fills the caches and draws each sample's first token."""
-    branches, sequences, source = state.branches, {}, []
-    for sample, prompt in enumerate(request.prompts[: state.samples]):
-        for branch, c in enumerate((request.conditions[sample], None)[:branches]):
+    conditions, prompts = request.conditions[: state.samples], request.prompts[: state.samples]
+
+    def write(layer: int, row, position, k, v) -> None:
+        state.k[layer][row, :, position] = k
+        state.v[layer][row, :, position] = v
+
+    x = run_prompts(model, conditions, prompts, state.branches, state.cross, write)
+    model.draw(x, state.view(state.samples, state.max_len), state.sampler)
+
+
+def run_prompts(model, conditions: list, prompts: list[list[int]], branches: int, cross: list, write) -> torch.Tensor:
+    """One packed pass over all prompts, equal ones once: normed outputs ``[samples * branches, width]`` of each last
+    input.
+
+    Row ``sample * branches + branch`` is that of the condition or, at branch 1, of none. cross: (k, v, context_len) a
+    layer, whose contexts the rows cycle through, or None. write(layer, row, position, k, v) receives the keys and
+    values ``[entries, heads, head_dim]`` of every row and position, int64 ``[entries]`` each.
+    """
+    sequences, source, device = {}, [], model.device
+    contexts = 1 if cross[0] is None else len(cross[0][2])
+    for sample, prompt in enumerate(prompts):
+        for branch, c in enumerate((conditions[sample], None)[:branches]):
             # captions are compared by identity: rows of one caption hold one tensor
             key = (c if isinstance(c, int) else ("caption", id(c)), tuple(prompt))
-            context = (sample * branches + branch) % state.contexts
+            context = (sample * branches + branch) % contexts
             source.append(sequences.setdefault(key, (len(sequences), c, context, prompt))[0])
     _, conditions, contexts, prompts = zip(*sequences.values(), strict=True)
-    device = model.device
     contexts = torch.tensor(contexts, device=device)
     # one layer's at a time
-    cross = (c and tuple(t[contexts] for t in c) for c in state.cross)
+    cross = (c and tuple(t[contexts] for t in c) for c in cross)
     ids = [torch.tensor(p, dtype=torch.int64).to(device) for p in prompts]
     lengths = torch.tensor([len(i) + 1 for i in ids])
     ends = lengths.cumsum(0)
@@ -237,14 +260,10 @@ def prefill(model, request: Request, state: State) -> None:
     position = torch.cat([torch.arange(int(n)) for n in counts])
     token = ((ends - lengths)[source][row] + position).to(device)
     row, position = row.to(device), position.to(device)
-
-    def keep(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        state.k[layer][row, :, position] = k[token]
-        state.v[layer][row, :, position] = v[token]
-
-    x = model.packed(ids, model.starts(conditions), cross, keep)
-    last = (ends - 1)[source].to(device)
-    model.draw(x[last], state.view(state.samples, state.max_len), state.sampler)
+    x = model.packed(
+        ids, model.starts(conditions), cross, lambda layer, k, v: write(layer, row, position, k[token], v[token])
+    )
+    return x[(ends - 1)[source].to(device)]
 
 
 class Graphs:

@@ -135,7 +135,52 @@ def test_more_rows_than_the_step_in_one_call_takes(monkeypatch):
     options = dict(frames=2, tokens_per_frame=3, guidance=2.0, temperature=0)
     want = gen.generate(class_id=[3], **options)
     monkeypatch.setattr(vft.generator, "transformer_step_", None)
-    assert torch.equal(gen.generate(class_id=[3] * 9, **options), want.expand(9, 2, 3))
+    assert torch.equal(gen.generate(class_id=[3] * 17, **options), want.expand(17, 2, 3))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"dtype": torch.bfloat16}], ids=str)
+def test_rows_in_parts_have_the_bits_of_rows_alone(case, options, monkeypatch):
+    gen, seen, sizes = load(case, **options), [], []
+    draw, step = type(gen).draw, vft.generator.transformer_step_
+    monkeypatch.setattr(type(gen), "draw", lambda self, x, *rest: (seen.append(x.clone()), draw(self, x, *rest))[1])
+    monkeypatch.setattr(
+        vft.generator, "transformer_step_", lambda x, *a, **kw: (sizes.append(len(x)), step(x, *a, **kw))
+    )
+    condition = {name: value.repeat(7, *[1] * (value.dim() - 1))[:19] for name, value in conditions(case).items()}
+    run = dict(frames=2, tokens_per_frame=2, temperature=0)
+    many = gen.generate(**condition, **run)
+    # the rows of three conditions, again and again
+    assert sizes == [10, 9] * 3
+    batch, seen[:] = torch.stack(seen[1:]), []
+    for row in range(3):
+        alone = gen.generate(**conditions(case, slice(row, row + 1)), **run)
+        assert torch.equal(many[row::3], alone.expand(len(many[row::3]), 2, 2))
+        # captions are projected together, whose sums are then rounded in another order
+        if case == "ar_class":
+            assert torch.equal(batch[:, row::3], torch.stack(seen[1:]).expand(-1, len(many[row::3]), -1))
+        seen.clear()
+
+
+def test_linear_layers_of_some_and_of_many_rows():
+    from vft.generator_layers import Linear, parts
+
+    assert [[p.stop - p.start for p in parts(n)] for n in (0, 1, 16, 17, 18, 33)] == [
+        [0], [1], [16], [10, 7], [10, 8], [12, 12, 9]
+    ]  # fmt: skip
+    layer, dense = Linear(48, 32), Linear(48, 32)
+    layer.quantize()
+    dense.weight.data = layer.weight * layer.scale[:, None]
+    x, residual = torch.randn(100, 48), torch.randn(100, 32)
+    with torch.no_grad():
+        for rows in (1, 16, 17, 32, 33, 64, 65, 100):
+            want = torch.nn.functional.linear(x[:rows].double(), dense.weight.double())
+            for each in (layer, dense):
+                assert (each(x[:rows]) - want).abs().max() < 1e-5
+                assert (each(x[:rows], residual[:rows]) - want - residual[:rows]).abs().max() < 1e-5
+                gate, up = want.chunk(2, 1)
+                got = each(x[:rows], activation="swiglu")
+                assert (got - torch.nn.functional.silu(gate) * up).abs().max() < 1e-5
 
 
 def test_finished_rows_drop_out(monkeypatch):
