@@ -65,6 +65,14 @@ class Request:
         """Tokens that each sample needs, never rising."""
         return [stop - len(prompt) for stop, prompt in zip(self.stops, self.prompts, strict=True)]
 
+    def ids(self, flat: torch.Tensor, levels: int) -> torch.Tensor:
+        """The first levels of flat ``[n, tokens]``, in the caller's order of rows: ``[n, frames, levels]``."""
+        flat = flat[:, : self.frames * levels]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        if inverse != list(range(len(inverse))):
+            flat = flat[torch.tensor(inverse, device=flat.device)]
+        return flat.unflatten(-1, (levels, self.frames)).transpose(1, 2)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -159,14 +167,15 @@ class State:
     and where it stands; ``length`` int32 ``[rows]``: keys in the cache; ``seed``, ``offset`` int64 ``[samples]``: of
     the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``nan`` bool ``[rows]``: whether any
     logit was; ``cross``: (k, v, context_len) for
-    each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them.
+    each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them. ``spare`` more positions are there
+    for tokens beyond the last one, up to ``spare`` of a row at once.
     """
 
-    def __init__(self, model, request: Request, samples: int, sampling: Sampling) -> None:
+    def __init__(self, model, request: Request, samples: int, sampling: Sampling, spare: int = 0) -> None:
         config, device, dtype = model.config, model.device, model.sos.dtype
         self.branches = 2 if request.guided else 1
         self.samples, self.sampler = samples, sampling.options()
-        self.max_len = max(request.stops[:samples], default=0)
+        self.max_len = max(request.stops[:samples], default=0) + spare
         rows = samples * self.branches
         shape = (config.depth, rows, config.heads, self.max_len, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
@@ -176,21 +185,22 @@ class State:
         self.ids = torch.zeros_like(self.position)
         self.seed = torch.full((samples,), sampling.seed, dtype=torch.int64, device=device)
         self.offset = torch.tensor(request.order[:samples], dtype=torch.int64).to(device) * config.seq_len + lengths
-        out = torch.full((len(request.stops), request.frames * request.levels), -1, dtype=torch.int64)
+        out = torch.full((len(request.stops), request.frames * request.levels + spare), -1, dtype=torch.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         self.out = out.to(device)
         self.nan = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.cross, self.contexts = self._contexts(model, request, samples)
+        self.cross, self.contexts = self._contexts(model, request, samples, SHARED_ROWS // max(spare, 1))
         self.stack = model.stack()
         self._views: dict[tuple[int, int], View] = {}
 
-    def _contexts(self, model, request: Request, samples: int) -> tuple[list, int]:
-        """Keys and values of the captions, and how many; rows cycle through them where all samples share one."""
+    def _contexts(self, model, request: Request, samples: int, most: int) -> tuple[list, int]:
+        """Keys and values of the captions, and how many; rows cycle through them where all samples share one, and are
+        at most so many."""
         conditions = request.conditions[:samples]
         if not conditions:
             return [None] * model.config.depth, 1
-        shared = samples <= SHARED_ROWS and all(c is conditions[0] for c in conditions)
+        shared = samples <= most and all(c is conditions[0] for c in conditions)
         conditions = conditions[:1] if shared else conditions
         rows = [c for condition in conditions for c in (condition, None)[: self.branches]]
         return model.cross(rows), len(rows)
@@ -289,16 +299,6 @@ def levels(model, request: Request, sampling: Sampling, cuda_graph: bool | None 
     steps = request.steps
     samples = sum(count > 0 for count in steps)
     state = State(model, request, samples, sampling)
-    order = request.order
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    inverse = None if inverse == order == list(range(len(order))) else torch.tensor(inverse, device=model.device)
-
-    def ids(count: int) -> torch.Tensor:
-        # the first `count` levels of every row
-        flat = state.out[:, : request.frames * count]
-        flat = flat if inverse is None else flat[inverse]
-        return flat.unflatten(-1, (count, request.frames)).transpose(1, 2)
-
     if samples:
         prefill(model, request, state)
     advance = Graphs(model, state).step if cuda_graph and samples else lambda *key: model.step(state, *key)
@@ -309,13 +309,13 @@ def levels(model, request: Request, sampling: Sampling, cuda_graph: bool | None 
             # a look at a GPU would hold up its next steps
             if model.device.type == "cpu":
                 state.check()
-            yield ids(shown)
+            yield request.ids(state.out, shown)
         active = sum(count > done for count in steps)
         longest = max(len(p) for p in request.prompts[:active]) + done + 1
         bucket = min(state.max_len, -(-longest // BUCKET) * BUCKET) if cuda_graph else state.max_len
         advance(active, bucket)
     state.check()
-    yield ids(request.levels)
+    yield request.ids(state.out, request.levels)
 
 
 def _complete(request: Request, steps: list[int], done: int) -> int:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import flexkernels
 from flexkernels import sample_logits, transformer_step_
 
-from . import checkpoint, codebook, decoding, generation
+from . import checkpoint, codebook, decoding, generation, speculation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
@@ -237,7 +237,8 @@ class Generator(nn.Module):
         transformer_step_(x, stack, view.k[:, part], view.v[:, part], view.length[part], **cross)
 
     def blocks_step(self, x: torch.Tensor, view: decoding.View) -> torch.Tensor:
-        """x ``[rows, width]`` through all blocks, op by op: for a CUDA graph, and above the rows of one call."""
+        """x ``[rows * n, width]``, n tokens a row, through all blocks, op by op: for a CUDA graph, for several tokens,
+        and above the rows of one call."""
         for block, *cache, cross in zip(self.blocks, view.k, view.v, view.cross, strict=True):
             x = block.step(x, cache, view.length, cross)
         return x
@@ -258,7 +259,8 @@ class Generator(nn.Module):
 
     def stream(
         self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None,
+        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None, draft=None,
+        draft_tokens=4,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
 
@@ -279,16 +281,21 @@ class Generator(nn.Module):
             seed: the draw of row r at position i depends on (seed, r, i) alone.
             prompt: given first tokens, time-first: int ``[p]`` for all rows, ``[n, p]``, or a list of n int ``[p_r]``.
             cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
+            draft: a cheaper Generator of the same ids and conditions, which proposes ``draft_tokens`` (1 to 15) tokens
+                that this one verifies in one step; the ids are those without it, see :mod:`vft.speculation`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``. ValueError
-                where logits are NaN, by the last yield at the latest: on a GPU nothing is read before.
+            TypeError, ValueError: an argument of the wrong kind or range; a draft that does not fit; more tokens than
+                ``seq_len``. ValueError where logits are NaN, by the last yield at the latest: on a GPU nothing is read
+                before.
         """
         sampling = decoding.Sampling(temperature, top_k, top_p, min_p, guidance, seed)
         request = self.request(class_id, text_emb, text_mask, n, frames, tokens_per_frame, prompt, sampling)
-        if cuda_graph and self.device.type != "cuda":
-            raise ValueError(f"cuda_graph must be off on {self.device}")
-        return decoding.levels(self, request, sampling, cuda_graph)
+        graphs = self._graphs_wanted(cuda_graph)
+        if draft is None:
+            return decoding.levels(self, request, sampling, cuda_graph)
+        speculation.check_draft(self, draft, draft_tokens, request)
+        return speculation.levels(self, draft, draft_tokens, request, sampling, graphs)
 
     def generate(self, *condition, **options) -> torch.Tensor:
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""

@@ -1,4 +1,4 @@
-"""The generator's layers: the same weights for a packed pass over whole sequences and for a step of one token a row."""
+"""The generator's layers: the same weights for a packed pass over sequences and for a step of a few tokens a row."""
 
 from __future__ import annotations
 
@@ -109,12 +109,13 @@ class CrossAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2)
         return self.proj(torch.cat([rows[:n] for rows, n in zip(out, lengths, strict=True)]), residual)
 
-    def step(self, x, residual, k, v, context_len) -> torch.Tensor:
-        """x ``[rows, width]``; k, v ``[contexts, heads, c, head_dim]``: row i sees context i % contexts."""
-        rows, contexts = len(x), len(k)
-        q = self.q(x).view(rows // contexts, contexts, -1, self.head_dim).transpose(0, 1)
-        out = decode_attention(q, k, v, context_len, causal=False)
-        return self.proj(out.transpose(0, 1).reshape(rows, -1), residual)
+    def step(self, x, residual, k, v, context_len, rows: int) -> torch.Tensor:
+        """x ``[rows * n, width]``, n tokens a row; k, v ``[contexts, heads, c, head_dim]``: row i sees context
+        i % contexts."""
+        contexts = len(k)
+        q = self.q(x).view(rows // contexts, contexts, len(x) // rows, -1, self.head_dim).transpose(0, 1)
+        out = decode_attention(q.flatten(1, 2), k, v, context_len, causal=False)
+        return self.proj(out.view(q.shape).transpose(0, 1).reshape(len(x), -1), residual)
 
 
 class SelfAttention(nn.Module):
@@ -132,8 +133,8 @@ class SelfAttention(nn.Module):
         return self.proj(flexkernels.attention(q, k, v, layout).flatten(1), residual), k, v
 
     def step(self, x, residual, k_cache, v_cache, length) -> torch.Tensor:
-        """One token a row: x ``[rows, width]``, caches ``[rows, heads, max_len, head_dim]``, length with this token."""
-        q = kv_append_(self.qkv(x)[:, None], k_cache, v_cache, length, heads=self.heads)
+        """n tokens a row: x ``[rows * n, width]``, caches ``[rows, heads, max_len, head_dim]``, length with these."""
+        q = kv_append_(self.qkv(x).unflatten(0, (len(length), -1)), k_cache, v_cache, length, heads=self.heads)
         return self.proj(decode_attention(q, k_cache, v_cache, length).view(len(x), -1), residual)
 
 
@@ -174,8 +175,8 @@ class Block(nn.Module):
         return self.ffn(self.n2(x), x), k, v
 
     def step(self, x, cache, length, cross) -> torch.Tensor:
-        """One token a row; cache: (k, v); cross: (k, v, context_len) of the contexts."""
+        """n tokens a row, ``[rows * n, width]``; cache: (k, v); cross: (k, v, context_len) of the contexts."""
         x = self.attn.step(self.n1(x), x, *cache, length)
         if cross is not None:
-            x = self.xattn.step(self.nx(x), x, *cross)
+            x = self.xattn.step(self.nx(x), x, *cross, len(length))
         return self.ffn(self.n2(x), x)
