@@ -7,6 +7,7 @@ conditional and the unconditional row of sample s.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,49 +162,49 @@ class View(NamedTuple):
 
 
 class State:
-    """Every buffer of a run, allocated once.
+    """Every buffer of a run, allocated once, and filled anew by :meth:`begin` for another run of the same shape.
 
     ``k``, ``v``: ``[layers, rows, heads, max_len, head_dim]``; ``ids``, ``position`` int64 ``[rows]``: the next input
     and where it stands; ``length`` int32 ``[rows]``: keys in the cache; ``seed``, ``offset`` int64 ``[samples]``: of
-    the next draw; ``out`` int64 ``[samples, tokens]``: -1 where there is no token; ``nan`` bool ``[rows]``: whether any
-    logit was; ``cross``: (k, v, context_len) for
-    each layer; ``stack``: the model's blocks as ``transformer_step_`` takes them. ``spare`` more positions are there
-    for tokens beyond the last one, up to ``spare`` of a row at once.
+    the next draw; ``out`` int64 ``[n, tokens]``: -1 where there is no token; ``nan`` bool ``[rows]``: whether any
+    logit was; ``cross``: (k, v, context_len) for each layer; ``stack``: the model's blocks as ``transformer_step_``
+    takes them. ``spare`` more positions are there for tokens beyond the last one, up to ``spare`` of a row at once.
     """
 
-    def __init__(self, model, request: Request, samples: int, sampling: Sampling, spare: int = 0) -> None:
+    def __init__(self, model, request: Request, samples: int, sampling: Sampling, spare: int = 0, cross=None) -> None:
         config, device, dtype = model.config, model.device, model.sos.dtype
-        self.branches = 2 if request.guided else 1
+        self.seq_len, self.branches = config.seq_len, 2 if request.guided else 1
         self.samples, self.sampler = samples, sampling.options()
         self.max_len = max(request.stops[:samples], default=0) + spare
-        rows = samples * self.branches
+        rows, n = samples * self.branches, len(request.stops)
         shape = (config.depth, rows, config.heads, self.max_len, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        lengths = torch.tensor([len(p) for p in request.prompts[:samples]], dtype=torch.int64).to(device)
-        self.position = lengths.repeat_interleave(self.branches)
-        self.length = (self.position + 1).int()
-        self.ids = torch.zeros_like(self.position)
-        self.seed = torch.full((samples,), sampling.seed, dtype=torch.int64, device=device)
-        self.offset = torch.tensor(request.order[:samples], dtype=torch.int64).to(device) * config.seq_len + lengths
-        out = torch.full((len(request.stops), request.frames * request.levels + spare), -1, dtype=torch.int64)
-        for row, prompt in zip(out, request.prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        self.out = out.to(device)
-        self.nan = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.cross, self.contexts = self._contexts(model, request, samples, SHARED_ROWS // max(spare, 1))
+        integers = {"dtype": torch.int64, "device": device}
+        self.position, self.ids = (torch.empty(rows, **integers) for _ in range(2))
+        self.seed, self.offset = (torch.empty(samples, **integers) for _ in range(2))
+        self.length = torch.empty(rows, dtype=torch.int32, device=device)
+        self.nan = torch.empty(rows, dtype=torch.bool, device=device)
+        self.out = torch.empty(n, request.frames * request.levels + spare, **integers)
+        self.cross = contexts(model, request, samples, SHARED_ROWS // max(spare, 1)) if cross is None else cross
+        self.contexts = 1 if self.cross[0] is None else len(self.cross[0][2])
         self.stack = model.stack()
         self._views: dict[tuple[int, int], View] = {}
+        self.begin(request, sampling)
 
-    def _contexts(self, model, request: Request, samples: int, most: int) -> tuple[list, int]:
-        """Keys and values of the captions, and how many; rows cycle through them where all samples share one, and are
-        at most so many."""
-        conditions = request.conditions[:samples]
-        if not conditions:
-            return [None] * model.config.depth, 1
-        shared = samples <= most and all(c is conditions[0] for c in conditions)
-        conditions = conditions[:1] if shared else conditions
-        rows = [c for condition in conditions for c in (condition, None)[: self.branches]]
-        return model.cross(rows), len(rows)
+    def begin(self, request: Request, sampling: Sampling) -> None:
+        """Before the first token of a run; keys and values are what :func:`prefill` writes."""
+        lengths = torch.tensor([len(p) for p in request.prompts[: self.samples]], dtype=torch.int64)
+        order = torch.tensor(request.order[: self.samples], dtype=torch.int64)
+        self.position.copy_(lengths.repeat_interleave(self.branches))
+        self.length.copy_(self.position + 1)
+        self.offset.copy_(order * self.seq_len + lengths)
+        self.ids.zero_()
+        self.seed.fill_(sampling.seed)
+        self.nan.zero_()
+        out = torch.full(self.out.shape, -1)
+        for row, prompt in zip(out, request.prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        self.out.copy_(out)
 
     def view(self, samples: int, limit: int) -> View:
         """The buffers of the first ``samples`` samples and the first ``limit`` cache positions."""
@@ -227,6 +228,17 @@ class State:
     def check(self) -> None:
         """Raises ValueError where a logit was NaN; waits for the device."""
         check_nan(self.nan)
+
+
+def contexts(model, request: Request, samples: int, most: int) -> list:
+    """Keys, values and lengths of the captions for each layer, or Nones: one for each row, or where all samples share
+    a caption and are at most so many, one that the rows of each branch share."""
+    conditions = request.conditions[:samples]
+    if not conditions:
+        return [None] * model.config.depth
+    shared = samples <= most and all(c is conditions[0] for c in conditions)
+    conditions = conditions[:1] if shared else conditions
+    return model.cross([c for condition in conditions for c in (condition, None)[: 2 if request.guided else 1]])
 
 
 def prefill(model, request: Request, state: State) -> None:
@@ -280,7 +292,8 @@ class Graphs:
     """The step as CUDA graphs, one for each (samples, limit), captured on first use."""
 
     def __init__(self, model, state: State) -> None:
-        self.model, self.state = model, state
+        # a model keeps its graphs: they must not keep it
+        self.model, self.state = weakref.proxy(model), state
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def step(self, samples: int, limit: int) -> None:
@@ -296,26 +309,36 @@ class Graphs:
 def levels(model, request: Request, sampling: Sampling, cuda_graph: bool | None = None) -> Iterator[torch.Tensor]:
     """Yields ids ``[n, frames, levels so far]`` in the caller's order of rows; ``cuda_graph`` None: on a GPU."""
     cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-    steps = request.steps
-    samples = sum(count > 0 for count in steps)
-    state = State(model, request, samples, sampling)
-    if samples:
+    samples = sum(count > 0 for count in request.steps)
+    if not cuda_graph or not samples:
+        state = State(model, request, samples, sampling)
+        yield from _steps(model, request, state, None)
+        return
+    with model.replays.run(model, request, samples, sampling) as (state, graphs):
+        yield from _steps(model, request, state, graphs)
+
+
+def _steps(model, request: Request, state: State, graphs: Graphs | None) -> Iterator[torch.Tensor]:
+    if state.samples:
         prefill(model, request, state)
-    advance = Graphs(model, state).step if cuda_graph and samples else lambda *key: model.step(state, *key)
-    shown = 0
+    # another run may fill a state with graphs anew
+    ids = lambda levels: request.ids(state.out if graphs is None else state.out.clone(), levels)  # noqa: E731
+    steps, shown = request.steps, 0
     for done in range(1, steps[0] if steps else 0):
         shown, before = _complete(request, steps, done), shown
         if shown > before:
             # a look at a GPU would hold up its next steps
             if model.device.type == "cpu":
                 state.check()
-            yield request.ids(state.out, shown)
+            yield ids(shown)
         active = sum(count > done for count in steps)
-        longest = max(len(p) for p in request.prompts[:active]) + done + 1
-        bucket = min(state.max_len, -(-longest // BUCKET) * BUCKET) if cuda_graph else state.max_len
-        advance(active, bucket)
+        if graphs is None:
+            model.step(state, active, state.max_len)
+        else:
+            longest = max(len(p) for p in request.prompts[:active]) + done + 1
+            graphs.step(active, min(state.max_len, -(-longest // BUCKET) * BUCKET))
     state.check()
-    yield request.ids(state.out, request.levels)
+    yield ids(request.levels)
 
 
 def _complete(request: Request, steps: list[int], done: int) -> int:

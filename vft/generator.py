@@ -26,6 +26,7 @@ from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
 from .generator_layers import PARTS, Block, Linear, RMSNorm, parts
+from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
 
@@ -45,7 +46,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, name: str = "generator") -> None:
         super().__init__()
         width = config.width
-        self.config, self.name = config, name
+        self.config, self.name, self.replays = config, name, Replays()
         self.tok_emb = nn.Embedding(config.vocab, width)
         self.pos_emb = nn.Parameter(torch.empty(config.seq_len + 1, width))
         self.sos = nn.Parameter(torch.empty(width))
@@ -280,7 +281,8 @@ class Generator(nn.Module):
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
             prompt: given first tokens, time-first: int ``[p]`` for all rows, ``[n, p]``, or a list of n int ``[p_r]``.
-            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
+            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU. The graphs of
+                the last two shapes, and their caches, are kept with the model for calls to come.
             draft: a cheaper Generator of the same ids and conditions, which proposes ``draft_tokens`` (1 to 15) tokens
                 that this one verifies in one step; the ids are those without it, see :mod:`vft.speculation`.
 

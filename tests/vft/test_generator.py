@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import json
 import shutil
+import weakref
 from functools import cache
 
 import pytest
@@ -313,30 +315,89 @@ class FakeCuda:
         cls.recording = None
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_replayed_steps_give_the_same_ids(case, monkeypatch):
-    gen, captured = load(case), []
-    step = type(gen).step
+@pytest.fixture
+def captured(monkeypatch):
+    """A list that gets the key of every captured step; tensors stay on the CPU, where the models say "cuda"."""
+    keys, step = [], vft.Generator.step
 
     def recorded(self, state, *key):
         if FakeCuda.recording is None:
             return step(self, state, *key)
-        captured.append(key)
+        keys.append(key)
         FakeCuda.recording.append(lambda: step(self, state, *key))
 
-    options = dict(frames=2, tokens_per_frame=[2, 5, 5], seed=2, guidance=2.0)
-    want = gen.generate(**conditions(case), **options)
-    monkeypatch.setattr(type(gen), "step", recorded)
+    monkeypatch.setattr(vft.Generator, "step", recorded)
     for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(FakeCuda, name))
     monkeypatch.setattr(decoding, "BUCKET", 4)
-    # the tensors stay on the CPU; what stream looks at says that it is a GPU, where graphs are the default
-    monkeypatch.setattr(type(gen), "device", type("Device", (str,), {"type": "cuda"})("cpu"))
+    # what stream looks at says that it is a GPU, where graphs are the default
+    monkeypatch.setattr(vft.Generator, "device", type("Device", (str,), {"type": "cuda"})("cpu"))
+    return keys
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_give_the_same_ids(case, captured):
+    gen = copy.deepcopy(load(case))
+    options = dict(frames=2, tokens_per_frame=[2, 5, 5], seed=2, guidance=2.0)
+    want = gen.generate(**conditions(case), **options, cuda_graph=False)
     ids = gen.generate(**conditions(case), **options)
     assert torch.equal(ids, want)
     # (samples, cache bucket): a row drops out after four tokens, the cache is ten long
     assert captured == [(3, 4), (2, 8), (2, 10)]
-    assert torch.equal(gen.generate(**conditions(case), **options, cuda_graph=False), want) and len(captured) == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_are_kept_for_calls_of_one_shape(case, captured):
+    gen = copy.deepcopy(load(case))
+    options, other = dict(frames=2, tokens_per_frame=4), {n: v.flip(0) for n, v in conditions(case).items()}
+    runs = [
+        (conditions(case), dict(seed=2, guidance=2.0)),
+        (other, dict(seed=3, guidance=2.0)),
+        (conditions(case), dict(seed=2, guidance=2.0, prompt=[[1] * 3, [], [2]])),
+    ]
+    want = [gen.generate(**condition, **options, **more, cuda_graph=False) for condition, more in runs]
+    assert captured == []
+    first = gen.generate(**runs[0][0], **options, **runs[0][1])
+    count = len(captured)
+    got = [first] + [gen.generate(**condition, **options, **more) for condition, more in runs[1:]]
+    # what was given stays as it is; rows that drop out by other prompts are another number of samples
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert count == 2 and captured[count:] == [(2, 8), (1, 8)]
+    # two runs at a time have a state each
+    streams = [gen.stream(**condition, **options, **more) for condition, more in runs[:2]]
+    both = [[ids] for ids in map(next, streams)]
+    for ids in zip(*streams, strict=True):
+        for seen, each in zip(both, ids, strict=True):
+            seen.append(each)
+    for seen, ids in zip(both, want, strict=False):
+        assert all(torch.equal(each, ids[..., : each.shape[-1]]) for each in seen)
+    # another setting of the sampler is another graph, and so are other weights
+    count = len(captured)
+    gen.generate(**conditions(case), **options, guidance=2.0, temperature=0)
+    assert len(captured) == count + 2
+    gen.head.weight = torch.nn.Parameter(gen.head.weight.flip(0), requires_grad=False)
+    changed = gen.generate(**conditions(case), **options, guidance=2.0, temperature=0)
+    assert len(captured) == count + 4
+    wanted = gen.generate(**conditions(case), **options, guidance=2.0, temperature=0, cuda_graph=False)
+    assert torch.equal(changed, wanted) and len(gen.replays._kept) == 2
+    # a copy has other weights, and keeps nothing
+    assert not copy.deepcopy(gen).replays._kept
+
+
+def test_kept_graphs_do_not_keep_their_model(captured):
+    gen = copy.deepcopy(load("ar_class"))
+    gen.generate(1, frames=1, tokens_per_frame=3)
+    seen = weakref.ref(gen)
+    assert captured
+    # what the stand-in records holds the model; a graph does not
+    for _, graphs in gen.replays._kept.values():
+        graphs.graphs.clear()
+    gc.disable()
+    try:
+        del gen, graphs
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("case", CASES)
