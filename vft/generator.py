@@ -25,12 +25,14 @@ from . import checkpoint, codebook, decoding, generation, speculation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
-from .generator_layers import PARTS, Block, Linear, RMSNorm, parts
+from .generator_layers import FP8, PARTS, Block, Linear, RMSNorm, parts
 from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
 
-WEIGHTS = (None, "int8")
+WEIGHTS = (None, "int8", "fp8")
+# of GPUs that multiply fp8
+FP8_CAPABILITY = (8, 9)
 
 
 class Generator(nn.Module):
@@ -73,20 +75,24 @@ class Generator(nn.Module):
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
-        small error (see the tests); embeddings and norms stay in ``dtype``. ``check_finite=False`` loads weights that
-        are NaN or infinite, and does not look for them.
+        small error (docs/models.md); embeddings and norms stay in ``dtype``. ``weights="fp8"`` keeps them as
+        float8_e4m3fn and rounds what they are multiplied with to it too: for GPUs that multiply it, with ``dtype``
+        bfloat16; elsewhere the same formula in ``dtype``, which saves memory and no time.
+        ``check_finite=False`` loads weights that are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
         if weights not in WEIGHTS:
-            raise ValueError(f"weights must be None or 'int8', got {weights!r}")
+            raise ValueError(f"weights must be None, 'int8' or 'fp8', got {weights!r}")
+        if weights == "fp8":
+            _check_fp8(device)
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
         raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
         checkpoint.fill(model.published(), tensors, check_finite)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        return model.quantize() if weights == "int8" else model
+        return model if weights is None else model.quantize(weights)
 
     def published(self) -> dict[str, torch.Tensor]:
         """Parameters under the published names; merged ones as views."""
@@ -102,17 +108,18 @@ class Generator(nn.Module):
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
 
-        Raises ValueError for a model with int8 weights, which are rounded.
+        Raises ValueError for a model with int8 or fp8 weights, which are rounded.
         """
         if self.head.scale is not None:
-            raise ValueError("a model with int8 weights cannot be saved: save the one it was made from")
+            kind = "int8" if self.head.weight.dtype == torch.int8 else "fp8"
+            raise ValueError(f"a model with {kind} weights cannot be saved: save the one it was made from")
         checkpoint.write_tensors(path, self.published(), self.config.raw, dtype)
 
-    def quantize(self) -> Generator:
-        """Turns the weight matrices into int8, in place; see :meth:`from_pretrained`."""
+    def quantize(self, weights: str = "int8") -> Generator:
+        """Turns the weight matrices into "int8" or "fp8", in place; see :meth:`from_pretrained`."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.quantize()
+                module.quantize(weights)
         return self
 
     @property
@@ -204,8 +211,10 @@ class Generator(nn.Module):
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return [(*block.xattn.keys_values(context), context_len) for block in self.blocks]
 
-    def stack(self) -> flexkernels.StackWeights:
-        """The blocks' weights as :func:`flexkernels.transformer_step_` takes them; they are not copied."""
+    def stack(self) -> flexkernels.StackWeights | None:
+        """The blocks' weights as :func:`flexkernels.transformer_step_` takes them, not copied; fp8 it does not take."""
+        if self.head.weight.dtype == FP8:
+            return None
         return flexkernels.StackWeights([block.weights() for block in self.blocks])
 
     def step(self, state: decoding.State, samples: int, limit: int) -> None:
@@ -216,11 +225,11 @@ class Generator(nn.Module):
         view = state.view(samples, limit)
         self.draw(self.hidden(view, state.stack), view, state.sampler)
 
-    def hidden(self, view: decoding.View, stack: flexkernels.StackWeights) -> torch.Tensor:
+    def hidden(self, view: decoding.View, stack: flexkernels.StackWeights | None) -> torch.Tensor:
         """Normed outputs ``[rows, width]`` of one step on each row of the view, whose length grows by the new token."""
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        if x.device.type == "cpu" and len(x) <= PARTS["cpu"]:
+        if stack is not None and x.device.type == "cpu" and len(x) <= PARTS["cpu"]:
             for part in parts(len(x)):
                 self._stack_step(x[part], view, stack, part)
         else:
@@ -423,6 +432,15 @@ class Generator(nn.Module):
         if ids.numel():
             decoding.check_range("flat_ids", ids, config.vocab)
         return ids.to(self.device).long()
+
+
+def _check_fp8(device: torch.device | str | None) -> None:
+    """Raises ValueError for a GPU that does not multiply fp8."""
+    if device is not None and torch.device(device).type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have < FP8_CAPABILITY:
+            need, have = (".".join(map(str, each)) for each in (FP8_CAPABILITY, have))
+            raise ValueError(f"weights 'fp8' needs a GPU of compute capability {need}, got {have}")
 
 
 def time_first(ids: torch.Tensor) -> torch.Tensor:

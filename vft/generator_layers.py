@@ -15,6 +15,9 @@ from .config import GeneratorConfig
 
 # rows that skinny_linear serves at once
 SKINNY_ROWS = 16
+FP8 = torch.float8_e4m3fn
+# the largest value of each kind of quantized weights
+LARGEST = {"int8": 127, "fp8": 448}
 # Rows that are served in parts of at most so many, where reading the weights once a part costs less than what torch
 # would do: on a CPU its products of few rows; for int8, which torch has no product of, making a dense matrix.
 PARTS = {"cpu": 2 * SKINNY_ROWS, "int8": 4 * SKINNY_ROWS}
@@ -39,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x ``[m, k]`` -> x W^T ``[m, n]``; after :meth:`quantize`, W is int8 with one float32 scale an output."""
+    """x ``[m, k]`` -> x W^T ``[m, n]``; after :meth:`quantize`, W is int8 or fp8 with one float32 scale an output."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -49,40 +52,64 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None):
         """activation(x W^T + bias) + residual. Up to :meth:`_most` rows a row's bits do not depend on the others."""
+        if self.weight.dtype == FP8:
+            x, product = self._fp8(x)
+            if product is not None:
+                return _after(product, residual, activation)
         training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
         if not training and len(x) <= self._most(x):
             return self._skinny(x, residual, activation)
-        weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(x.dtype)
+        weight = self.dense(x.dtype)
         if residual is not None and self.bias is None and activation is None and not training:
             # the residual is the product's own epilogue
             return torch.addmm(residual, x, weight.T)
-        out = F.linear(x, weight, self.bias)
-        out = swiglu(out) if activation == "swiglu" else out
-        return out if residual is None else residual + out
+        return _after(F.linear(x, weight, self.bias), residual, activation)
 
     def _most(self, x: torch.Tensor) -> int:
-        return PARTS.get("int8" if self.scale is not None else x.device.type, SKINNY_ROWS)
+        return PARTS.get("int8" if self.weight.dtype == torch.int8 else x.device.type, SKINNY_ROWS)
 
     def _skinny(self, x, residual, activation) -> torch.Tensor:
+        # fp8 is widened to what the kernel takes
+        weight, scale = (self.dense(x.dtype), None) if self.weight.dtype == FP8 else (self.weight, self.scale)
         outs = [
             skinny_linear(
-                x[part], self.weight, self.bias, residual=residual if residual is None else residual[part],
-                activation=activation, weight_scale=self.scale,
+                x[part], weight, self.bias, residual=residual if residual is None else residual[part],
+                activation=activation, weight_scale=scale,
             )
             for part in parts(len(x))
         ]  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
+    def _fp8(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x rounded to fp8 with a scale a row, and x W^T + bias where the device multiplies fp8."""
+        scale = (x.float().abs().amax(1, keepdim=True) / LARGEST["fp8"]).clamp_min(1e-30)
+        rounded = (x.float() / scale).to(FP8)
+        # its products of rows with scales have bfloat16 results and sides that are multiples of 16
+        if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(side % 16 for side in self.weight.shape):
+            return (rounded.float() * scale).to(x.dtype), None
+        out = torch._scaled_mm(rounded, self.weight.T, scale, self.scale[None], out_dtype=x.dtype)
+        return x, out if self.bias is None else out + self.bias
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W in ``dtype``, itself where it is not quantized."""
+        return self.weight if self.scale is None else (self.weight.float() * self.scale[:, None]).to(dtype)
+
     def matrix(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """W, or the pair of int8 and scale."""
         return self.weight if self.scale is None else (self.weight, self.scale)
 
-    def quantize(self) -> None:
-        """W = round(W / scale) as int8 with scale = max |W| / 127 for each output."""
+    def quantize(self, weights: str) -> None:
+        """W = round(W / scale) as int8 or fp8, with scale = max |W| / 127 or 448 for each output."""
         weight = self.weight.detach().float()
         del self.weight
-        self.scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        self.register_buffer("weight", (weight / self.scale[:, None]).round_().to(torch.int8))
+        self.scale = weight.abs().amax(1).clamp(min=1e-30) / LARGEST[weights]
+        scaled = weight / self.scale[:, None]
+        self.register_buffer("weight", scaled.round_().to(torch.int8) if weights == "int8" else scaled.to(FP8))
+
+
+def _after(out: torch.Tensor, residual: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    out = swiglu(out) if activation == "swiglu" else out
+    return out if residual is None else residual + out
 
 
 class CrossAttention(nn.Module):

@@ -171,7 +171,7 @@ def test_linear_layers_of_some_and_of_many_rows():
         [0], [1], [16], [10, 7], [10, 8], [12, 12, 9]
     ]  # fmt: skip
     layer, dense = Linear(48, 32), Linear(48, 32)
-    layer.quantize()
+    layer.quantize("int8")
     dense.weight.data = layer.weight * layer.scale[:, None]
     x, residual = torch.randn(100, 48), torch.randn(100, 32)
     with torch.no_grad():
@@ -425,6 +425,59 @@ def test_int8_weights(case):
     assert torch.equal(gen.logits(vft.time_first(ids), **conditions(case)).argmax(-1), vft.time_first(ids))
     with pytest.raises(ValueError, match="int8 weights cannot be saved"):
         gen.save("unused")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp8_weights(case):
+    gen, dense = load(case, weights="fp8"), load(case)
+    flat = io(case)["greedy_ids_cfg1.0"]
+    want, got = dense.logits(flat, **conditions(case)), gen.logits(flat, **conditions(case))
+    error, agree = (got - want).norm() / want.norm(), (got.argmax(-1) == want.argmax(-1)).float().mean()
+    assert 0.05 < error < 0.2 and agree > 0.65, (error, agree)
+    assert gen.memory(1, 1, 1)["weights"] == load(case, weights="int8").memory(1, 1, 1)["weights"]
+    # rows alone, among others, and in a session
+    options = dict(frames=2, tokens_per_frame=4, seed=1, guidance=2.0)
+    ids = gen.generate(**conditions(case), **options)
+    session = gen.session(4)
+    session.add(**conditions(case, slice(0, 1)), **options)
+    while session.waiting or session.running:
+        session.step()
+    assert torch.equal(session.finished()[0][1], ids[0])
+    with pytest.raises(ValueError, match="fp8 weights cannot be saved"):
+        gen.save("unused")
+
+
+def test_fp8_where_it_is_not_multiplied(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"weights 'fp8' needs a GPU of compute capability 8\.9, got 8\.0"):
+        load("ar_class", weights="fp8", device="cuda")
+    with pytest.raises(ValueError, match="weights must be None, 'int8' or 'fp8', got 'fp4'"):
+        load("ar_class", weights="fp4")
+
+
+def test_fp8_products_are_scaled_ones(monkeypatch):
+    layer = vft.generator.Linear(48, 32, bias=True)
+    layer.bias.data.normal_()
+    layer.quantize("fp8")
+    x, residual = torch.randn(5, 48).bfloat16(), torch.randn(5, 16).bfloat16()
+    layer.bias.data = layer.bias.data.bfloat16()
+    calls = []
+
+    def scaled_mm(a, b, scale_a, scale_b, out_dtype):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and scale_a.shape == (5, 1) and scale_b.shape == (1, 32)
+        calls.append(b.shape)
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    with torch.no_grad():
+        want = layer(x, residual, "swiglu")
+        # a GPU in what the layer looks at
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+        real = torch.Tensor.device.__get__
+        device = type("Device", (), {"type": "cuda"})()
+        monkeypatch.setattr(torch.Tensor, "device", property(lambda t: device if t is x else real(t)))
+        got = layer(x, residual, "swiglu")
+    assert calls == [(48, 32)]
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)
