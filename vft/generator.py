@@ -19,155 +19,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import flexkernels
-from flexkernels import decode_attention, kv_append_, rms_norm, sample_logits, skinny_linear, swiglu, transformer_step_
+from flexkernels import sample_logits, transformer_step_
 
-from . import checkpoint, codebook, decoding, generation
+from . import checkpoint, codebook, decoding, generation, speculation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
+from .generator_layers import FP8, PARTS, Block, Linear, RMSNorm, parts
+from .replay import Replays
+from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
 
-# rows that skinny_linear serves
-SKINNY_ROWS = 16
-WEIGHTS = (None, "int8")
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, float32 inside, eps 1e-6."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, eps=1e-6)
-
-
-class Linear(nn.Module):
-    """x ``[m, k]`` -> x W^T ``[m, n]``; after :meth:`quantize`, W is int8 with one float32 scale an output."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs).normal_(std=0.02))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.register_buffer("scale", None, persistent=False)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None):
-        if len(x) <= SKINNY_ROWS and not torch.is_grad_enabled():
-            return skinny_linear(
-                x, self.weight, self.bias, residual=residual, activation=activation, weight_scale=self.scale
-            )
-        weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(x.dtype)
-        out = F.linear(x, weight, self.bias)
-        out = swiglu(out) if activation == "swiglu" else out
-        return out if residual is None else residual + out
-
-    def matrix(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """W, or the pair of int8 and scale."""
-        return self.weight if self.scale is None else (self.weight, self.scale)
-
-    def quantize(self) -> None:
-        """W = round(W / scale) as int8 with scale = max |W| / 127 for each output."""
-        weight = self.weight.detach().float()
-        del self.weight
-        self.scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        self.register_buffer("weight", (weight / self.scale[:, None]).round_().to(torch.int8))
-
-
-class CrossAttention(nn.Module):
-    """Attention to a caption's embeddings, whose keys and values are made once."""
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q = Linear(config.width, config.width)
-        self.kv = Linear(config.width, 2 * config.width)
-        self.proj = Linear(config.width, config.width)
-
-    def keys_values(self, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """context ``[contexts, c, width]`` -> k and v ``[contexts, heads, c, head_dim]``."""
-        kv = self.kv(context.flatten(0, 1)).view(*context.shape[:2], 2, -1, self.head_dim)
-        k, v = kv.permute(2, 0, 3, 1, 4)
-        return k, v
-
-    def packed(self, x, residual, k, v, context_len, lengths: Sequence[int]) -> torch.Tensor:
-        """Sequence i of the packed x ``[total, width]`` sees the first context_len[i] keys of k[i], v[i]."""
-        q = nn.utils.rnn.pad_sequence(self.q(x).unflatten(-1, (-1, self.head_dim)).split(lengths), batch_first=True)
-        seen = torch.arange(k.shape[2], device=x.device) < context_len[:, None]
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen[:, None, None])
-        out = out.transpose(1, 2).flatten(2)
-        return self.proj(torch.cat([rows[:n] for rows, n in zip(out, lengths, strict=True)]), residual)
-
-    def step(self, x, residual, k, v, context_len) -> torch.Tensor:
-        """x ``[rows, width]``; k, v ``[contexts, heads, c, head_dim]``: row i sees context i % contexts."""
-        rows, contexts = len(x), len(k)
-        q = self.q(x).view(rows // contexts, contexts, -1, self.head_dim).transpose(0, 1)
-        out = decode_attention(q, k, v, context_len, causal=False)
-        return self.proj(out.transpose(0, 1).reshape(rows, -1), residual)
-
-
-class SelfAttention(nn.Module):
-    """Causal self-attention with a merged qkv projection."""
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.heads, self.head_dim = config.heads, config.head_dim
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.proj = Linear(config.width, config.width)
-
-    def packed(self, x, residual, layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packed x ``[total, width]`` -> residual + out, and k, v ``[total, heads, head_dim]`` for a cache."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(1)
-        return self.proj(flexkernels.attention(q, k, v, layout).flatten(1), residual), k, v
-
-    def step(self, x, residual, k_cache, v_cache, length) -> torch.Tensor:
-        """One token a row: x ``[rows, width]``, caches ``[rows, heads, max_len, head_dim]``, length with this token."""
-        q = kv_append_(self.qkv(x)[:, None], k_cache, v_cache, length, heads=self.heads)
-        return self.proj(decode_attention(q, k_cache, v_cache, length).view(len(x), -1), residual)
-
-
-class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x); ``w13`` holds the rows of w1, then those of w3."""
-
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.w13 = Linear(config.width, 2 * config.hidden)
-        self.w2 = Linear(config.hidden, config.width)
-
-    def forward(self, x, residual) -> torch.Tensor:
-        return self.w2(self.w13(x, activation="swiglu"), residual)
-
-
-class Block(nn.Module):
-    def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.n1, self.attn = RMSNorm(config.width), SelfAttention(config)
-        text = config.cond == "text"
-        self.nx, self.xattn = (RMSNorm(config.width), CrossAttention(config)) if text else (None, None)
-        self.n2, self.ffn = RMSNorm(config.width), FeedForward(config)
-
-    def weights(self) -> flexkernels.BlockWeights:
-        cross = {}
-        if self.xattn is not None:
-            cross = dict(norm_cross=self.nx.weight, cross_q=self.xattn.q.matrix(), cross_proj=self.xattn.proj.matrix())
-        return flexkernels.BlockWeights(
-            norm_attn=self.n1.weight, qkv=self.attn.qkv.matrix(), proj=self.attn.proj.matrix(),
-            norm_mlp=self.n2.weight, w13=self.ffn.w13.matrix(), w2=self.ffn.w2.matrix(), **cross,
-        )  # fmt: skip
-
-    def packed(self, x, layout, lengths, cross) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packed x ``[total, width]`` -> x, and this block's k and v; cross: (k, v, context_len), one a sequence."""
-        x, k, v = self.attn.packed(self.n1(x), x, layout)
-        if cross is not None:
-            x = self.xattn.packed(self.nx(x), x, *cross, lengths)
-        return self.ffn(self.n2(x), x), k, v
-
-    def step(self, x, cache, length, cross) -> torch.Tensor:
-        """One token a row; cache: (k, v); cross: (k, v, context_len) of the contexts."""
-        x = self.attn.step(self.n1(x), x, *cache, length)
-        if cross is not None:
-            x = self.xattn.step(self.nx(x), x, *cross)
-        return self.ffn(self.n2(x), x)
+WEIGHTS = (None, "int8", "fp8")
+# of GPUs that multiply fp8
+FP8_CAPABILITY = (8, 9)
 
 
 class Generator(nn.Module):
@@ -183,7 +48,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, name: str = "generator") -> None:
         super().__init__()
         width = config.width
-        self.config, self.name = config, name
+        self.config, self.name, self.replays = config, name, Replays()
         self.tok_emb = nn.Embedding(config.vocab, width)
         self.pos_emb = nn.Parameter(torch.empty(config.seq_len + 1, width))
         self.sos = nn.Parameter(torch.empty(width))
@@ -210,20 +75,24 @@ class Generator(nn.Module):
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
         ``weights="int8"`` keeps the matrices as int8 with one scale an output row: half the bytes of bfloat16, at a
-        small error (see the tests); embeddings and norms stay in ``dtype``. ``check_finite=False`` loads weights that
-        are NaN or infinite, and does not look for them.
+        small error (docs/models.md); embeddings and norms stay in ``dtype``. ``weights="fp8"`` keeps them as
+        float8_e4m3fn and rounds what they are multiplied with to it too: for GPUs that multiply it, with ``dtype``
+        bfloat16; elsewhere the same formula in ``dtype``, which saves memory and no time.
+        ``check_finite=False`` loads weights that are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
         if weights not in WEIGHTS:
-            raise ValueError(f"weights must be None or 'int8', got {weights!r}")
+            raise ValueError(f"weights must be None, 'int8' or 'fp8', got {weights!r}")
+        if weights == "fp8":
+            _check_fp8(device)
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
         raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
         checkpoint.fill(model.published(), tensors, check_finite)
         model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        return model.quantize() if weights == "int8" else model
+        return model if weights is None else model.quantize(weights)
 
     def published(self) -> dict[str, torch.Tensor]:
         """Parameters under the published names; merged ones as views."""
@@ -239,17 +108,18 @@ class Generator(nn.Module):
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
 
-        Raises ValueError for a model with int8 weights, which are rounded.
+        Raises ValueError for a model with int8 or fp8 weights, which are rounded.
         """
         if self.head.scale is not None:
-            raise ValueError("a model with int8 weights cannot be saved: save the one it was made from")
+            kind = "int8" if self.head.weight.dtype == torch.int8 else "fp8"
+            raise ValueError(f"a model with {kind} weights cannot be saved: save the one it was made from")
         checkpoint.write_tensors(path, self.published(), self.config.raw, dtype)
 
-    def quantize(self) -> Generator:
-        """Turns the weight matrices into int8, in place; see :meth:`from_pretrained`."""
+    def quantize(self, weights: str = "int8") -> Generator:
+        """Turns the weight matrices into "int8" or "fp8", in place; see :meth:`from_pretrained`."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.quantize()
+                module.quantize(weights)
         return self
 
     @property
@@ -341,8 +211,10 @@ class Generator(nn.Module):
         context = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return [(*block.xattn.keys_values(context), context_len) for block in self.blocks]
 
-    def stack(self) -> flexkernels.StackWeights:
-        """The blocks' weights as :func:`flexkernels.transformer_step_` takes them; they are not copied."""
+    def stack(self) -> flexkernels.StackWeights | None:
+        """The blocks' weights as :func:`flexkernels.transformer_step_` takes them, not copied; fp8 it does not take."""
+        if self.head.weight.dtype == FP8:
+            return None
         return flexkernels.StackWeights([block.weights() for block in self.blocks])
 
     def step(self, state: decoding.State, samples: int, limit: int) -> None:
@@ -351,19 +223,32 @@ class Generator(nn.Module):
         Nothing here looks at a value on the host, so that a CUDA graph can hold it.
         """
         view = state.view(samples, limit)
+        self.draw(self.hidden(view, state.stack), view, state.sampler)
+
+    def hidden(self, view: decoding.View, stack: flexkernels.StackWeights | None) -> torch.Tensor:
+        """Normed outputs ``[rows, width]`` of one step on each row of the view, whose length grows by the new token."""
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        if x.device.type == "cpu" and len(x) <= SKINNY_ROWS:
-            cross = (
-                None if self.ctx_in is None else {"cross": [c[:2] for c in view.cross], "cross_len": view.cross[0][2]}
-            )
-            transformer_step_(x, state.stack, view.k, view.v, view.length, **cross or {})
+        if stack is not None and x.device.type == "cpu" and len(x) <= PARTS["cpu"]:
+            for part in parts(len(x)):
+                self._stack_step(x[part], view, stack, part)
         else:
             x = self.blocks_step(x, view)
-        self.draw(self.norm(x), view, state.sampler)
+        return self.norm(x)
+
+    def _stack_step(self, x: torch.Tensor, view: decoding.View, stack, part: slice) -> None:
+        """x: the rows ``part`` of the view, at most ``SKINNY_ROWS``, in place through all blocks in one call."""
+        cross = {}
+        if self.ctx_in is not None:
+            # rows that share contexts cycle through them, and parts are of even length
+            contexts = part if len(view.cross[0][2]) == len(view.ids) else slice(None)
+            k_v = [tuple(t[contexts] for t in c[:2]) for c in view.cross]
+            cross = {"cross": k_v, "cross_len": view.cross[0][2][contexts]}
+        transformer_step_(x, stack, view.k[:, part], view.v[:, part], view.length[part], **cross)
 
     def blocks_step(self, x: torch.Tensor, view: decoding.View) -> torch.Tensor:
-        """x ``[rows, width]`` through all blocks, op by op: for a CUDA graph, and above ``SKINNY_ROWS`` rows."""
+        """x ``[rows * n, width]``, n tokens a row, through all blocks, op by op: for a CUDA graph, for several tokens,
+        and above the rows of one call."""
         for block, *cache, cross in zip(self.blocks, view.k, view.v, view.cross, strict=True):
             x = block.step(x, cache, view.length, cross)
         return x
@@ -384,7 +269,8 @@ class Generator(nn.Module):
 
     def stream(
         self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None,
+        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None, draft=None,
+        draft_tokens=4,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
 
@@ -404,32 +290,80 @@ class Generator(nn.Module):
             guidance: l_u + guidance (l_c - l_u) on the logits; None or 1 is off.
             seed: the draw of row r at position i depends on (seed, r, i) alone.
             prompt: given first tokens, time-first: int ``[p]`` for all rows, ``[n, p]``, or a list of n int ``[p_r]``.
-            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU.
+            cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU. The graphs of
+                the last two shapes, and their caches, are kept with the model for calls to come.
+            draft: a cheaper Generator of the same ids and conditions, which proposes ``draft_tokens`` (1 to 15) tokens
+                that this one verifies in one step; the ids are those without it, see :mod:`vft.speculation`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or range; more tokens than ``seq_len``. ValueError
-                where logits are NaN, by the last yield at the latest: on a GPU nothing is read before.
+            TypeError, ValueError: an argument of the wrong kind or range; a draft that does not fit; more tokens than
+                ``seq_len``. ValueError where logits are NaN, by the last yield at the latest: on a GPU nothing is read
+                before.
         """
-        rows = self.conditions(class_id, text_emb, text_mask, n)
         sampling = decoding.Sampling(temperature, top_k, top_p, min_p, guidance, seed)
-        request = decoding.Request.checked(
-            self.config, rows, frames=frames, tokens_per_frame=tokens_per_frame, prompt=prompt, guided=sampling.guided
-        )
-        if frames > self.config.trained_frames:
-            warnings.warn(
-                f"frames {frames} are more than the {self.config.trained_frames} that the generator was trained on: "
-                f"{request.levels} tokens a frame",
-                TokensWarning,
-                stacklevel=2,
-            )
-        if cuda_graph and self.device.type != "cuda":
-            raise ValueError(f"cuda_graph must be off on {self.device}")
-        return decoding.levels(self, request, sampling, cuda_graph)
+        request = self.request(class_id, text_emb, text_mask, n, frames, tokens_per_frame, prompt, sampling)
+        graphs = self._graphs_wanted(cuda_graph)
+        if draft is None:
+            return decoding.levels(self, request, sampling, cuda_graph)
+        speculation.check_draft(self, draft, draft_tokens, request)
+        return speculation.levels(self, draft, draft_tokens, request, sampling, graphs)
 
     def generate(self, *condition, **options) -> torch.Tensor:
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""
         *_, ids = self.stream(*condition, **options)
         return ids.contiguous()
+
+    def session(
+        self,
+        max_rows: int = 8,
+        *,
+        max_len: int | None = None,
+        text_len: int | None = None,
+        cuda_graph: bool | None = None,
+    ) -> Session:
+        """A running batch that requests join and leave: continuous batching.
+
+            session = gen.session(max_rows=8)
+            session.add("zoom", seed=1, guidance=4.0)
+            while session.waiting or session.running:
+                session.step()
+                for handle, ids in session.finished(): ...
+
+        Each request has its own condition, length, prompt, sampling settings, guidance and seed. Its ids are those of
+        ``generate`` with the same arguments and n = 1, bit for bit, whatever runs beside it: up to 32 active rows on
+        the CPU and 16 on a GPU, of which linear layers give a row the same bits alone or among others. Beyond, sums
+        are rounded in another order, and an id may differ where two are nearly as likely.
+
+        Args:
+            max_rows: rows of the batch; a request takes one, with guidance two.
+            max_len: most tokens (frames * tokens_per_frame) of a request; default ``seq_len``. Bounds the caches:
+                ``memory(max_rows, 1, max_len, guidance=False)``.
+            text_len: text models: the longest caption; default 256, or that of the null caption if it is longer.
+            cuda_graph: replay the forward pass as a CUDA graph, one for each bucket of rows (powers of two) and of
+                cache length; None: on a GPU.
+
+        Raises TypeError or ValueError for an argument of the wrong kind or range.
+        """
+        decoding.check_integer("max_rows", max_rows, 1)
+        max_len = self.config.seq_len if max_len is None else max_len
+        decoding.check_integer("max_len", max_len, 1)
+        if max_len > self.config.seq_len:
+            raise ValueError(f"max_len must be at most seq_len = {self.config.seq_len}, got {max_len}")
+        if self.ctx_in is None:
+            if text_len is not None:
+                raise ValueError("text_len must be None: this model is conditioned on classes")
+            text_len = 0
+        else:
+            text_len = TEXT_LEN if text_len is None else text_len
+            decoding.check_integer("text_len", text_len, 1)
+            text_len = max(text_len, self.config.n_ctx_null)
+        return Session(self, max_rows, max_len, text_len, self._graphs_wanted(cuda_graph))
+
+    def _graphs_wanted(self, cuda_graph: bool | None) -> bool:
+        """Whether to replay CUDA graphs; None: on a GPU."""
+        if cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"cuda_graph must be off on {self.device}")
+        return self.device.type == "cuda" if cuda_graph is None else cuda_graph
 
     def generate_tokens(
         self, tokenizer, *condition, fps: float = 8.0, size: int | None = None, **options
@@ -472,6 +406,23 @@ class Generator(nn.Module):
         """One condition a row, see :func:`vft.conditions.check_conditions`."""
         return check_conditions(self.config, class_id, text_emb, text_mask, n, self.sos)
 
+    def request(
+        self, class_id, text_emb, text_mask, n, frames, tokens_per_frame, prompt, sampling: decoding.Sampling
+    ) -> decoding.Request:
+        """The checked arguments of :meth:`stream` and of a session's ``add``; warns where they leave the training."""
+        request = decoding.Request.checked(
+            self.config, self.conditions(class_id, text_emb, text_mask, n), frames=frames,
+            tokens_per_frame=tokens_per_frame, prompt=prompt, guided=sampling.guided,
+        )  # fmt: skip
+        if frames > self.config.trained_frames:
+            warnings.warn(
+                f"frames {frames} are more than the {self.config.trained_frames} that the generator was trained on: "
+                f"{request.levels} tokens a frame",
+                TokensWarning,
+                stacklevel=3,
+            )
+        return request
+
     def _check_flat_ids(self, ids: torch.Tensor) -> torch.Tensor:
         config = self.config
         if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
@@ -481,6 +432,15 @@ class Generator(nn.Module):
         if ids.numel():
             decoding.check_range("flat_ids", ids, config.vocab)
         return ids.to(self.device).long()
+
+
+def _check_fp8(device: torch.device | str | None) -> None:
+    """Raises ValueError for a GPU that does not multiply fp8."""
+    if device is not None and torch.device(device).type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        if have < FP8_CAPABILITY:
+            need, have = (".".join(map(str, each)) for each in (FP8_CAPABILITY, have))
+            raise ValueError(f"weights 'fp8' needs a GPU of compute capability {need}, got {have}")
 
 
 def time_first(ids: torch.Tensor) -> torch.Tensor:

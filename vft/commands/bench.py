@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", "--keep", type=positive, help="registers, or tokens, of every latent frame")
     add("--size", type=options.at_least(16), help="side of the frames, where the model takes any size")
     options.add_dtype(parser)
-    add("--int8", action="store_true", help="generate: keep the matrices as int8")
+    options.add_weights(parser, "generate: ")
     add("--temperature", type=float, default=1.0, help="generate: of the tokens (default: 1)")
     add("--token-guidance", type=float, help="generate: guidance scale (default: off)")
     add("--seconds", type=float, default=2.0, help="how long it is timed (default: 2)")

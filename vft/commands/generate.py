@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, help="leave out tokens below this share of the likeliest one")
     add("--token-guidance", type=float, help="guidance scale of the tokens (default: off)")
     options.add_dtype(parser)
-    add("--int8", action="store_true", help="keep the generator's matrices as int8")
+    options.add_weights(parser)
     add(
         "--cuda-graph", action=argparse.BooleanOptionalAction,
         help="replay the steps of generation as CUDA graphs (default: on a GPU)",

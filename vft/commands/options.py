@@ -107,13 +107,19 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
     return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
 
 
+def add_weights(parser: argparse.ArgumentParser, help: str = "") -> None:
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--int8", action="store_true", help=f"{help}keep the generator's matrices as int8")
+    kind.add_argument("--fp8", action="store_true", help=f"{help}keep them as fp8, for GPUs that multiply it")
+
+
 def load_generator(args: argparse.Namespace):
-    """The generator that ``--model``, ``--device``, ``--dtype`` and ``--int8`` ask for."""
+    """The generator that ``--model``, ``--device``, ``--dtype``, ``--int8`` and ``--fp8`` ask for."""
     import torch
 
     from vft import Generator
 
-    kind = {"dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else None}
+    kind = {"dtype": getattr(torch, args.dtype), "weights": "int8" if args.int8 else "fp8" if args.fp8 else None}
     kind["check_finite"] = not args.unchecked_weights
     return Generator.from_pretrained(args.model or DEFAULT_MODEL, device=device(args), **kind)
 
