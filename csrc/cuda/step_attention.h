@@ -94,6 +94,13 @@ __device__ __forceinline__ void attend(Lanes<T, kInt8>& l, const Places& places,
 #pragma unroll
     for (int i = 0; i < 8; ++i) q[i] = value_of<T>(words[i]) * scale;
     Running sums;
+    if (newest) {
+      const uint4 k =
+          make_uint4(pair(v[2].x, v[2].y), pair(v[2].z, v[2].w), pair(v[3].x, v[3].y), pair(v[3].z, v[3].w));
+      const uint4 w =
+          make_uint4(pair(v[4].x, v[4].y), pair(v[4].z, v[4].w), pair(v[5].x, v[5].y), pair(v[5].z, v[5].w));
+      sums.add<T>(q, k, w, lanes, group == 0);
+    }
 #pragma unroll 1
     for (int first = u.begin; first < u.end; first += per_tile) {
       const Cursor tile = l.wait(1);
@@ -106,13 +113,6 @@ __device__ __forceinline__ void attend(Lanes<T, kInt8>& l, const Places& places,
       }
       l.release(tile, 1);
       sums.add<T>(q, k, w, lanes, valid);
-    }
-    if (newest) {
-      const uint4 k =
-          make_uint4(pair(v[2].x, v[2].y), pair(v[2].z, v[2].w), pair(v[3].x, v[3].y), pair(v[3].z, v[3].w));
-      const uint4 w =
-          make_uint4(pair(v[4].x, v[4].y), pair(v[4].z, v[4].w), pair(v[5].x, v[5].y), pair(v[5].z, v[5].w));
-      sums.add<T>(q, k, w, lanes, group == 0);
     }
     sums.merge(lanes);
     if (group == 0) {

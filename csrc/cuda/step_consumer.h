@@ -9,7 +9,7 @@ namespace flexkernels::cuda::step {
 template <typename T, bool kInt8, int kWide, int kDeep>
 struct Consumer {
   // runs in registers ahead of the activations, as many as the 96 registers of a lane allow
-  static constexpr int kAhead = kWide == 1 ? 4 : 1, kAheadProj = 1, kAheadDeep = kDeep <= 3 ? 1 : 0;
+  static constexpr int kAhead = kWide == 1 ? 2 : 0, kAheadProj = kWide == 1 ? 1 : 0, kAheadDeep = 0;
 
   Lanes<T, kInt8> l;
   const TransformerStep& p;
@@ -30,67 +30,66 @@ struct Consumer {
     }
   }
 
-  // the residual of this lane's channels: words of this phase, in the first one x itself
-  __device__ __forceinline__ void residual(bool first, uint4 (&v)[4 * kWide]) const {
-    int channel[4 * kWide];
+  // pairs of the residual's values in this lane's channels of a block: from words of this phase, first from x itself
+  __device__ __forceinline__ void residual(int block, bool first, uint32_t (&pairs)[kValues]) const {
+    const int place = l.g * p.width + block * kBlock;
+    if (first) {
 #pragma unroll
-    for (int i = 0; i < 4 * kWide; ++i) {
-      const int block = l.warp + kWarps * (i / 4), there = block * kBlock < p.width ? block : l.warp;
-      channel[i] = l.g * p.width + there * kBlock + quarter<kInt8>(l.t, i % 4);
+      for (int i = 0; i < 2; ++i) {
+        const T* from = static_cast<const T*>(p.x) + place + quarter<kInt8>(l.t, 2 * i);
+        const uint4 u = ptx::load_relaxed(reinterpret_cast<const uint4*>(from));
+        pairs[4 * i] = u.x, pairs[4 * i + 1] = u.y, pairs[4 * i + 2] = u.z, pairs[4 * i + 3] = u.w;
+      }
+      return;
     }
-    if (!first) {
-      const uint32_t* from[4 * kWide];
+    const uint32_t* from = places.x + place;
+    uint4 v[4];
+    await<4>({from + quarter<kInt8>(l.t, 0), from + quarter<kInt8>(l.t, 1), from + quarter<kInt8>(l.t, 2),
+              from + quarter<kInt8>(l.t, 3)},
+             phase, v);
 #pragma unroll
-      for (int i = 0; i < 4 * kWide; ++i) from[i] = places.x + channel[i];
-      return await<4 * kWide>(from, phase, v);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * kWide; i += 2) {
-      const uint4 u = ptx::load_relaxed(reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + channel[i]));
-      v[i] = make_uint4(u.x << 16, u.x & 0xffff0000u, u.y << 16, u.y & 0xffff0000u);
-      v[i + 1] = make_uint4(u.z << 16, u.z & 0xffff0000u, u.w << 16, u.w & 0xffff0000u);
-    }
+    for (int i = 0; i < 4; ++i) pairs[2 * i] = pair(v[i].x, v[i].y), pairs[2 * i + 1] = pair(v[i].z, v[i].w);
   }
 
   // blocks of x / rms(x) * weight, rounded once
   __device__ __forceinline__ void normed(const uint4 (&w)[kWide][2], bool first, uint32_t (&x)[kWide][kValues]) {
-    uint4 v[4 * kWide] = {};
-    const bool mine = l.g < p.rows && l.warp * kBlock < p.width;
     // shared memory of the phase before is free
     l.sync();
-    if (mine) residual(first, v);
-    __syncwarp();
-    float f[kWide][4][4], square = 0;
+    float square = 0;
 #pragma unroll
     for (int b = 0; b < kWide; ++b) {
-      const bool there = (l.warp + kWarps * b) * kBlock < p.width;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4& u = v[4 * b + i];
-        const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+      for (int i = 0; i < kValues; ++i) x[b][i] = 0;
+      const int block = l.warp + kWarps * b;
+      if (l.g < p.rows && block * kBlock < p.width) residual(block, first, x[b]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          f[b][i][j] = there ? value_of<T>(words[j]) : 0.0f;
-          square = fmaf(f[b][i][j], f[b][i][j], square);
-        }
+      for (int i = 0; i < kValues; ++i) {
+        float low, high;
+        unpack_pair<T>(x[b][i], low, high);
+        square = fmaf(low, low, fmaf(high, high, square));
       }
     }
+    __syncwarp();
     square += __shfl_xor_sync(0xffffffffu, square, 1);
     square += __shfl_xor_sync(0xffffffffu, square, 2);
     if (l.g < p.rows && l.t == 0) l.s.squares[l.g * kPitch + l.warp] = square;
     l.sync();
     float scale = 0;
-    if (mine) scale = ptx::rsqrt_approx(sum16(l.s.squares + l.g * kPitch) / static_cast<float>(p.width) + p.eps);
+    if (l.g < p.rows) {
+      scale = ptx::rsqrt_approx(sum16(l.s.squares + l.g * kPitch) / static_cast<float>(p.width) + p.eps);
+    }
 #pragma unroll
     for (int b = 0; b < kWide; ++b) {
-      float weight[2][8];
-      unpack8<T>(w[b][0], weight[0]);
-      unpack8<T>(w[b][1], weight[1]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float y[4];
+        const uint4& u = w[b][i / 2];
+        float y[4], weight[4];
+        unpack_pair<T>(x[b][2 * i], y[0], y[1]);
+        unpack_pair<T>(x[b][2 * i + 1], y[2], y[3]);
+        unpack_pair<T>(i % 2 ? u.z : u.x, weight[0], weight[1]);
+        unpack_pair<T>(i % 2 ? u.w : u.y, weight[2], weight[3]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) y[j] = f[b][i][j] * scale * weight[i / 2][4 * (i % 2) + j];
+        for (int j = 0; j < 4; ++j) y[j] *= scale * weight[j];
         pack_quarter<T, kInt8>(y, x[b] + 2 * i);
       }
     }
