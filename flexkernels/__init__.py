@@ -25,7 +25,13 @@ from .norm import (
     swiglu_ref,
 )
 from .sampling import sample_logits, sample_logits_ref
-from .transformer import BlockWeights, StackWeights, transformer_step_, transformer_step_ref_
+from .transformer import (
+    BlockWeights,
+    StackWeights,
+    transformer_step_,
+    transformer_step_ref_,
+    transformer_step_refusal,
+)
 from .varlen import flash_attn_varlen_func
 from .version import __version__
 
@@ -88,4 +94,5 @@ __all__ = [
     "swiglu_ref",
     "transformer_step_",
     "transformer_step_ref_",
+    "transformer_step_refusal",
 ]

@@ -31,6 +31,7 @@ SELECT = "flexkernels_select"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "FLEXKERNELS_BACKEND"
 OPS: dict[str, Op] = {}
+QUERIES: dict[str, Query] = {}
 # tests: the namespace whose CPU kernels are the CUDA sources in an emulator; they serve "cuda" on CPU tensors
 emulated: str | None = None
 
@@ -200,6 +201,22 @@ class Op:
         if reason is None and name in self.unsupported:
             reason = self.unsupported[name](*args)
         return reason
+
+
+class Query:
+    """What only the C++ of a device knows about a call: an op that computes nothing and returns a text."""
+
+    def __init__(self, name: str, schema: str):
+        self.name, self.schema = name, schema
+        _library[NAMESPACE].define(name + schema)
+        QUERIES[name] = self
+
+    def __call__(self, *args) -> str:
+        device = _device(args)
+        space = emulated if emulated and _forced == "cuda" and device.type == "cpu" else NAMESPACE
+        if not _has_native(space, self.name, device.type.upper()):
+            return f"there are no native kernels for {device.type}"
+        return getattr(getattr(torch.ops, space), self.name)(*args)
 
 
 def current_backend() -> str:

@@ -10,6 +10,7 @@ arithmetic may take less time than calling its eight ops one by one from Python.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -21,6 +22,8 @@ from .linear import MAX_ROWS, skinny_linear_ref
 from .norm import rms_norm_ref
 from .transformer_parts import Parts
 
+# 1: `persistent=None` means wherever the kernel serves the call
+ENVIRONMENT = "FLEXKERNELS_PERSISTENT_STEP"
 Matrix = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -110,6 +113,7 @@ def transformer_step_(
     cross: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     cross_len: torch.Tensor | None = None,
     eps: float = 1e-6,
+    persistent: bool | None = None,
 ) -> None:
     """The step above for the newest token of each row, in place on x and the caches; for inference, without a gradient.
 
@@ -121,26 +125,52 @@ def transformer_step_(
     cross: one (k, v) a layer, each [contexts, heads, c, head_dim], where contexts divide rows and row i sees context
     i % contexts; cross_len: int32 [contexts], the valid keys of each. Both exactly where the weights have cross_q.
     eps: of the norms.
+    persistent: whether one kernel does the whole step, on the CUDA backend: True where it must, False where it must
+    not. None: False, unless FLEXKERNELS_PERSISTENT_STEP=1, then wherever it can. `transformer_step_refusal` says where.
 
-    It equals its parts (`rms_norm`, `skinny_linear`, `kv_append_`, `decode_attention`) on the same backend bit by bit.
+    In parts it equals `rms_norm`, `skinny_linear`, `kv_append_` and `decode_attention` on the same backend bit by bit.
+    As one kernel it keeps the residual in float32 through all layers and rounds elsewhere; its bits do not depend on
+    the other rows, and are the same on every run on one kind of GPU.
     No rows: no change.
     Raises TypeError or ValueError for a wrong dtype, device, shape or stride; a cache_len outside 1 .. max_len or a
     cross_len outside 0 .. c raises ValueError on the CPU and is not looked for elsewhere. RuntimeError where autograd
-    would need a gradient.
+    would need a gradient, and where `persistent` is True and cannot be.
     """
-    _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps))
+    if persistent is None and not prefers_persistent():
+        persistent = False
+    _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps, persistent)
+
+
+def transformer_step_refusal(
+    x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None
+) -> str | None:
+    """Why `transformer_step_` of these arguments cannot be one kernel (`persistent=True`), or None where it can.
+
+    The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 2,048 that are multiples of 128, hidden widths up
+    to 6,144 that are multiples of 64, a head_dim of 64 or 128, and tensors that lie on 16 bytes, on GPUs from compute
+    capability 9.0 on whose multiprocessors have room for a block of it.
+    Raises what `transformer_step_` does for wrong arguments.
+    """
+    arguments = _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len)
+    _check_transformer_step_(*arguments, 0.0, None)
+    return _refusal(*arguments) or None
+
+
+def prefers_persistent() -> bool:
+    """Whether FLEXKERNELS_PERSISTENT_STEP=1 asks for one kernel a step wherever it can be."""
+    return os.environ.get(ENVIRONMENT) == "1"
 
 
 def transformer_step_ref_(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None, eps=1e-6) -> None:
     """The specification of `transformer_step_`, made of the references of its parts; float64 stays float64."""
-    _REFERENCES.step(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps))
+    _REFERENCES.step(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps)
 
 
 # validation
 
 
-def _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps):
-    """The op's arguments, which do not know what the weights are of."""
+def _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len):
+    """The op's arguments before eps, which do not know what the weights are of."""
     if not isinstance(weights, StackWeights):
         checks.reject("weights", "be StackWeights", type(weights).__name__, TypeError)
     if (cross is not None, cross_len is not None) != (weights.cross, weights.cross):
@@ -149,10 +179,10 @@ def _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len, eps):
         checks.reject("cross and cross_len", must, " and ".join(given) or "neither")
     pairs = [] if cross is None else [tensor for pair in cross for tensor in pair]
     lists = weights.norms, weights.weights, weights.scales, pairs
-    return x, k_cache, v_cache, cache_len, *lists, cross_len, eps
+    return x, k_cache, v_cache, cache_len, *lists, cross_len
 
 
-def _check_transformer_step_(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps):
+def _check_transformer_step_(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps, persistent):
     checks.tensor("x", x, checks.FLOATS, 2)
     like, layers = norms[0], len(norms) // (2 if cross_len is None else 3)
     if x.dtype != like.dtype or x.device != like.device:
@@ -206,14 +236,24 @@ _REFERENCES = Parts(
     attend=lambda q, k, v, cache_len, causal: decode_attention_ref(q, k, v, cache_len, causal=causal),
 )
 
+def _in_parts_only(*args):
+    return "it has no kernel of a whole step, which persistent=True asks for" if args[-1] else None
+
+
 _step_op = library.Op(
     "transformer_step_",
     "(Tensor(a!) x, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cache_len, Tensor[] norms, Tensor[] weights, "
-    "Tensor[] scales, Tensor[] cross, Tensor? cross_len, float eps) -> ()",
+    "Tensor[] scales, Tensor[] cross, Tensor? cross_len, float eps, bool? persistent=False) -> ()",
     check=_check_transformer_step_,
     reference=_REFERENCES.step,
     fake=lambda *_: None,
     triton="transformer",
+    unsupported={"triton": _in_parts_only, "reference": _in_parts_only},
     inference=True,
     jvp=None,
+)
+_refusal = library.Query(
+    "transformer_step_refusal",
+    "(Tensor x, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor[] norms, Tensor[] weights, Tensor[] scales, "
+    "Tensor[] cross, Tensor? cross_len) -> str",
 )

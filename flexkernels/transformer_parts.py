@@ -17,7 +17,11 @@ class Parts(NamedTuple):
     append: Callable[..., torch.Tensor]
     attend: Callable[..., torch.Tensor]
 
-    def step(self, x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps) -> None:
+    def step(
+        self, x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps, persistent=None
+    ) -> None:
+        # one kernel for all of it, which `persistent` asks for, is of the CUDA backend alone
+        assert not persistent
         norms, cross, heads = iter(norms), iter(cross), k_cache.shape[2]
         matrices = iter(zip(weights, scales or [None] * len(weights), strict=True))
 

@@ -11,6 +11,7 @@
 #include "../core/linear.h"
 #include "../core/norm.h"
 #include "../core/sampling.h"
+#include "../core/transformer.h"
 
 namespace flexkernels::cuda {
 
@@ -37,5 +38,8 @@ void swiglu_launch(const Swiglu& p, void* stream);
 void swiglu_backward_launch(const Swiglu& p, void* stream);
 void sample_logits_launch(const SampleLogits& p, void* stream);
 void skinny_linear_launch(const SkinnyLinear& p, void* stream);
+// why the persistent kernel of a whole step does not take this one on the current device, or null
+const char* transformer_step_refusal(const TransformerStep& p);
+void transformer_step_launch(const TransformerStep& p, void* stream);
 
 }  // namespace flexkernels::cuda

@@ -18,6 +18,8 @@ struct Launch {
   // ptx::wait_for_predecessors() before it touches what that one wrote or read. ptx::launch_dependents() comes after
   // that: then only the kernel before it can still be under way when a kernel starts
   bool overlap = false;
+  // all blocks run at the same time, or the launch fails
+  bool cooperative = false;
 };
 
 inline void check_launch(const char* op, cudaError_t error) {
@@ -50,7 +52,7 @@ void launch(const Launch& at, void (*kernel)(Args...), typename Same<Args>::type
   if (at.cluster > 8) {
     check_launch(at.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = at.grid;
   config.blockDim = at.block;
@@ -67,6 +69,11 @@ void launch(const Launch& at, void (*kernel)(Args...), typename Same<Args>::type
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (at.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   check_launch(at.op, cudaLaunchKernelEx(&config, kernel, args...));
 }

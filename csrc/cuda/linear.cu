@@ -41,16 +41,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 // groups of 8 rows of weight a block takes at a time; with swiglu half of them are of w1, half of w3
 constexpr int kGroups = 2, kTileRows = 8 * kGroups;
 
-// elements 0 and 2 of four int8 as a pair of X: an exponent that gives the mantissa's last bit the value 1 makes
-// 2^7 (bfloat16) or 2^10 (float16) plus the low 7 bits; what is taken from it is 2^7 more where the sign is set
-template <typename X>
-__device__ __forceinline__ uint32_t widen(uint32_t bytes) {
-  constexpr bool kBf16 = std::is_same_v<X, bf16>;
-  constexpr uint32_t kOne = kBf16 ? 0x43004300u : 0x64006400u;
-  const uint32_t low = (bytes & 0x007f007fu) | kOne, offset = (bytes & 0x00800080u) | kOne;
-  return kBf16 ? ptx::sub_bf16x2(low, offset) : ptx::sub_f16x2(low, offset);
-}
-
 // How lanes divide k: a lane takes kLoads times 16 bytes of a row of weight a step
 template <bool kInt8>
 struct Split {

@@ -360,6 +360,9 @@ FLEXKERNELS_PTX uint32_t load_acquire(const uint32_t* p) {
 FLEXKERNELS_PTX void store_relaxed(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+FLEXKERNELS_PTX void store_relaxed(uint16_t* p, uint16_t v) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+}
 FLEXKERNELS_PTX void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

@@ -53,6 +53,16 @@ static __device__ __forceinline__ uint4 pack(const float (&v)[kPack<X>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// elements 0 and 2 of four int8 as a pair of X: an exponent that gives the mantissa's last bit the value 1 makes
+// 2^7 (bfloat16) or 2^10 (float16) plus the low 7 bits; what is taken from it is 2^7 more where the sign is set
+template <typename X>
+static __device__ __forceinline__ uint32_t widen(uint32_t bytes) {
+  constexpr bool kBf16 = std::is_same_v<X, bf16>;
+  constexpr uint32_t kOne = kBf16 ? 0x43004300u : 0x64006400u;
+  const uint32_t low = (bytes & 0x007f007fu) | kOne, offset = (bytes & 0x00800080u) | kOne;
+  return kBf16 ? ptx::sub_bf16x2(low, offset) : ptx::sub_f16x2(low, offset);
+}
+
 static __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);

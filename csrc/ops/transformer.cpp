@@ -8,11 +8,10 @@
 #include "../core/linear.h"
 #include "launches.h"
 #include "op.h"
+#include "transformer_one.h"
 
 namespace flexkernels {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 // the parts of a step, each with the next of its weights; `check_step` has counted them
 class Stack {
@@ -111,17 +110,41 @@ void check_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, c
   }
 }
 
+// why one kernel does not serve a step of at least one row; empty where it does
+std::string one_kernel_refusal(const Step& s) {
+#ifdef FLEXKERNELS_CUDA
+  const std::string layout = step_layout_refusal(s);
+  if (!layout.empty()) return layout;
+  const OnDevice guard(s.x);
+  const char* reason = cuda::transformer_step_refusal(step_shape(s));
+  return reason ? reason : "";
+#else
+  (void)s;
+  return "the CPU has no such kernel";
+#endif
+}
+
+void in_one_kernel(const Step& s) {
+#ifdef FLEXKERNELS_CUDA
+  TransformerStep p = step_shape(s);
+  const Tensor words = empty(s.x, {step_words(p)}, ScalarType::Int);
+  p.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+  for (int64_t first = 0; first < s.layers(); first += kStepLayers) {
+    step_layers(s, first, p);
+    FLEXKERNELS_LAUNCH(transformer_step, p, s.x, p.rows, p.width);
+    p.k = static_cast<uint16_t*>(p.k) + p.layers * p.k_layer;
+    p.v = static_cast<uint16_t*>(p.v) + p.layers * p.v_layer;
+  }
+#else
+  (void)s;
+#endif
+}
+
 // x += attention(norm x); x += cross attention(norm x), where there are contexts; x += w2 swiglu(w13 norm x)
-void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_len,
-                      Tensors norms, Tensors weights, Tensors scales, Tensors cross, OptionalTensor cross_len,
-                      double eps) {
-  check_step(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len);
-  check_eps(eps);
-  if (x.size(0) == 0) return;
-  const int64_t layers = k_cache.size(0), rows = x.size(0), width = x.size(1);
+void in_parts(const Step& s) {
+  const auto& [x, k_cache, v_cache, lengths, norms, weights, scales, cross, cross_len, eps] = s;
+  const int64_t layers = s.layers(), rows = x.size(0), width = x.size(1);
   const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
-  const Tensor lengths = as_contiguous(cache_len);
-  cross_len = as_contiguous(cross_len);
   Stack stack(norms, weights, scales, eps);
   const auto room = [&](int64_t columns) { return empty(x, {rows, columns}, x.scalar_type()); };
   const Tensor normed = room(width), qkv = room(3 * width), q = room(width), attended = room(width);
@@ -146,7 +169,37 @@ void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_ca
   }
 }
 
+// persistent: whether one kernel must (true) or must not (false) serve the step; none: it does where it can
+void transformer_step(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_len,
+                      Tensors norms, Tensors weights, Tensors scales, Tensors cross, OptionalTensor cross_len,
+                      double eps, std::optional<bool> persistent) {
+  check_step(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len);
+  check_eps(eps);
+  if (x.size(0) == 0) return;
+  const Tensor lengths = as_contiguous(cache_len);
+  cross_len = as_contiguous(cross_len);
+  const Step step{x, k_cache, v_cache, lengths, norms, weights, scales, cross, cross_len, eps};
+  if (persistent.value_or(kCuda)) {
+    const std::string reason = one_kernel_refusal(step);
+    if (reason.empty()) return in_one_kernel(step);
+    STD_TORCH_CHECK(!persistent, "persistent must not be True here: ", reason);
+  }
+  in_parts(step);
+}
+
+// why `persistent` cannot be true, empty where it can
+std::string transformer_step_refusal(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache,
+                                     const Tensor& cache_len, Tensors norms, Tensors weights, Tensors scales,
+                                     Tensors cross, OptionalTensor cross_len) {
+  check_step(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len);
+  if (x.size(0) == 0) return "x has no rows";
+  return one_kernel_refusal({x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, 0});
+}
+
 }  // namespace
 }  // namespace flexkernels
 
-FLEXKERNELS_OPS(m) { m.impl("transformer_step_", TORCH_BOX(&flexkernels::transformer_step)); }
+FLEXKERNELS_OPS(m) {
+  m.impl("transformer_step_", TORCH_BOX(&flexkernels::transformer_step));
+  m.impl("transformer_step_refusal", TORCH_BOX(&flexkernels::transformer_step_refusal));
+}

@@ -122,7 +122,7 @@ def build_ops() -> Path:
 def load_ops() -> Library:
     """The object of `build_ops`; all tensors made from now on are known to it."""
     space = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for op in library.OPS.values():
+    for op in (*library.OPS.values(), *library.QUERIES.values()):
         space.define(op.name + op.schema)
     loaded = Library(build_ops())
     loaded.space = space

@@ -63,10 +63,28 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute what, int val
 }
 
 // a device with few multiprocessors: persistent grids stay small
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 EMU_INLINE cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 EMU_INLINE cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  return *value = what == cudaDevAttrMultiProcessorCount ? 4 : 9, cudaSuccess;
+  switch (what) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 * 1024;
+  }
+  return cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {

@@ -106,6 +106,7 @@ EMU_INLINE uint32_t load_relaxed(const uint32_t* p) { return emu_load(p, emu::kR
 EMU_INLINE uint4 load_relaxed(const uint4* p) { return emu_load(p, emu::kRelaxed); }
 EMU_INLINE uint32_t load_acquire(const uint32_t* p) { return emu_load(p, emu::kAcquire); }
 EMU_INLINE void store_relaxed(uint32_t* p, uint32_t v) { emu::store(p, &v, sizeof v, emu::kRelaxed); }
+EMU_INLINE void store_relaxed(uint16_t* p, uint16_t v) { emu::store(p, &v, sizeof v, emu::kRelaxed); }
 EMU_INLINE void store_release(uint32_t* p, uint32_t v) { emu::store(p, &v, sizeof v, emu::kRelease); }
 EMU_INLINE void add_release(uint32_t* p, uint32_t v) { atomicAdd(p, v, emu::kRelease); }
 EMU_INLINE uint32_t add_acquire_release(uint32_t* p, uint32_t v) { return atomicAdd(p, v, emu::kAcquireRelease); }

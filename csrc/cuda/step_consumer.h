@@ -1,0 +1,216 @@
+// The phases of a persistent step, as the sixteen warps of a block go through them.
+#pragma once
+
+#include "step_attention.h"
+
+namespace flexkernels::cuda::step {
+
+// kWide: blocks of the width, kDeep: of the hidden width, that a warp has at most
+template <typename T, bool kInt8, int kWide, int kDeep>
+struct Consumer {
+  // runs in registers ahead of the activations, as many as the 96 registers of a lane allow
+  static constexpr int kAhead = kWide == 1 ? 2 : 0, kAheadProj = kWide == 1 ? 1 : 0, kAheadDeep = 0;
+
+  Lanes<T, kInt8> l;
+  const TransformerStep& p;
+  const Places places;
+  // the last one whose words this block has stored
+  uint32_t phase = 0;
+
+  __device__ Consumer(const TransformerStep& p, const Shared& s, int slots) : l(p, s, slots), p(p), places(p) {}
+
+  __device__ __forceinline__ void norm_weights(const void* weight, uint4 (&w)[kWide][2]) const {
+#pragma unroll
+    for (int b = 0; b < kWide; ++b) {
+      const int block = l.warp + kWarps * b;
+      if (block * kBlock >= p.width) continue;
+      const T* from = static_cast<const T*>(weight) + block * kBlock;
+      w[b][0] = ptx::load_constant(from + quarter<kInt8>(l.t, 0));
+      w[b][1] = ptx::load_constant(from + quarter<kInt8>(l.t, 2));
+    }
+  }
+
+  // pairs of the residual's values in this lane's channels of a block: from words of this phase, first from x itself
+  __device__ __forceinline__ void residual(int block, bool first, uint32_t (&pairs)[kValues]) const {
+    const int place = l.g * p.width + block * kBlock;
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const T* from = static_cast<const T*>(p.x) + place + quarter<kInt8>(l.t, 2 * i);
+        const uint4 u = ptx::load_relaxed(reinterpret_cast<const uint4*>(from));
+        pairs[4 * i] = u.x, pairs[4 * i + 1] = u.y, pairs[4 * i + 2] = u.z, pairs[4 * i + 3] = u.w;
+      }
+      return;
+    }
+    const uint32_t* from = places.x + place;
+    uint4 v[4];
+    await<4>({from + quarter<kInt8>(l.t, 0), from + quarter<kInt8>(l.t, 1), from + quarter<kInt8>(l.t, 2),
+              from + quarter<kInt8>(l.t, 3)},
+             phase, v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[2 * i] = pair(v[i].x, v[i].y), pairs[2 * i + 1] = pair(v[i].z, v[i].w);
+  }
+
+  // blocks of x / rms(x) * weight, rounded once
+  __device__ __forceinline__ void normed(const uint4 (&w)[kWide][2], bool first, uint32_t (&x)[kWide][kValues]) {
+    // shared memory of the phase before is free
+    l.sync();
+    float square = 0;
+#pragma unroll
+    for (int b = 0; b < kWide; ++b) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) x[b][i] = 0;
+      const int block = l.warp + kWarps * b;
+      if (l.g < p.rows && block * kBlock < p.width) residual(block, first, x[b]);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        float low, high;
+        unpack_pair<T>(x[b][i], low, high);
+        square = fmaf(low, low, fmaf(high, high, square));
+      }
+    }
+    __syncwarp();
+    square += __shfl_xor_sync(0xffffffffu, square, 1);
+    square += __shfl_xor_sync(0xffffffffu, square, 2);
+    if (l.g < p.rows && l.t == 0) l.s.squares[l.g * kPitch + l.warp] = square;
+    l.sync();
+    float scale = 0;
+    if (l.g < p.rows) {
+      scale = ptx::rsqrt_approx(sum16(l.s.squares + l.g * kPitch) / static_cast<float>(p.width) + p.eps);
+    }
+#pragma unroll
+    for (int b = 0; b < kWide; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4& u = w[b][i / 2];
+        float y[4], weight[4];
+        unpack_pair<T>(x[b][2 * i], y[0], y[1]);
+        unpack_pair<T>(x[b][2 * i + 1], y[2], y[3]);
+        unpack_pair<T>(i % 2 ? u.z : u.x, weight[0], weight[1]);
+        unpack_pair<T>(i % 2 ? u.w : u.y, weight[2], weight[3]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y[j] *= scale * weight[j];
+        pack_quarter<T, kInt8>(y, x[b] + 2 * i);
+      }
+    }
+  }
+
+  // a matrix of the normed residual
+  template <bool kGated, typename Finish>
+  __device__ __forceinline__ void of_normed(const StepMatrix& m, int n, const void* norm, bool first, Finish finish) {
+    uint4 w[kWide][2] = {};
+    norm_weights(norm, w);
+    const auto fetch = [&](uint32_t (&x)[kWide][kValues]) { normed(w, first, x); };
+    l.template linear<kWide, kAhead, kGated>(m, Share(n), p.width, fetch, finish);
+    ++phase;
+  }
+
+  // adds to the residual, which stays in shared memory in float32 with the thread that made it; others see it rounded
+  __device__ __forceinline__ void add(int n, int row, float sum, bool first, bool last) {
+    float& kept = l.s.residual[((n - Share(p.width).begin) << l.column_bits()) + row];
+    const int place = row * p.width + n;
+    const float before = first ? to_float(static_cast<const T*>(p.x)[place]) : kept;
+    kept = before + sum;
+    const uint32_t out = word<T>(kept, phase + 1);
+    ptx::store_relaxed(places.x + place, out);
+    // relaxed, as the first phase's loads of x in other blocks
+    if (last) ptx::store_relaxed(static_cast<uint16_t*>(p.x) + place, static_cast<uint16_t>(out >> 16));
+  }
+
+  // x += proj attention
+  __device__ __forceinline__ void project(const StepMatrix& m, bool first) {
+    const auto fetch = [&](uint32_t (&x)[kWide][kValues]) {
+      l.sync();
+#pragma unroll
+      for (int b = 0; b < kWide; ++b) {
+        const int block = l.warp + kWarps * b;
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) x[b][i] = 0;
+        if (l.g < p.rows && block * kBlock < p.width) joined(l, places, block, phase, x[b]);
+      }
+      __syncwarp();
+    };
+    const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, first, false); };
+    l.template linear<kWide, kAheadProj, false>(m, Share(p.width), p.width, fetch, finish);
+    ++phase;
+  }
+
+  __device__ __forceinline__ void queries(const StepMatrix& m, const void* norm) {
+    of_normed<false>(m, p.width, norm, false, [&](int n, int row, float sum, float) {
+      ptx::store_relaxed(places.qkv + 3 * row * p.width + n, word<T>(sum, phase + 1));
+    });
+  }
+
+  // q, k and v; k and v also into the caches, for steps to come
+  __device__ __forceinline__ void queries_keys_values(int layer, bool first) {
+    const StepLayer& of = p.layer[layer];
+    of_normed<false>(of.qkv, 3 * p.width, of.norm_attn, first, [&](int n, int row, float sum, float) {
+      const uint32_t out = word<T>(sum, phase + 1);
+      ptx::store_relaxed(places.qkv + 3 * row * p.width + n, out);
+      const int channel = n % p.width, at = p.keys.length[row] - 1;
+      if (n < p.width || at < 0 || at >= p.keys.max_len) return;
+      const bool key = n < 2 * p.width;
+      const int64_t (&stride)[3] = key ? p.keys.k_stride : p.keys.v_stride;
+      uint16_t* cache = static_cast<uint16_t*>(key ? p.k : p.v) + layer * (key ? p.k_layer : p.v_layer);
+      const int head = channel / p.head_dim;
+      cache[row * stride[0] + head * stride[1] + at * stride[2] + channel % p.head_dim] =
+          static_cast<uint16_t>(out >> 16);
+    });
+  }
+
+  // x += w2 (silu(w1 normed) * w3 normed)
+  __device__ __forceinline__ void feed_forward(const StepLayer& of, bool last) {
+    of_normed<true>(of.w13, p.hidden, of.norm_mlp, false, [&](int n, int row, float gate, float up) {
+      const float sigmoid = ptx::rcp_approx(1.0f + ptx::exp2_approx(-kLog2E * gate));
+      ptx::store_relaxed(places.hidden + row * p.hidden + n, word<T>(gate * sigmoid * up, phase + 1));
+    });
+    const auto fetch = [&](uint32_t (&x)[kDeep][kValues]) {
+      constexpr int kAtATime = kDeep == 3 ? 3 : 2;
+      static_assert(kDeep % kAtATime == 0, "blocks are fetched in twos or threes");
+      l.sync();
+#pragma unroll
+      for (int from = 0; from < kDeep; from += kAtATime) {
+        uint4 v[4 * kAtATime] = {};
+        if (l.g < p.rows && (l.warp + kWarps * from) * kBlock < p.hidden) {
+          const uint32_t* words[4 * kAtATime];
+#pragma unroll
+          for (int i = 0; i < 4 * kAtATime; ++i) {
+            const int block = l.warp + kWarps * (from + i / 4), there = block * kBlock < p.hidden ? block : l.warp;
+            words[i] = places.hidden + l.g * p.hidden + there * kBlock + quarter<kInt8>(l.t, i % 4);
+          }
+          await<4 * kAtATime>(words, phase, v);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kAtATime; ++i) pack_quarter<kInt8>(v[i], x[from + i / 4] + 2 * (i % 4));
+      }
+      __syncwarp();
+    };
+    const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, false, last); };
+    l.template linear<kDeep, kAheadDeep, false>(of.w2, Share(p.width), p.hidden, fetch, finish);
+    ++phase;
+  }
+
+  __device__ __forceinline__ void attention(const StepKeys& keys, bool fresh) {
+    attend(l, places, keys, fresh, phase);
+    ++phase;
+  }
+
+  // in the order of Producer::step
+  __device__ void step() {
+#pragma unroll 1
+    for (int i = 0; i < p.layers; ++i) {
+      const StepLayer& of = p.layer[i];
+      queries_keys_values(i, i == 0);
+      attention(p.keys, true);
+      project(of.proj, i == 0);
+      if (p.contexts) {
+        queries(of.cross_q, of.norm_cross);
+        attention(p.cross, false);
+        project(of.cross_proj, false);
+      }
+      feed_forward(of, i + 1 == p.layers);
+    }
+  }
+};
+
+}  // namespace flexkernels::cuda::step

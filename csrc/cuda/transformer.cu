@@ -1,0 +1,124 @@
+// One token a row through a stack of transformer blocks as one persistent kernel: a block an SM, all at the same time.
+//
+// A block has a part of the rows of every matrix, and some heads of some rows. Its weights and old keys come through a
+// ring in shared memory that is a whole layer long (step_ring.h), so memory is read while blocks wait for each other.
+// Results travel in words with the number of their phase (step_words.h); there is no barrier between blocks.
+//
+// A layer has the phases qkv, attention, proj, (cross q, cross attention, cross proj,) gate and up, down. Why no word
+// is overwritten before all who need it have read it, and why nobody waits for ever:
+//  1. Phases have the numbers 1, 2, ... of the launch, below 2^16; the words are zero when it starts. So a word that
+//  has
+//     the number a reader waits for is of that phase.
+//  2. A block stores words of phase n only after all its warps have read all they need of phase n - 1: the reads are
+//     before, the stores behind, a barrier of the block. It stores all of its words of phase n, then goes on.
+//  3. Together the readers of phase n - 1 read each of its words, and who has no words of phase n reads none. So when
+//     one block stores a word of phase n + 1, all words of phase n exist, and by 2 all reading of phase n - 1 is over.
+//  4. The words of a phase lie where those of an earlier phase lay that is at least two phases back (x: proj, down; the
+//     others once, or q again for cross attention, three phases later). By 3 nobody needs those any more.
+//  5. By 1 to 4 phase n needs nothing but phase n - 1, by induction every phase ends, if all blocks run: they do, the
+//     launch is cooperative. A copy waits for a tile that all warps of its own block release in a fixed order.
+// Caches: the keys that are copied are those of earlier launches; this step's own travels in words.
+#include "../core/transformer.h"
+
+#include "kernels.h"
+#include "launch.h"
+#include "step_consumer.h"
+
+namespace flexkernels::cuda {
+namespace {
+
+using namespace step;
+
+template <typename T, bool kInt8, int kWide, int kDeep>
+__global__ void __launch_bounds__(kThreads, 1)
+    transformer_step_kernel(const __grid_constant__ TransformerStep p, const int slots) {
+#if __CUDA_ARCH__ >= 900
+  const Shared s = carve(p, slots);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < slots; ++i) {
+      ptx::mbarrier_init(s.full + i, 1);
+      ptx::mbarrier_init(s.empty + i, kWarps);
+    }
+    ptx::mbarrier_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= kConsumers) {
+    if (threadIdx.x > kConsumers) return;
+    Producer<kInt8> producer{p, s, {}, ptx::evict_first()};
+    producer.at.slots = slots;
+    return producer.step();
+  }
+  Consumer<T, kInt8, kWide, kDeep>(p, s, slots).step();
+#endif
+}
+
+typedef void (*Kernel)(TransformerStep, int);
+
+template <typename T, bool kInt8>
+Kernel kernel_of(const TransformerStep& p) {
+  constexpr int kOne = kWarps * kBlock;
+  return p.width <= kOne && p.hidden <= 3 * kOne ? transformer_step_kernel<T, kInt8, 1, 3>
+                                                 : transformer_step_kernel<T, kInt8, 2, 6>;
+}
+
+Kernel kernel_of(const TransformerStep& p) {
+  if (p.dtype == Dtype::bf16) return p.int8 ? kernel_of<bf16, true>(p) : kernel_of<bf16, false>(p);
+  return p.int8 ? kernel_of<f16, true>(p) : kernel_of<f16, false>(p);
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_launch("transformer_step", cudaGetDevice(&device));
+  check_launch("transformer_step", cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// tiles that a pair of runs of a matrix takes, all of which must be in the ring together
+int pair_of_runs(const TransformerStep& p, int k) { return 2 * ((kRun * k * (p.int8 ? 1 : 2) + kTile - 1) / kTile); }
+
+// tiles of the ring; more than 16 keep nothing busy that 16 do not
+int ring_slots(const TransformerStep& p, int blocks) {
+  constexpr int kMost = 16;
+  const int64_t room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - shared_beside_ring(p, blocks, kMost);
+  const int64_t slots = room / kTile;
+  return static_cast<int>(slots < kMost ? slots : kMost);
+}
+
+unsigned shared_bytes(const TransformerStep& p, int blocks, int slots) {
+  return static_cast<unsigned>(slots * kTile + shared_beside_ring(p, blocks, slots));
+}
+
+}  // namespace
+
+const char* transformer_step_refusal(const TransformerStep& p) {
+  if (p.dtype == Dtype::f32) return "it takes bfloat16 and float16";
+  if (p.rows > kStepMaxRows) return "it takes at most 8 rows";
+  if (p.width % 128 || p.width > kStepMaxWidth) return "it takes widths up to 2048 that are multiples of 128";
+  if (p.hidden % kBlock || p.hidden < kBlock || p.hidden > kStepMaxHidden) {
+    return "it takes hidden widths up to 6144 that are multiples of 64";
+  }
+  if (p.head_dim != 64 && p.head_dim != 128) return "it takes a head_dim of 64 or 128";
+  if (attribute(cudaDevAttrComputeCapabilityMajor) < 9) return "it needs compute capability 9.0";
+  if (!attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
+  const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
+  const int widest = p.width > p.hidden ? p.width : p.hidden;
+  if (slots < 4 || slots < pair_of_runs(p, widest)) return "the device has too little shared memory for its ring";
+  const unsigned bytes = shared_bytes(p, blocks, slots);
+  const Kernel kernel = kernel_of(p);
+  check_launch("transformer_step",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  int resident = 0;
+  check_launch("transformer_step", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes));
+  return resident < 1 ? "a block does not fit on a multiprocessor" : nullptr;
+}
+
+void transformer_step_launch(const TransformerStep& p, void* on) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(on);
+  const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
+  check_launch("transformer_step", cudaMemsetAsync(p.words, 0, step_words(p) * sizeof(uint32_t), stream));
+  Launch at{"transformer_step", dim3(blocks), dim3(kThreads), stream, shared_bytes(p, blocks, slots)};
+  at.cooperative = true;
+  launch(at, kernel_of(p), p, slots);
+}
+
+}  // namespace flexkernels::cuda
