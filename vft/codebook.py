@@ -57,32 +57,54 @@ def codebook_cross_entropy(h: torch.Tensor, features: torch.Tensor, ids: torch.T
 
     Its gradient is ``softmax(h features^T) features - features[ids]``, and the first term is what attention makes of
     queries h and of the features as keys and values. So one pass of the attention kernel, which also gives the
-    log-sum-exp, is both the loss and its gradient, and ``[m, vocab]`` is never made.
+    log-sum-exp, is both the loss and its gradient, and ``[m, vocab]`` is never made. On a GPU few rows would leave most
+    of it idle, so the ids are split into parts, each a sequence of its own that all rows look at; what the parts give
+    is joined by their log-sum-exp. The bits of a result follow the number of parts, which a GPU and m decide.
     """
-    return _CodebookCrossEntropy.apply(h, features.to(h.dtype), ids)
+    return _CodebookCrossEntropy.apply(h, features.to(h.dtype), ids, id_parts(len(h), len(features), h.device))
+
+
+# rows that a block of the attention kernels takes, and the fewest ids that are worth a part
+BLOCK_ROWS, PART_IDS = 64, 1024
+
+
+def id_parts(rows: int, ids: int, device: torch.device) -> int:
+    """Into how many parts `codebook_cross_entropy` splits the ids: two blocks for each multiprocessor, all at once."""
+    if device.type != "cuda":
+        return 1
+    blocks = max(1, -(-rows // BLOCK_ROWS))
+    return max(1, min(2 * torch.cuda.get_device_properties(device).multi_processor_count // blocks, ids // PART_IDS))
 
 
 @functools.lru_cache(maxsize=8)
-def _layout(rows: int, keys: int, device: torch.device) -> flexkernels.SequenceLayout:
+def _layout(rows: int, keys: int, parts: int, device: torch.device) -> flexkernels.SequenceLayout:
     """Kept, since making one copies to the device: that takes longer than the loss, and a CUDA graph cannot hold it."""
-    return flexkernels.SequenceLayout.from_lengths([rows], "full", device, [keys])
+    ends = [keys * (part + 1) // parts for part in range(parts)]
+    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return flexkernels.SequenceLayout.from_lengths([rows] * parts, "full", device, lengths)
 
 
 class _CodebookCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, features, ids):
-        layout = _layout(len(h), len(features), h.device)
+    def forward(ctx, h, features, ids, parts):
+        layout = _layout(len(h), len(features), parts, h.device)
         rows = features[:, None]
-        mean, lse = flexkernels.attention(h[:, None], rows, rows, layout, softmax_scale=1.0, return_lse=True)
+        queries = h.repeat(parts, 1)[:, None]
+        means, lses = flexkernels.attention(queries, rows, rows, layout, softmax_scale=1.0, return_lse=True)
+        means, lses = means.view(parts, *h.shape), lses.view(parts, len(h))
+        # of each row, the logarithm of a part's share
+        shares = lses.log_softmax(0)
+        # the largest part's has the least to round
+        mean, lse = (shares.exp()[..., None] * means).sum(0), lses.amax(0) - shares.amax(0)
         target = features[ids].float()
-        ctx.save_for_backward(mean[:, 0].float() - target)
+        ctx.save_for_backward(mean - target)
         ctx.dtype = h.dtype
-        return lse[:, 0] - (h.float() * target).sum(1)
+        return lse - (h.float() * target).sum(1)
 
     @staticmethod
     def backward(ctx, grad):
         (slope,) = ctx.saved_tensors
-        return (grad[:, None] * slope).to(ctx.dtype), None, None
+        return (grad[:, None] * slope).to(ctx.dtype), None, None, None
 
 
 def fsq_features(levels: tuple[int, ...]) -> torch.Tensor:

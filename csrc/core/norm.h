@@ -11,7 +11,9 @@ namespace flexkernels {
 enum NormKind : int { kLayerNorm = 0, kRmsNorm = 1 };
 
 // columns of one item of norm_sums on the CPU
-constexpr int64_t kNormColumns = 128;
+constexpr int64_t kNormColumns = 1024;
+// rows of one run of a backward on the CPU: short, so that long sums stay accurate
+constexpr int64_t kNormRows = 16;
 // the rows of a backward on a GPU are split into runs, at most so many: a few for each multiprocessor, and the same on
 // every GPU, so that sums are too
 constexpr int64_t kNormRuns = 264;
@@ -46,25 +48,28 @@ struct NormBackward {
   const int32_t* segment;
   void* grad_x;  // [n, d] or null
   void* grad_y;  // [n, d] or null
-  float* stats;  // [n, 2]: mean and rstd of every row, or null
+  float* stats;  // GPU: [n, 2], mean and rstd of every row, or null
   int64_t n, d, segments;
   float eps;
   int kind;
   Dtype dtype, table_dtype;
+  bool past_cache;  // CPU, as above
 };
 
 // over the rows of each segment: grad_gate = sum dv * y, grad_shift = sum grad_out, grad_scale = sum grad_out * xhat
+// Rows are taken in `order`, a run of them at a time. What a run adds to a segment goes to slot run + segment of
+// `partial`: no two share one, since along the rows the run or the segment rises. Slots are then added in their order.
 struct NormSums {
   const void* grad_out;  // [n, d] or null
   const void* dv;        // [n, d] or null
   const void* v;         // [n, d] or null
   const void* y;         // [n, d] or null
-  const float* stats;    // [n, 2] or null
+  const float* stats;    // GPU: [n, 2] or null
   const int32_t* segment;
   const int64_t* order;                        // [n]: rows by segment, or null: as they are
   const int64_t* offsets;                      // [segments + 1]: where a segment begins in `order`
   float *grad_gate, *grad_shift, *grad_scale;  // [segments, d] or null
-  float* partial;                              // GPU: [3, runs + segments, d]
+  float* partial;                              // [3, runs + segments, d]: gate, shift, scale
   int64_t n, d, segments;
   Dtype dtype;
 };
@@ -72,7 +77,14 @@ struct NormSums {
 // rows of one run
 FLEXKERNELS_HD int64_t norm_run(int64_t n) { return n > kNormRuns ? (n + kNormRuns - 1) / kNormRuns : 1; }
 
-// what norm_backward computes on a GPU; no sums without `offsets`
+FLEXKERNELS_HD int64_t norm_row(const NormSums& s, int64_t i) { return s.order ? s.order[i] : i; }
+
+// `which`: 0 gate, 1 shift, 2 scale
+FLEXKERNELS_HD float* norm_slot(const NormSums& s, int which, int64_t run, int64_t segment, int64_t runs) {
+  return s.partial + (which * (runs + s.segments) + run + segment) * s.d;
+}
+
+// what norm_backward computes; no sums without `offsets`
 struct NormGradients {
   NormBackward rows;
   NormSums sums;

@@ -29,7 +29,7 @@
   void qk_norm_kernel(const QkNorm& p, int64_t begin, int64_t end);                       \
   void qk_norm_backward_kernel(const QkNormBackward& p, int64_t begin, int64_t end);      \
   void norm_forward_kernel(const NormForward& p, int64_t begin, int64_t end);             \
-  void norm_backward_kernel(const NormBackward& p, int64_t begin, int64_t end);           \
+  void norm_backward_kernel(const NormGradients& p, int64_t begin, int64_t end);          \
   void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end);                   \
   void swiglu_kernel(const Swiglu& p, int64_t begin, int64_t end);                        \
   void swiglu_backward_kernel(const Swiglu& p, int64_t begin, int64_t end);               \

@@ -221,124 +221,109 @@ void forward(const NormForward& p, int64_t begin, int64_t end) {
   (p.past_cache && aligned ? forward_rows<X, M, true> : forward_rows<X, M, false>)(p, begin, end);
 }
 
+// sums over the rows of one segment, [d] each and whole vectors long; null where not wanted
+struct ColumnSums {
+  float *gate, *shift, *scale;
+};
+
+FLEXKERNELS_INLINE void add_to(float* sum, vf value) { store(sum, load(sum) + value); }
+
 // with xhat = (v - mean) * rstd and a = grad_out * factor:
 //   layer: dv = rstd * (a - mean(a) - xhat * mean(a * xhat));  rms: without mean(a)
-template <typename X, typename M>
-FLEXKERNELS_INLINE void backward_row(const NormBackward& p, int64_t row) {
+// `ahead`: elements from this row to the next one, which is fetched meanwhile
+template <typename X, typename M, bool kStream>
+FLEXKERNELS_INLINE void backward_row(const NormBackward& p, const void* ys, int64_t row, int64_t ahead,
+                                     const ColumnSums& sums) {
   const int64_t d = p.d, s = norm_segment(p.segment, row, p.segments);
-  const X* v = static_cast<const X*>(p.v) + (p.v ? row * d : 0);
-  const X* grad_out = static_cast<const X*>(p.grad_out) + (p.grad_out ? row * d : 0);
-  const X* grad_sum = static_cast<const X*>(p.grad_sum) + (p.grad_sum ? row * d : 0);
+  const auto rows_of = [&](const void* data) { return static_cast<const X*>(data) + (data ? row * d : 0); };
+  const X *v = rows_of(p.v), *grad_out = rows_of(p.grad_out), *grad_sum = rows_of(p.grad_sum), *y = rows_of(ys);
   const M *gate = table_row<M>(p.gate, s), *scale = table_row<M>(p.scale, s);
-  X* grad_x = static_cast<X*>(p.grad_x) + (p.grad_x ? row * d : 0);
-  X* grad_y = static_cast<X*>(p.grad_y) + (p.grad_y ? row * d : 0);
+  X *grad_x = const_cast<X*>(rows_of(p.grad_x)), *grad_y = const_cast<X*>(rows_of(p.grad_y));
   float mean = 0, rstd = 0, mean_a = 0, along = 0;
   if (grad_out) {
     const bool layer = p.kind == kLayerNorm;
     const float per = 1.0f / static_cast<float>(d);
     if (layer) mean = per * row_sum(d, [&](int64_t i, auto io) { return io.load_from(v + i); });
     // squares, a, a * (v - mean)
-    float sums[3];
-    row_sums(d, sums, [&](int64_t i, auto io, vf(&partial)[3]) {
+    float totals[3];
+    row_sums(d, totals, [&](int64_t i, auto io, vf(&partial)[3]) {
       const vf c = kept(io, io.load_from(v + i) - mean);
       const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
       partial[0] = fma(c, c, partial[0]);
       partial[1] += a;
       partial[2] = fma(a, c, partial[2]);
     });
-    rstd = rstd_of(sums[0], d, p.eps);
-    if (layer) mean_a = per * sums[1];
-    along = rstd * (rstd * (per * sums[2]));
-  }
-  if (p.stats) {
-    p.stats[2 * row] = mean;
-    p.stats[2 * row + 1] = rstd;
+    rstd = rstd_of(totals[0], d, p.eps);
+    if (layer) mean_a = per * totals[1];
+    along = rstd * (rstd * (per * totals[2]));
   }
   for_vectors(0, d, [&](int64_t i, auto io) {
     vf dv = {};
     if (grad_out) {
-      const vf a = io.load_from(grad_out + i) * factor(scale, p.kind, i, io);
-      dv = rstd * fma(mean - io.load_from(v + i), vf{} + along, a - mean_a);
+      const vf grad = io.load_from(grad_out + i), c = io.load_from(v + i) - mean;
+      dv = rstd * fma(-c, vf{} + along, grad * factor(scale, p.kind, i, io) - mean_a);
+      if (sums.shift) add_to(sums.shift + i, grad);
+      if (sums.scale) add_to(sums.scale + i, grad * (c * rstd));
+      __builtin_prefetch(grad_out + i + ahead);
+      __builtin_prefetch(v + i + ahead);
     }
-    if (grad_sum) dv += io.load_from(grad_sum + i);
-    if (grad_x) io.store_to(grad_x + i, dv);
-    if (grad_y) io.store_to(grad_y + i, gate ? dv * io.load_from(gate + i) : dv);
+    if (grad_sum) {
+      dv += io.load_from(grad_sum + i);
+      __builtin_prefetch(grad_sum + i + ahead);
+    }
+    if (sums.gate) {
+      add_to(sums.gate + i, dv * io.load_from(y + i));
+      __builtin_prefetch(y + i + ahead);
+    }
+    if (grad_x) put<kStream>(io, grad_x + i, dv);
+    if (grad_y) put<kStream>(io, grad_y + i, gate ? dv * io.load_from(gate + i) : dv);
   });
 }
 
-template <typename X, typename M>
-void backward_rows(const NormBackward& args, int64_t begin, int64_t end) {
-  const NormBackward p = args;
-  for (int64_t row = begin; row < end; ++row) backward_row<X, M>(p, row);
+// an item is a run of rows
+template <typename X, typename M, bool kStream>
+void backward_runs(const NormGradients& args, int64_t begin, int64_t end) {
+  const NormBackward p = args.rows;
+  const NormSums s = args.sums;
+  const int64_t padded = (p.d + W - 1) / W * W, runs = (p.n + kNormRows - 1) / kNormRows;
+  float* const room = new float[3 * padded]();
+  float* const wanted[] = {s.grad_gate, s.grad_shift, s.grad_scale};
+  float* sums[3];
+  for (int which = 0; which < 3; ++which) sums[which] = wanted[which] ? room + which * padded : nullptr;
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t first = run * kNormRows, last = first + kNormRows < p.n ? first + kNormRows : p.n;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = norm_row(s, i), next = i + 1 < p.n ? norm_row(s, i + 1) : row;
+      backward_row<X, M, kStream>(p, s.y, row, (next - row) * p.d, {sums[0], sums[1], sums[2]});
+      const int64_t segment = norm_segment(p.segment, row, p.segments);
+      if (i + 1 < last && norm_segment(p.segment, next, p.segments) == segment) continue;
+      for (int which = 0; which < 3; ++which) {
+        if (!sums[which]) continue;
+        memcpy(norm_slot(s, which, run, segment, runs), sums[which], p.d * sizeof(float));
+        memset(sums[which], 0, padded * sizeof(float));
+      }
+    }
+  }
+  delete[] room;
+  if (kStream) stream_fence();
 }
 
-// rows of a segment that are added before they join the total, which keeps long sums accurate
-constexpr int64_t kBlockRows = 16;
-// blocks of columns summed together where a thread has neighbours: long pieces of rows stream, short ones do not
-constexpr int64_t kRunBlocks = 8;
-// rows are a page apart or so, which no hardware prefetcher crosses
-constexpr int64_t kRowsAhead = 2;
+template <typename X, typename M>
+void backward(const NormGradients& p, int64_t begin, int64_t end) {
+  const NormBackward& r = p.rows;
+  const bool aligned = can_stream(r.grad_x) && can_stream(r.grad_y) && r.d * sizeof(X) % kStreamAlign == 0;
+  (r.past_cache && aligned ? backward_runs<X, M, true> : backward_runs<X, M, false>)(p, begin, end);
+}
 
-template <typename X>
-struct SumRows {
-  const NormSums& p;
-  int64_t column, count;
-
-  // total[j] = sum over rows [from, to) of `order` of term(row, j, io)
-  template <typename Term>
-  FLEXKERNELS_INLINE void sum(int64_t from, int64_t to, float* out, Term term) const {
-    float total[kRunBlocks * kNormColumns] = {}, part[kRunBlocks * kNormColumns];
-    for (int64_t block = from; block < to; block += kBlockRows) {
-      memset(part, 0, (count + W - 1) / W * W * sizeof(float));
-      const int64_t end = block + kBlockRows < to ? block + kBlockRows : to;
-      for (int64_t i = block; i < end; ++i) {
-        const int64_t row = p.order ? p.order[i] : i;
-        for_vectors(0, count, [&](int64_t j, auto io) { store(part + j, load(part + j) + term(row, j, io)); });
-      }
-      for (int64_t j = 0; j < count; j += W) store(total + j, load(total + j) + load(part + j));
-    }
-    memcpy(out, total, count * sizeof(float));
-  }
-
-  template <typename Data>
-  FLEXKERNELS_INLINE const X* at(Data data, int64_t row, int64_t j) const {
-    const X* from = static_cast<const X*>(data) + row * p.d + column + j;
-    __builtin_prefetch(from + kRowsAhead * p.d);
-    return from;
-  }
-
-  void segment(int64_t s) const {
-    const int64_t from = p.offsets[s], to = p.offsets[s + 1], out = s * p.d + column;
-    if (p.grad_gate) {
-      sum(from, to, p.grad_gate + out, [&](int64_t row, int64_t j, auto io) {
-        return io.load_from(at(p.dv, row, j)) * io.load_from(at(p.y, row, j));
-      });
-    }
-    if (p.grad_shift) {
-      sum(from, to, p.grad_shift + out,
-          [&](int64_t row, int64_t j, auto io) { return io.load_from(at(p.grad_out, row, j)); });
-    }
-    if (p.grad_scale) {
-      sum(from, to, p.grad_scale + out, [&](int64_t row, int64_t j, auto io) {
-        const float mean = p.stats[2 * row], rstd = p.stats[2 * row + 1];
-        return io.load_from(at(p.grad_out, row, j)) * ((io.load_from(at(p.v, row, j)) - mean) * rstd);
-      });
-    }
-  }
-};
-
-// an item is one block of columns of one segment
-template <typename X>
-void sum_items(const NormSums& args, int64_t begin, int64_t end) {
-  const NormSums p = args;
-  const int64_t blocks = (p.d + kNormColumns - 1) / kNormColumns;
-  int64_t run;
-  for (int64_t item = begin; item < end; item += run) {
-    const int64_t block = item % blocks, column = block * kNormColumns;
-    const int64_t left = end - item < blocks - block ? end - item : blocks - block;
-    run = left < kRunBlocks ? left : kRunBlocks;
-    const int64_t count = p.d - column < run * kNormColumns ? p.d - column : run * kNormColumns;
-    SumRows<X>{p, column, count}.segment(item / blocks);
+// adds the slots of segment `s` for `count` columns
+void merge(const NormSums& p, int which, int64_t s, int64_t column, int64_t count, float* to) {
+  memset(to, 0, count * sizeof(float));
+  const int64_t begin = p.offsets[s], end = p.offsets[s + 1], runs = (p.n + kNormRows - 1) / kNormRows;
+  if (begin >= end) return;
+  for (int64_t run = begin / kNormRows; run <= (end - 1) / kNormRows; ++run) {
+    const float* from = norm_slot(p, which, run, s, runs) + column;
+    for_vectors(0, count,
+                [&](int64_t j, auto io) { io.store_to(to + j, io.load_from(to + j) + io.load_from(from + j)); });
   }
 }
 
@@ -399,17 +384,24 @@ void norm_forward_kernel(const NormForward& p, int64_t begin, int64_t end) {
   if (p.dtype == Dtype::f16) (wide ? forward<f16, float> : forward<f16, f16>)(p, begin, end);
 }
 
-void norm_backward_kernel(const NormBackward& p, int64_t begin, int64_t end) {
-  const bool wide = p.table_dtype == Dtype::f32;
-  if (p.dtype == Dtype::f32) backward_rows<float, float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) (wide ? backward_rows<bf16, float> : backward_rows<bf16, bf16>)(p, begin, end);
-  if (p.dtype == Dtype::f16) (wide ? backward_rows<f16, float> : backward_rows<f16, f16>)(p, begin, end);
+void norm_backward_kernel(const NormGradients& p, int64_t begin, int64_t end) {
+  const bool wide = p.rows.table_dtype == Dtype::f32;
+  if (p.rows.dtype == Dtype::f32) backward<float, float>(p, begin, end);
+  if (p.rows.dtype == Dtype::bf16) (wide ? backward<bf16, float> : backward<bf16, bf16>)(p, begin, end);
+  if (p.rows.dtype == Dtype::f16) (wide ? backward<f16, float> : backward<f16, f16>)(p, begin, end);
 }
 
+// an item is one block of columns of one segment
 void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::f32) sum_items<float>(p, begin, end);
-  if (p.dtype == Dtype::bf16) sum_items<bf16>(p, begin, end);
-  if (p.dtype == Dtype::f16) sum_items<f16>(p, begin, end);
+  const int64_t blocks = (p.d + kNormColumns - 1) / kNormColumns;
+  float* const sums[] = {p.grad_gate, p.grad_shift, p.grad_scale};
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t s = item / blocks, column = item % blocks * kNormColumns;
+    const int64_t count = p.d - column < kNormColumns ? p.d - column : kNormColumns;
+    for (int which = 0; which < 3; ++which) {
+      if (sums[which]) merge(p, which, s, column, count, sums[which] + s * p.d + column);
+    }
+  }
 }
 
 void swiglu_kernel(const Swiglu& p, int64_t begin, int64_t end) {

@@ -1,30 +1,44 @@
-// Guided flow update: one block a row. Sums are float32 trees of a fixed shape, so an update repeats bit for bit.
+// Guided flow update in one launch. Where guidance needs sums over a row a block does a row, which its second pass
+// finds in the first-level cache; sums are float32 trees of a fixed shape, so an update repeats bit for bit. Where it
+// needs none, blocks share the rows: a pack of 16 bytes of each tensor a thread, all of them under way at once. No
+// element costs a division.
 #include "kernels.h"
 #include "launch.h"
 #include "pack.h"
+#include "vectors.h"
 
 namespace flexkernels::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 512, kShareThreads = 256;
+// packs of a row that a thread has under way in the pass that sums
+constexpr int kUnroll = 3;
 
 // elements a thread takes at once: 16 bytes of the wider type
 template <typename X, typename V>
-constexpr int kPack = 16 / (sizeof(X) > sizeof(V) ? sizeof(X) : sizeof(V));
+constexpr int kElements = kPack<std::conditional_t<(sizeof(X) > sizeof(V)), X, V>>;
 
 template <int N>
 struct Width {
   static constexpr int value = N;
 };
 
-// body(i, Width) over the elements [begin, end) of this block's row: packs while they are aligned, then single ones
+// the elements of a row that are whole packs of N, and where they end
+template <int N>
+__device__ __forceinline__ int64_t packed_end(int64_t begin, int64_t end, bool aligned) {
+  return aligned && begin % N == 0 ? begin + (end - begin) / N * N : begin;
+}
+
+// body(i, Width) over the elements [begin, end) that this block has of a row: packs while they are aligned, then single
+// ones
 template <int N, typename Body>
 __device__ __forceinline__ void for_row(int64_t begin, int64_t end, bool aligned, Body body) {
-  const int64_t packed = aligned && begin % N == 0 ? begin + (end - begin) / N * N : begin;
+  const int64_t packed = packed_end<N>(begin, end, aligned), threads = static_cast<int64_t>(gridDim.y) * blockDim.x;
+  const int64_t thread = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
 #pragma unroll 1
-  for (int64_t i = begin + threadIdx.x * N; i < packed; i += blockDim.x * N) body(i, Width<N>{});
+  for (int64_t i = begin + thread * N; i < packed; i += threads * N) body(i, Width<N>{});
 #pragma unroll 1
-  for (int64_t i = packed + threadIdx.x; i < end; i += blockDim.x) body(i, Width<1>{});
+  for (int64_t i = packed + thread; i < end; i += threads) body(i, Width<1>{});
 }
 
 // d = v_cond - v_uncond (+ momentum * buffer)
@@ -37,38 +51,52 @@ __device__ __forceinline__ void difference(const FlowUpdate& p, int64_t i, const
   float buffer[N];
   load_floats<N>(p.momentum_buffer + i, buffer);
 #pragma unroll
-  for (int j = 0; j < N; ++j) d[j] += p.momentum * buffer[j];
+  for (int j = 0; j < N; ++j) d[j] = fmaf(p.momentum, buffer[j], d[j]);
 }
 
-// the block's total in every thread
-__device__ float block_sum(float value) {
-  __shared__ float of_warp[kMaxThreads / 32];
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
-  // the last call's totals have been read
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += of_warp[warp];
-  return total;
+// totals over a row, which is this block's alone, of what term(v_cond, d, sums) adds for each element
+template <typename X, typename V, int Count, typename Term>
+__device__ __forceinline__ void sum_row(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned,
+                                        float (&sums)[Count], Term term) {
+  constexpr int N = kElements<X, V>;
+  __shared__ float of_warps[kMaxThreads / 32][Count];
+  const int64_t packed = packed_end<N>(begin, end, aligned), step = static_cast<int64_t>(blockDim.x) * N;
+#pragma unroll 1
+  for (int64_t base = begin + threadIdx.x * N; base < packed; base += kUnroll * step) {
+    float c[kUnroll][N] = {}, d[kUnroll][N] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = base + u * step;
+      if (i >= packed) continue;
+      load_floats<N>(static_cast<const V*>(p.v_cond) + i, c[u]);
+      difference<N, V>(p, i, c[u], d[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (base + u * step >= packed) continue;
+#pragma unroll
+      for (int j = 0; j < N; ++j) term(c[u][j], d[u][j], sums);
+    }
+  }
+#pragma unroll 1
+  for (int64_t i = packed + threadIdx.x; i < end; i += blockDim.x) {
+    float c[1], d[1];
+    load_floats<1>(static_cast<const V*>(p.v_cond) + i, c);
+    difference<1, V>(p, i, c, d);
+    term(c[0], d[0], sums);
+  }
+  block_sums<Count>(sums, of_warps, blockDim.x / 32);
 }
 
 template <typename X, typename V>
 __device__ FlowCoefficients<float> apg(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
-  float dd = 0, dc = 0, cc = 0;
-  for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
-    constexpr int N = decltype(width)::value;
-    float c[N], d[N];
-    load_floats<N>(static_cast<const V*>(p.v_cond) + i, c);
-    difference<N, V>(p, i, c, d);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      dd += d[j] * d[j];
-      dc += d[j] * c[j];
-      cc += c[j] * c[j];
-    }
+  float sums[3] = {};
+  sum_row<X, V>(p, begin, end, aligned, sums, [](float c, float d, float (&of)[3]) {
+    of[0] = fmaf(d, d, of[0]);
+    of[1] = fmaf(d, c, of[1]);
+    of[2] = fmaf(c, c, of[2]);
   });
-  return flow_apg<float>(p, block_sum(dd), block_sum(dc), block_sum(cc));
+  return flow_apg<float>(p, sums[0], sums[1], sums[2]);
 }
 
 template <typename X, typename V>
@@ -76,23 +104,15 @@ __device__ FlowCoefficients<float> rescaled(const FlowUpdate& p, int64_t begin, 
   if (begin >= end) return flow_plain<float>(p);
   const float gain = p.scale - 1, first_c = to_float(static_cast<const V*>(p.v_cond)[begin]);
   const float first_g = first_c + gain * (first_c - to_float(static_cast<const V*>(p.v_uncond)[begin]));
-  float c1 = 0, c2 = 0, g1 = 0, g2 = 0;
-  for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
-    constexpr int N = decltype(width)::value;
-    float v[N], d[N];
-    load_floats<N>(static_cast<const V*>(p.v_cond) + i, v);
-    difference<N, V>(p, i, v, d);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float c = v[j] - first_c, g = v[j] + gain * d[j] - first_g;
-      c1 += c;
-      c2 += c * c;
-      g1 += g;
-      g2 += g * g;
-    }
+  float sums[4] = {};
+  sum_row<X, V>(p, begin, end, aligned, sums, [&](float v, float d, float (&of)[4]) {
+    const float c = v - first_c, g = v + gain * d - first_g;
+    of[0] += c;
+    of[1] = fmaf(c, c, of[1]);
+    of[2] += g;
+    of[3] = fmaf(g, g, of[3]);
   });
-  return flow_rescaled<float>(p, static_cast<float>(end - begin), block_sum(c1), block_sum(c2), block_sum(g1),
-                              block_sum(g2));
+  return flow_rescaled<float>(p, static_cast<float>(end - begin), sums[0], sums[1], sums[2], sums[3]);
 }
 
 template <typename X, typename V>
@@ -110,41 +130,40 @@ __device__ __forceinline__ void add_term(const T* term, int64_t i, float weight,
   for (int j = 0; j < N; ++j) x[j] += weight * value[j];
 }
 
-template <typename X>
-__device__ void write_prefix(const FlowUpdate& p, int64_t row, int64_t begin, int64_t end) {
-  if (!p.prefix) return;
-  // the step wrote these elements from other threads
-  __syncthreads();
-  X* out = static_cast<X*>(p.x_next) + begin;
-  const int64_t first = flow_prefix_begin(p, row), given = flow_prefix_begin(p, row + 1) - first;
-  const int64_t count = given < end - begin ? given : end - begin;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) from_float(flow_prefix(p, first + i), out + i);
-}
-
 template <typename X, typename V>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
   const FlowCoefficients<float> k = coefficients<X, V>(p, begin, end, aligned);
-  for_row<kPack<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
+  const int64_t first = p.prefix ? flow_prefix_begin(p, row) : 0;
+  const int64_t given = p.prefix ? flow_prefix_begin(p, row + 1) - first : 0;
+  for_row<kElements<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
     constexpr int N = decltype(width)::value;
-    float v[N], d[N] = {}, x[N];
+    float v[N], d[N] = {}, state[N], x[N];
     load_floats<N>(static_cast<const V*>(p.v_cond) + i, v);
+    load_floats<N>(static_cast<const X*>(p.x[0]) + i, state);
     if (p.guidance != kFlowNone) difference<N, V>(p, i, v, d);
     if (p.momentum_next) store_floats<N>(p.momentum_next + i, d);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      v[j] = k.alpha * v[j] + k.beta * d[j];
-      x[j] = p.b * v[j];
+      v[j] = fmaf(k.beta, d[j], k.alpha * v[j]);
+      x[j] = fmaf(p.a[0], state[j], p.b * v[j]);
     }
     if (p.velocity) store_floats<N>(p.velocity + i, v);
 #pragma unroll 1
-    for (int s = 0; s < p.states; ++s) add_term<N>(static_cast<const X*>(p.x[s]), i, p.a[s], x);
+    for (int s = 1; s < p.states; ++s) add_term<N>(static_cast<const X*>(p.x[s]), i, p.a[s], x);
 #pragma unroll 1
     for (int s = 0; s < p.pasts; ++s) add_term<N>(p.past[s], i, p.past_b[s], x);
+    if (i - begin < given) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (i - begin + j < given) x[j] = flow_prefix(p, first + i - begin + j);
+      }
+    }
     store_floats<N>(static_cast<X*>(p.x_next) + i, x);
   });
-  write_prefix<X>(p, row, begin, end);
 }
 
 bool all_aligned(const FlowUpdate& p) {
@@ -157,9 +176,17 @@ bool all_aligned(const FlowUpdate& p) {
 
 template <typename X, typename V>
 void update(const FlowUpdate& p, cudaStream_t stream) {
+  const int64_t packs = (p.row_length + kElements<X, V> - 1) / kElements<X, V>;
   int threads = 32;
-  while (threads < kMaxThreads && threads * kPack<X, V> < p.row_length) threads *= 2;
-  launch({"flow_update", static_cast<unsigned>(p.rows), threads, stream}, flow_update_kernel<X, V>, p, all_aligned(p));
+  dim3 grid(static_cast<unsigned>(p.rows));
+  if (flow_needs_sums(p)) {
+    while (threads < kMaxThreads && threads < packs) threads *= 2;
+  } else {
+    while (threads < kShareThreads && threads < packs) threads *= 2;
+    const int64_t parts = (packs + threads - 1) / threads, most = 65535;
+    grid.y = static_cast<unsigned>(parts < 1 ? 1 : parts < most ? parts : most);
+  }
+  launch({"flow_update", grid, threads, stream, 0, 1, true}, flow_update_kernel<X, V>, p, all_aligned(p));
 }
 
 template <typename X>

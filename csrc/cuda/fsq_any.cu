@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(kRows) fsq_any_kernel(const __grid_constant__ 
   T* tile = ptx::dynamic_shared<T>();
   float* thresholds = reinterpret_cast<float*>(tile + kRows * p.dims);
   const int thread = threadIdx.x;
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows, row = first + thread;
   const int rows = p.n - first < kRows ? static_cast<int>(p.n - first) : kRows, count = rows * p.dims;
   if (thread < p.dims) fill(p, thread, dims + thread);
@@ -111,8 +113,9 @@ void any(const char* op, const FsqTrain& p, void* queue) {
   with_float(q.dtype, [&](auto element) {
     using T = decltype(element);
     const size_t shared = (kRows * sizeof(T) + q.width * sizeof(float)) * q.dims;
-    launch({op, fsq_blocks(q.n, kRows), kRows, static_cast<cudaStream_t>(queue), static_cast<unsigned>(shared)},
-           fsq_any_kernel<T, TRAIN>, p, aligned16(q.z) && aligned16(q.codes));
+    launch(
+        {op, fsq_blocks(q.n, kRows), kRows, static_cast<cudaStream_t>(queue), static_cast<unsigned>(shared), 1, true},
+        fsq_any_kernel<T, TRAIN>, p, aligned16(q.z) && aligned16(q.codes));
   });
 }
 

@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(32 * kFsqWarps) fsq_dequantize_kernel(const __
   constexpr int N = kRowPack<T, DIMS>;
   __shared__ Tile tiles[kFsqWarps];
   Tile& tile = tiles[threadIdx.x / 32];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int lane = threadIdx.x % 32;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kFsqWarps + threadIdx.x / 32) * Tile::kRows;
   if (first >= p.n) return;
@@ -59,6 +61,8 @@ __global__ void __launch_bounds__(32 * kFsqWarps) fsq_dequantize_kernel(const __
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) fsq_dequantize_any_kernel(const __grid_constant__ FsqDequantize p) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.n) return;
   const uint64_t given = fsq_load_id(p.ids, p.id_type, row);
@@ -88,10 +92,11 @@ void fsq_dequantize_launch(const FsqDequantize& p, void* queue) {
   with_float(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (!few)
-      return launch({"fsq_dequantize", fsq_blocks(p.n, kThreads), kThreads, stream}, fsq_dequantize_any_kernel<T>, p);
+      return launch({"fsq_dequantize", fsq_blocks(p.n, kThreads), kThreads, stream, 0, 1, true},
+                    fsq_dequantize_any_kernel<T>, p);
     with_constant<kFsqFewDims>(p.dims, [&](auto dims) {
       using Tile = FsqTile<T, dims()>;
-      launch({"fsq_dequantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream},
+      launch({"fsq_dequantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream, 0, 1, true},
              fsq_dequantize_kernel<T, dims()>, q);
     });
   });

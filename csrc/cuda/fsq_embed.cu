@@ -61,6 +61,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fsq_embed_kernel(const __grid_
   __shared__ float codes[2][kRows][DIMS];
   __shared__ const T* sources[2][kRows];
   __shared__ bool replaced[2][kRows];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   const bool inside = column < p.width;
   float weight[DIMS][N], bias[N];
@@ -114,7 +116,7 @@ void embed(const FsqEmbed& p, cudaStream_t stream) {
   int64_t blocks = static_cast<int64_t>(multiprocessors("fsq_embed")) * (kResident / threads) / columns;
   if (blocks < 1) blocks = 1;
   const dim3 grid(static_cast<unsigned>(groups < blocks ? groups : blocks), static_cast<unsigned>(columns));
-  launch({"fsq_embed", grid, static_cast<unsigned>(threads), stream}, fsq_embed_kernel<T, N, DIMS>, p);
+  launch({"fsq_embed", grid, static_cast<unsigned>(threads), stream, 0, 1, true}, fsq_embed_kernel<T, N, DIMS>, p);
 }
 
 template <typename T>

@@ -78,6 +78,8 @@ constexpr int kBlocks = K > 9 ? 3 : 4;
 template <typename T, int K, int R>
 __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel(const __grid_constant__ FsqProject p) {
   float4* weights = ptx::dynamic_shared<float4>();  // [dims, packs]
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int lane = threadIdx.x % 32, packs = static_cast<int>(p.width / N);
   if (p.weight_dtype == Dtype::f32) stage<float>(weights, p.weight, p.dims * packs);
   if (p.weight_dtype == Dtype::bf16) stage<bf16>(weights, p.weight, p.dims * packs);
@@ -155,6 +157,8 @@ __device__ void sum_over_block(float (&v)[V], float (*buffer)[V]) {
 
 template <typename T>
 __global__ void __launch_bounds__(kAnyThreads) fsq_project_any_kernel(const __grid_constant__ FsqProject p) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   constexpr int R = kAnyRows;
   __shared__ float sums[kAnyThreads / 32][R];
   __shared__ float dots[kAnyThreads / 32][R * kFsqMaxDims];
@@ -211,7 +215,7 @@ void rows(const FsqProject& p, cudaStream_t stream) {
       static_cast<int64_t>(multiprocessors("fsq_project_quantize")) * (bytes > kWeightBytes / 2 ? 2 : kBlocks<K>);
   const int64_t wanted = (p.n + kFsqWarps * R - 1) / (kFsqWarps * R);
   const unsigned blocks = static_cast<unsigned>(wanted < room ? wanted : room);
-  launch({"fsq_project_quantize", blocks, 32 * kFsqWarps, stream, bytes}, fsq_project_kernel<T, K, R>, p);
+  launch({"fsq_project_quantize", blocks, 32 * kFsqWarps, stream, bytes, 1, true}, fsq_project_kernel<T, K, R>, p);
 }
 
 template <typename T>
@@ -220,7 +224,8 @@ void project(const FsqProject& p, cudaStream_t stream) {
   if (held && p.width <= 4 * 32 * N) return rows<T, 4, 2>(p, stream);
   if (held && p.width <= 9 * 32 * N) return rows<T, 9, 2>(p, stream);
   if (held && p.width <= 16 * 32 * N) return rows<T, 16, 1>(p, stream);
-  launch({"fsq_project_quantize", fsq_blocks(p.n, kAnyRows), kAnyThreads, stream}, fsq_project_any_kernel<T>, p);
+  launch({"fsq_project_quantize", fsq_blocks(p.n, kAnyRows), kAnyThreads, stream, 0, 1, true},
+         fsq_project_any_kernel<T>, p);
 }
 
 }  // namespace

@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(32 * kFsqWarps) fsq_quantize_kernel(const __gr
   constexpr int N = kRowPack<T, DIMS>;
   __shared__ Tile tiles[kFsqWarps];
   Tile& tile = tiles[threadIdx.x / 32];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kFsqWarps + threadIdx.x / 32) * Tile::kRows;
   if (first >= p.n) return;
   const int rows = p.n - first < Tile::kRows ? static_cast<int>(p.n - first) : Tile::kRows;
@@ -93,7 +95,7 @@ void fsq_quantize_launch(const FsqQuantize& p, void* queue) {
     with_constant<kFsqFewDims>(p.dims, [&](auto dims) {
       using T = decltype(element);
       using Tile = FsqTile<T, dims()>;
-      launch({"fsq_quantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream},
+      launch({"fsq_quantize", fsq_blocks(p.n, Tile::kRowsPerBlock), 32 * kFsqWarps, stream, 0, 1, true},
              p.width <= kFewThresholds ? fsq_quantize_kernel<T, dims(), kFewThresholds>
                                        : fsq_quantize_kernel<T, dims(), kMostThresholds>,
              q);

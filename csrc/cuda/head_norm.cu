@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "lanes.h"
 #include "launch.h"
+#include "ptx.h"
 
 namespace flexkernels::cuda {
 namespace {
@@ -143,6 +144,8 @@ struct Split {
 // one head of one token a group of `lanes` threads
 template <typename T, int V, int C>
 __global__ void __launch_bounds__(kNormThreads) kv_append_kernel(const __grid_constant__ KvAppend p, Split split) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const HeadNorm& c = p.norm;
   const int lanes = split.lanes;
   const Lanes l{static_cast<int>(threadIdx.x) % lanes, lanes, (c.head_dim + 1) / 2, c.head_dim, split.aligned};
@@ -174,6 +177,8 @@ __global__ void __launch_bounds__(kNormThreads) kv_append_kernel(const __grid_co
 
 template <typename T, int V, int C>
 __global__ void __launch_bounds__(kNormThreads) qk_norm_kernel(const __grid_constant__ QkNorm p, Split split) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const HeadNorm& c = p.norm;
   const int lanes = split.lanes;
   const Lanes l{static_cast<int>(threadIdx.x) % lanes, lanes, (c.head_dim + 1) / 2, c.head_dim, split.aligned};
@@ -198,6 +203,8 @@ __global__ void __launch_bounds__(kNormThreads) qk_norm_kernel(const __grid_cons
 template <typename T, int V, int C>
 __global__ void __launch_bounds__(kNormThreads)
     qk_norm_backward_kernel(const __grid_constant__ QkNormBackward p, Split split) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   // [groups, 2 halves of lanes * V * C]
   __shared__ float parts[kNormThreads * 2 * V * C];
   const HeadNorm& c = p.norm;
@@ -288,7 +295,7 @@ void kv_append(const KvAppend& p, cudaStream_t stream) {
   for (int i = 0; i < 3; ++i) aligned = aligned && p.k_stride[i] % V == 0 && p.v_stride[i] % V == 0;
   const Split split = split_of<T>(p.norm, aligned && p.qkv_stride[0] % V == 0 && p.qkv_stride[1] % V == 0);
   const unsigned blocks = blocks_for(p.batch * p.n * (p.heads + 2 * p.kv_heads), split);
-  const Launch at{"kv_append_", blocks, kNormThreads, stream};
+  const Launch at{"kv_append_", blocks, kNormThreads, stream, 0, 1, true};
   if (packed<T>(p.norm)) return launch(at, kv_append_kernel<T, V, 1>, p, split);
   launch(at, kv_append_kernel<T, 1, 4>, p, split);
 }
@@ -298,7 +305,7 @@ void qk_norm(const QkNorm& p, cudaStream_t stream) {
   constexpr int V = kPack<T>;
   const bool aligned = aligned16(p.qk) && aligned16(p.q) && aligned16(p.k) && p.qk_stride % V == 0;
   const Split split = split_of<T>(p.norm, aligned);
-  const Launch at{"qk_norm", blocks_for(p.total * (p.heads + p.kv_heads), split), kNormThreads, stream};
+  const Launch at{"qk_norm", blocks_for(p.total * (p.heads + p.kv_heads), split), kNormThreads, stream, 0, 1, true};
   if (packed<T>(p.norm)) return launch(at, qk_norm_kernel<T, V, 1>, p, split);
   launch(at, qk_norm_kernel<T, 1, 4>, p, split);
 }
@@ -309,7 +316,7 @@ void qk_norm_backward(const QkNormBackward& p, cudaStream_t stream) {
   const bool aligned = aligned16(p.qk) && aligned16(p.grad_q) && aligned16(p.grad_k) && aligned16(p.grad_qk);
   const Split split = split_of<T>(p.norm, aligned && p.qk_stride % V == 0);
   const dim3 grid(static_cast<unsigned>((p.total + kQkNormChunk - 1) / kQkNormChunk), 2);
-  const Launch at{"qk_norm_backward", grid, kNormThreads, stream};
+  const Launch at{"qk_norm_backward", grid, kNormThreads, stream, 0, 1, true};
   if (packed<T>(p.norm)) return launch(at, qk_norm_backward_kernel<T, V, 1>, p, split);
   launch(at, qk_norm_backward_kernel<T, 1, 4>, p, split);
 }

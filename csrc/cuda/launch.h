@@ -16,7 +16,7 @@ struct Launch {
   unsigned cluster = 1;  // blocks of a cluster, along x
   // programmatic dependent launch: the kernel may start while the one before it ends, so it must call
   // ptx::wait_for_predecessors() before it touches what that one wrote or read. ptx::launch_dependents() comes after
-  // that: then only the kernel before it can still be under way when a kernel starts
+  // that: then only the kernel before it can still be under way when a kernel starts. GPUs before sm_90 do not have it
   bool overlap = false;
   // all blocks run at the same time, or the launch fails
   bool cooperative = false;
@@ -28,13 +28,15 @@ inline void check_launch(const char* op, cudaError_t error) {
   throw std::runtime_error(std::string(op) + " did not launch: " + cudaGetErrorString(error));
 }
 
-// of the current device
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_launch("multiprocessors", cudaGetDevice(&device));
-  check_launch("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_launch("a query of the device", cudaGetDevice(&device));
+  check_launch("a query of the device", cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
+
+// of the current device
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 template <typename T>
 struct Same {
@@ -65,7 +67,7 @@ void launch(const Launch& at, void (*kernel)(Args...), typename Same<Args>::type
     attribute.val.clusterDim.x = at.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  if (at.overlap) {
+  if (at.overlap && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

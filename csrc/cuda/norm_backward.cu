@@ -1,20 +1,14 @@
 // Row norms, backward, by one of two ways, chosen by width, dtypes and what is there.
 // Fused, where a row is whole packs of 16 bytes and there is a norm: a block walks a run of rows in the order of their
 // segments, a pack a thread; the next row is under way while this one is computed, and the sums over the rows stay in
-// registers until the segment changes. Then they go to slot run + segment: no two share one, since along the rows the
-// run or the segment rises. merge_kernel adds the slots of a segment in their order.
+// registers until the segment changes; then they go to their slot, and merge_kernel adds the slots of a segment in
+// their order. A row costs one barrier: the mean of the next one is summed along with the moments of this one, so v
+// comes two rows ahead. Statistics kept by the forward would spare neither the barrier nor a byte.
 // Otherwise rows_kernel computes the rows and sums_kernel the same slots.
 #include "norm.h"
 
 namespace flexkernels::cuda {
 namespace {
-
-__device__ __forceinline__ int64_t row_at(const NormSums& s, int64_t i) { return s.order ? s.order[i] : i; }
-
-// the sums' plane `which` (0 gate, 1 shift, 2 scale), slot of a run and a segment
-__device__ __forceinline__ float* slot_of(const NormSums& s, int which, int64_t run, int64_t segment, int64_t runs) {
-  return s.partial + ((which * (runs + s.segments)) + run + segment) * s.d;
-}
 
 template <typename X>
 __device__ __forceinline__ void store_sums(float* to, const float (&v)[kPack<X>]) {
@@ -22,6 +16,15 @@ __device__ __forceinline__ void store_sums(float* to, const float (&v)[kPack<X>]
   for (int j = 0; j < kPack<X>; j += 4) {
     *reinterpret_cast<float4*>(to + j) = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
   }
+}
+
+template <typename X>
+__device__ __forceinline__ float sum_of(const uint4& raw) {
+  float v[kPack<X>], sum = 0;
+  unpack<X>(raw, v);
+#pragma unroll
+  for (int j = 0; j < kPack<X>; ++j) sum += v[j];
+  return sum;
 }
 
 // a = grad_out * factor, rounded here: joined with the subtraction of a's mean it would not cancel in a row of one
@@ -36,15 +39,17 @@ template <typename X, int T, bool RMS, bool SUM, bool GATE>
 __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant__ NormGradients p, int64_t run) {
   constexpr int N = kPack<X>;
   const NormBackward& r = p.rows;
-  // two of each: a row's sums are written while a slow warp reads those of the row before
-  __shared__ float totals[2][T / 32][1], moments[2][T / 32][3];
+  // moments: of this row three, and the sum of the next; two of each, since a row's are written while a slow warp reads
+  // those of the row before
+  constexpr int M = RMS ? 3 : 4;
+  __shared__ float totals[T / 32][1], moments[2][T / 32][M];
   const int t = threadIdx.x, warps = blockDim.x / 32, column = t * N;
   const bool active = column < r.d;
   const int64_t first = blockIdx.x * run, end = first + run < r.n ? first + run : r.n;
   const float per = 1.0f / static_cast<float>(r.d);
   float sum_gate[N] = {}, sum_shift[N] = {}, sum_scale[N] = {};
   const uint4 zero = make_uint4(0, 0, 0, 0);
-  uint4 next_out = zero, next_sum = zero, next_v = zero, next_y = zero, gate = zero, scale = zero;
+  uint4 next_out = zero, next_sum = zero, next_v = zero, after_v = zero, next_y = zero, gate = zero, scale = zero;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
@@ -54,14 +59,13 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
   const auto fetch = [&](int64_t row) {
     if (!active) return;
     next_out = load(r.grad_out, row);
-    next_v = load(r.v, row);
     if constexpr (SUM) next_sum = load(r.grad_sum, row);
     if constexpr (GATE) next_y = load(p.sums.y, row);
   };
   const auto flush = [&](int64_t segment) {
     if (!active || !p.sums.offsets) return;
     const auto put = [&](int which, const float* wanted, float (&sums)[N]) {
-      if (wanted) store_sums<X>(slot_of(p.sums, which, blockIdx.x, segment, gridDim.x) + column, sums);
+      if (wanted) store_sums<X>(norm_slot(p.sums, which, blockIdx.x, segment, gridDim.x) + column, sums);
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[j] = 0;
     };
@@ -70,14 +74,29 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
     put(2, p.sums.grad_scale, sum_scale);
   };
 
-  int64_t row = row_at(p.sums, first), current = -1;
+  const auto fetch_v = [&](int64_t i) {
+    if (active && i < end) after_v = load(r.v, norm_row(p.sums, i));
+  };
+
+  int64_t row = norm_row(p.sums, first), current = -1;
   fetch(row);
+  fetch_v(first);
+  next_v = after_v;
+  fetch_v(first + 1);
+  float mean = 0;
+  if constexpr (!RMS) {
+    float total[1] = {sum_of<X>(next_v)};
+    block_sums<1>(total, totals, warps);
+    mean = total[0] * per;
+  }
   for (int64_t i = first; i < end; ++i) {
     const uint4 raw_out = next_out, raw_sum = next_sum, raw_y = next_y;
     float v[N], out[N], factor[N];
     unpack<X>(next_v, v);
     const int64_t at = row * r.d + column, s = norm_segment(r.segment, row, r.segments);
-    if (i + 1 < end) fetch(row = row_at(p.sums, i + 1));
+    next_v = after_v;
+    if (i + 1 < end) fetch(row = norm_row(p.sums, i + 1));
+    fetch_v(i + 2);
     if (s != current) {
       if (current >= 0) flush(current);
       if (active) {
@@ -88,27 +107,21 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
     }
     unpack<X>(raw_out, out);
     unpack<X>(scale, factor);
-    const int parity = i & 1;
-    float mean[1] = {0};
-    if constexpr (!RMS) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) mean[0] += v[j];
-      block_sums<1>(mean, totals[parity], warps);
-      mean[0] *= per;
-    }
     // of a = grad_out * factor: sum a, sum a (v - mean); sum (v - mean)^2
-    float three[3] = {};
+    float sums[M] = {};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      v[j] = active ? v[j] - mean[0] : 0.0f;
+      v[j] = active ? v[j] - mean : 0.0f;
       const float a = times_factor<RMS>(out[j], factor[j]);
-      three[0] += a;
-      three[1] = fmaf(a, v[j], three[1]);
-      three[2] = fmaf(v[j], v[j], three[2]);
+      sums[0] += a;
+      sums[1] = fmaf(a, v[j], sums[1]);
+      sums[2] = fmaf(v[j], v[j], sums[2]);
     }
-    block_sums<3>(three, moments[parity], warps);
-    const float rstd = 1.0f / sqrtf(three[2] * per + r.eps);
-    const float mean_a = RMS ? 0.0f : three[0] * per, mean_ax = three[1] * rstd * per;
+    if constexpr (!RMS) sums[3] = sum_of<X>(next_v);
+    block_sums<M>(sums, moments[i & 1], warps);
+    if constexpr (!RMS) mean = sums[3] * per;
+    const float rstd = 1.0f / sqrtf(sums[2] * per + r.eps);
+    const float mean_a = RMS ? 0.0f : sums[0] * per, mean_ax = sums[1] * rstd * per;
     float dv[N], by[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -193,7 +206,7 @@ __global__ void __launch_bounds__(kAnyThreads) sums_kernel(const __grid_constant
   if (column >= p.d) return;
   float gate = 0, shift = 0, scale = 0;
   for (int64_t i = first; i < end; ++i) {
-    const int64_t row = row_at(p, i), at = row * p.d + column, s = norm_segment(p.segment, row, p.segments);
+    const int64_t row = norm_row(p, i), at = row * p.d + column, s = norm_segment(p.segment, row, p.segments);
     if (p.grad_gate)
       gate = fmaf(to_float(static_cast<const X*>(p.dv)[at]), to_float(static_cast<const X*>(p.y)[at]), gate);
     if (p.grad_shift || p.grad_scale) {
@@ -204,10 +217,10 @@ __global__ void __launch_bounds__(kAnyThreads) sums_kernel(const __grid_constant
         scale = fmaf(grad, normed, scale);
       }
     }
-    if (i + 1 < end && norm_segment(p.segment, row_at(p, i + 1), p.segments) == s) continue;
-    slot_of(p, 0, blockIdx.x, s, runs)[column] = gate;
-    slot_of(p, 1, blockIdx.x, s, runs)[column] = shift;
-    slot_of(p, 2, blockIdx.x, s, runs)[column] = scale;
+    if (i + 1 < end && norm_segment(p.segment, norm_row(p, i + 1), p.segments) == s) continue;
+    norm_slot(p, 0, blockIdx.x, s, runs)[column] = gate;
+    norm_slot(p, 1, blockIdx.x, s, runs)[column] = shift;
+    norm_slot(p, 2, blockIdx.x, s, runs)[column] = scale;
     gate = shift = scale = 0;
   }
 }
@@ -225,7 +238,7 @@ __global__ void __launch_bounds__(256) merge_kernel(const __grid_constant__ Norm
   float sum = 0;
   if (column < p.d && begin < end) {
     const int64_t last = (end - 1) / run;
-    for (int64_t i = begin / run + threadIdx.y; i <= last; i += 8) sum += slot_of(p, which, i, s, runs)[column];
+    for (int64_t i = begin / run + threadIdx.y; i <= last; i += 8) sum += norm_slot(p, which, i, s, runs)[column];
   }
   parts[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -241,7 +254,7 @@ template <typename X, int T>
 void fused(const NormGradients& p, int64_t run, int64_t runs, cudaStream_t stream) {
   const int64_t packs = p.rows.d / kPack<X>;
   const unsigned threads = static_cast<unsigned>((packs + 31) / 32 * 32);
-  const Launch at{"norm_backward", static_cast<unsigned>(runs), threads, stream};
+  const Launch at{"norm_backward", static_cast<unsigned>(runs), threads, stream, 0, 1, true};
   if (p.rows.kind == kRmsNorm) {
     launch(at, p.rows.grad_sum ? fused_kernel<X, T, true, true, false> : fused_kernel<X, T, true, false, false>, p,
            run);
@@ -279,7 +292,7 @@ void backward(const NormGradients& p, cudaStream_t stream) {
   }
   if (!s.offsets) return;
   const dim3 grid(static_cast<unsigned>(s.segments), static_cast<unsigned>((d + 31) / 32), 3);
-  launch({"norm_backward", grid, dim3(32, 8), stream}, merge_kernel, s, run, runs);
+  launch({"norm_backward", grid, dim3(32, 8), stream, 0, 1, true}, merge_kernel, s, run, runs);
 }
 
 }  // namespace

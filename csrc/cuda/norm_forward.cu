@@ -136,6 +136,8 @@ constexpr int kAnyThreads = 256;
 template <typename X, typename M>
 __global__ void __launch_bounds__(kAnyThreads) any_kernel(const __grid_constant__ NormForward p) {
   __shared__ float means[kAnyThreads / 32][1], variances[kAnyThreads / 32][1];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t row = blockIdx.x, s = norm_segment(p.segment, row, p.segments);
   const X *x = static_cast<const X*>(p.x) + row * p.x_stride, *v = x;
   const M *gate = table_row<M>(p.gate, s), *scale = table_row<M>(p.scale, s), *shift = table_row<M>(p.shift, s);
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kAnyThreads) any_kernel(const __grid_constant_
 template <typename X, typename Shape>
 void packed(const NormForward& p, cudaStream_t stream) {
   constexpr int R = Shape::R;
-  const Launch at{"norm_forward", static_cast<unsigned>((p.n + R - 1) / R), 32u * Shape::W * R, stream};
+  const Launch at{"norm_forward", static_cast<unsigned>((p.n + R - 1) / R), 32u * Shape::W * R, stream, 0, 1, true};
   if (p.kind == kRmsNorm) {
     launch(at, p.y ? packed_kernel<X, Shape, 1, true> : packed_kernel<X, Shape, 0, true>, p);
   } else if (p.gate.data) {
@@ -191,7 +193,7 @@ void forward(const NormForward& p, cudaStream_t stream) {
     if (whole && p.d <= kMaxPacked<OneWarp, X>) return packed<X, OneWarp>(p, stream);
     if (whole && p.d <= kMaxPacked<FourWarps, X>) return packed<X, FourWarps>(p, stream);
   }
-  launch({"norm_forward", static_cast<unsigned>(p.n), kAnyThreads, stream}, any_kernel<X, M>, p);
+  launch({"norm_forward", static_cast<unsigned>(p.n), kAnyThreads, stream, 0, 1, true}, any_kernel<X, M>, p);
 }
 
 }  // namespace

@@ -134,8 +134,8 @@ void words(const Swiglu& p, cudaStream_t stream) {
   // equal stretches of whole 128-byte lines
   const int64_t each = ((words + parts - 1) / parts + 31) / 32 * 32;
   const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>((words + each - 1) / each));
-  launch({"swiglu", grid, kThreads, stream}, p.grad_out ? backward_kernel<X, PAIRS> : forward_kernel<X, PAIRS>, p,
-         each);
+  launch({"swiglu", grid, kThreads, stream, 0, 1, true},
+         p.grad_out ? backward_kernel<X, PAIRS> : forward_kernel<X, PAIRS>, p, each);
 }
 
 template <typename X>

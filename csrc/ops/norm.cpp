@@ -245,8 +245,9 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   p.scale = tables.take(scale);
   p.grad_x = grad_out ? grad_x.mutable_data_ptr() : nullptr;
   p.grad_y = wanted & kGradY ? grad_y.mutable_data_ptr() : nullptr;
-  const Tensor stats = wanted & kGradScale ? empty(grad, {n, 2}, ScalarType::Float) : nothing(grad, ScalarType::Float);
-  p.stats = wanted & kGradScale ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr;
+  const bool keeps = kCuda && (wanted & kGradScale);
+  const Tensor stats = keeps ? empty(grad, {n, 2}, ScalarType::Float) : nothing(grad, ScalarType::Float);
+  p.stats = keeps ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr;
   p.eps = static_cast<float>(eps);
   p.kind = rms ? kRmsNorm : kLayerNorm;
 
@@ -274,15 +275,19 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
     s.grad_shift = sum_of(1, kGradShift);
     s.grad_scale = sum_of(2, kGradScale);
   }
-#ifdef FLEXKERNELS_CUDA
-  const int64_t slots = summed ? (n + norm_run(n) - 1) / norm_run(n) + rows : 0;
-  const Tensor partial = empty(grad, {3, slots, d}, ScalarType::Float);
+  const int64_t run = kCuda ? norm_run(n) : kNormRows, runs = (n + run - 1) / run;
+  const Tensor partial = empty(grad, {3, summed ? runs + rows : 0, d}, ScalarType::Float);
   s.partial = static_cast<float*>(partial.mutable_data_ptr());
+#ifdef FLEXKERNELS_CUDA
   launch(cuda::norm_backward_launch, NormGradients{p, s}, grad, n);
 #else
-  if (p.grad_x || p.grad_y) FLEXKERNELS_LAUNCH(norm_backward, p, grad, n, d);
+  p.past_cache =
+      bytes_of(grad_out) + bytes_of(grad_sum) + bytes_of(v) + bytes_of(y) + bytes_of(grad_x) + bytes_of(grad_y) >
+      kCacheBytes;
+  const NormGradients gradients{p, s};
+  if (p.grad_x || p.grad_y || summed) FLEXKERNELS_LAUNCH(norm_backward, gradients, grad, runs, kNormRows * d);
   const int64_t items = summed ? rows * ((d + kNormColumns - 1) / kNormColumns) : 0;
-  if (items) FLEXKERNELS_LAUNCH(norm_sums, s, grad, items, n * d / items);
+  if (items) FLEXKERNELS_LAUNCH(norm_sums, s, grad, items, (runs + rows) * d / items);
 #endif
   return results;
 }

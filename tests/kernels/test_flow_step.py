@@ -109,6 +109,15 @@ def test_ragged_rows(place, guidance):
 
 
 @on_every_backend
+@every_guidance
+def test_rows_of_several_blocks(place, guidance):
+    """A prefix that ends inside a block of its row, beside a row shorter than a pack and one without a prefix."""
+    prefix = Prefix(torch.randn(1504), torch.tensor([0, 2, 1504, 1504]), torch.randn(1504), 0.3)
+    offsets = torch.tensor([0, 3, 4104, 9000])
+    check(place, draw(guidance, 9000, row_offsets=offsets) | {"prefix": prefix})
+
+
+@on_every_backend
 def test_momentum_starts_from_zeros_and_runs_on(place):
     guidance = APG(5.0, threshold=0.6, momentum=-0.75)
     arguments = draw(guidance, (2, 2, 33), momentum_buffer=torch.zeros(2, 2, 33))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import vft
-from vft import checkpoint
+from vft import checkpoint, codebook
 from vft.codebook import TABLES, CodebookEmbedding, CodebookHead, codebook_cross_entropy, fsq_features
 from vft.config import parse_generator_config
 
@@ -46,8 +46,11 @@ def test_tables_compute_their_products():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(("rows", "levels"), [(1, (2,)), (37, (8, 8, 5, 5)), (200, (3, 5, 4)), (130, (8, 8, 8, 5))])
-def test_codebook_cross_entropy(dtype, rows, levels):
+def test_codebook_cross_entropy(monkeypatch, dtype, parts, rows, levels):
+    """Whole, and with the ids in parts, one of them empty where there are two ids."""
+    monkeypatch.setattr(codebook, "id_parts", lambda *_: parts)
     features = fsq_features(levels)
     # of strided rows, with confident and flat ones among them
     h = (torch.randn(rows, 2 * features.shape[1])[:, ::2] * torch.linspace(0.01, 2, rows)[:, None]).to(dtype)
@@ -66,6 +69,20 @@ def test_codebook_cross_entropy(dtype, rows, levels):
     for got, peer, want in zip(ours, theirs, exact, strict=True):
         step = 8 * torch.finfo(got.dtype).eps * want.abs().max()
         assert (got - want).abs().max() <= 2 * (peer - want).abs().max() + step
+
+
+def test_parts_of_the_ids_fill_a_gpu(monkeypatch):
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    # 20 blocks of rows, two blocks for each of 132; few ids; more rows than fill it; no rows
+    assert [codebook.id_parts(*sizes, gpu) for sizes in ((1280, 64000), (1, 64000), (1, 60), (9000, 64000))] == [
+        13,
+        62,
+        1,
+        1,
+    ]
+    assert codebook.id_parts(0, 64000, gpu) >= 1 == codebook.id_parts(1280, 64000, cpu)
 
 
 def max_float(x):
