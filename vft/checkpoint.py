@@ -35,16 +35,17 @@ def read(reference: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Any]
     """Config, tensors and a short name.
 
     ``reference`` is the name of an embedded model (``"tiny"``), a directory, a single safetensors file, or a hub id
-    ``"org/repo[@revision][/subdirectory]"``. A directory holds a ``config.json`` beside one ``*.safetensors`` of any
-    name or the shards of one ``*.safetensors.index.json``, or is the folder of a ``vft train`` run. A file carries its
-    config as metadata, or lies beside a ``config.json``. Names lose what wrappers add, see :mod:`vft.state_dict`.
+    ``"[hf://]org/repo[@revision][/subdirectory]"``. A directory holds a ``config.json`` beside one ``*.safetensors`` of
+    any name or the shards of one ``*.safetensors.index.json``, or is the folder of a ``vft train`` run. A file carries
+    its config as metadata, or lies beside a ``config.json``. Names lose what wrappers add, see :mod:`vft.state_dict`.
     ``suffix`` ends the file names of embedded models of another kind than the tokenizer: ``GENERATOR``.
 
     Raises:
         CheckpointError: missing, empty, damaged or incomplete files.
         ImportError: a hub id without the ``hub`` extra.
     """
-    text, path = os.fspath(reference), Path(reference)
+    text = os.fspath(reference).removeprefix("hf://")
+    path = Path(text)
     if path.is_dir():
         return *_unwrapped(*_read_directory(path), path), path.resolve().name
     if path.is_file():

@@ -1,4 +1,4 @@
-"""A short name for what decides the ids of a tokenizer: its encoder's weights and config.
+"""A short name for what decides the ids of a tokenizer: its encoder's weights and config, and the latent codec's.
 
 Tokens carry it, so that they are not decoded by another model. A decoder may be trained further: ids mean the same.
 """
@@ -24,10 +24,12 @@ class TokensWarning(UserWarning):
 
 
 def fingerprint(tokenizer) -> str:
-    """16 hexadecimal digits of the SHA-256 of a :class:`vft.Tokenizer`'s encoder: config, float32 weights."""
+    """16 hexadecimal digits of the SHA-256 of a :class:`vft.Tokenizer`'s encoder: config, float32 weights, and those of
+    the latent codec's encoder that a checkpoint holds (an embedded codec's name is in the config)."""
     facts = dataclasses.asdict(tokenizer.config)
     digest = hashlib.sha256(json.dumps({name: facts[name] for name in _FIELDS}).encode())
-    for name, value in sorted(tokenizer.encoder.named_parameters()):
+    codec = {name: value for name, value in (tokenizer.codec_state or {}).items() if ".encoder." in name}
+    for name, value in sorted([*tokenizer.encoder.named_parameters(), *codec.items()]):
         digest.update(f"{name} {list(value.shape)}".encode())
         some = value.detach().flatten()[:: max(1, value.numel() // SAMPLES)]
         digest.update(some.float().cpu().numpy().astype("<f4").tobytes())

@@ -18,7 +18,7 @@ from torch import nn
 import flexkernels
 from flexkernels import APG, CFG
 
-from . import checkpoint, share
+from . import checkpoint, semantok, share
 from .config import TokenizerConfig, parse_config
 from .fingerprint import check_tokens, fingerprint
 from .graphs import VelocityGraphs
@@ -70,6 +70,7 @@ class Tokenizer(nn.Module):
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
         raw, tensors, name = checkpoint.read(reference)
+        raw, tensors = semantok.unwrap(raw, tensors)
         sampler = raw.pop("sampler", None)
         model = cls(parse_config(raw), name)
         model._codec_state = checkpoint.load_weights(model, model.config, tensors, check_finite)
