@@ -216,9 +216,15 @@ def published_name(name: str, config: TokenizerConfig) -> str:
     return config.names[prefix] + name[len(prefix) :]
 
 
-def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype=None) -> None:
-    """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically."""
+def write(
+    path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype, codec: dict
+) -> None:
+    """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically.
+
+    ``codec`` are the latent codec's weights, without their prefix.
+    """
     tensors = {published_name(name, config): p for name, p in model.named_parameters()}
+    tensors |= {CODEC_PREFIX + name: value for name, value in codec.items()}
     write_tensors(path, tensors, config.raw | extra, dtype)
 
 

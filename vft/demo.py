@@ -2,15 +2,14 @@
 
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from vft import progress
 from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
 from vft.metrics import frames_psnr
@@ -73,7 +72,7 @@ def reconstruct(tokenizer, tokens: VideoTokens, source: torch.Tensor, **options)
     """Decode from the first 1, 4, 16 and all registers; compare with ``source`` (uint8 ``[T, H, W, 3]``)."""
     keeps = [k for k in KEEPS if k < tokens.registers] + [tokens.registers]
     results = []
-    for k in tqdm(keeps, desc="decode", leave=False, disable=not sys.stderr.isatty()):
+    for k in progress.bar(keeps, desc="decode", unit="clip"):
         coarse = tokens.truncate(k)
         start = time.perf_counter()
         frames = to_uint8(tokenizer.decode(coarse, **options)).cpu()

@@ -7,13 +7,12 @@ video files; what each register controls; the class accuracy of generated clips.
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from . import progress
 from .features import Network, frechet_distance
 from .files import replacing
 from .generator import Generator
@@ -40,7 +39,7 @@ def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> d
     ``options`` (steps, guidance, ...) go to ``model.decode_latents``.
     """
     rows: dict[str, list[dict]] = {}
-    for start in tqdm(range(0, count, BATCH), desc="clips", leave=False, disable=not sys.stderr.isatty()):
+    for start in progress.bar(range(0, count, BATCH), desc="held-out clips", unit="batch"):
         clips = _clips(model, range(start, min(start + BATCH, count)))
         latents = model.codec.encode(clips)
         ids = model.encode_latents(latents)
@@ -63,7 +62,7 @@ def distances(model: Tokenizer, networks: Sequence[Network], count: int, keeps: 
         raise ValueError(f"clips must be at least 2, got {count}")
     real: dict[str, list[torch.Tensor]] = {}
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
-    for start in tqdm(range(0, count, BATCH), desc="features", leave=False, disable=not sys.stderr.isatty()):
+    for start in progress.bar(range(0, count, BATCH), desc="features", unit="batch"):
         clips = _clips(model, range(start, min(start + BATCH, count)))
         latents = model.codec.encode(clips)
         ids = model.encode_latents(latents)

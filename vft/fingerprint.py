@@ -10,6 +10,9 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterable
+
+import torch
 
 # values of each tensor that are looked at, evenly spread: training moves nearly all, and a billion are read at once
 SAMPLES = 4096
@@ -29,11 +32,16 @@ def fingerprint(tokenizer) -> str:
     facts = dataclasses.asdict(tokenizer.config)
     digest = hashlib.sha256(json.dumps({name: facts[name] for name in _FIELDS}).encode())
     codec = {name: value for name, value in (tokenizer.codec_state or {}).items() if ".encoder." in name}
-    for name, value in sorted([*tokenizer.encoder.named_parameters(), *codec.items()]):
+    add_tensors(digest, sorted([*tokenizer.encoder.named_parameters(), *codec.items()]))
+    return digest.hexdigest()[:16]
+
+
+def add_tensors(digest, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Adds names, shapes and some float32 values to a hash of :mod:`hashlib`."""
+    for name, value in named:
         digest.update(f"{name} {list(value.shape)}".encode())
         some = value.detach().flatten()[:: max(1, value.numel() // SAMPLES)]
         digest.update(some.float().cpu().numpy().astype("<f4").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_form(value: str) -> str:

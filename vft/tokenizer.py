@@ -80,13 +80,21 @@ class Tokenizer(nn.Module):
             model.steps, model.guidance = _read_sampler(sampler)
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        *,
+        codec: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
 
-        The latent codec's weights are not in it. ``dtype`` is that of the stored weights, by default the model's own.
+        Of the latent codec's weights those that are given are in it. ``dtype`` is that of the stored weights, by
+        default the model's own.
         """
         guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
-        checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
+        extra = {"sampler": {"steps": self.steps, "guidance": guidance}}
+        checkpoint.write(path, self, self.config, extra, dtype, codec or {})
 
     def save_pretrained(
         self,
@@ -130,6 +138,17 @@ class Tokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Names what decides the ids, see :mod:`vft.fingerprint`: the checkpoint's, or of the weights as they are."""
         return self._fingerprint or fingerprint(self)
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """As in torch; what is trained has no longer the checkpoint's fingerprint."""
+        if mode:
+            self._fingerprint = None
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **options):
+        """As in torch; these weights have another fingerprint."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **options)
 
     @property
     def codec(self):

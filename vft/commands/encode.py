@@ -94,6 +94,7 @@ def _run_folder(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vft import batch
+    from vft.progress import bar as progress_bar
 
     if "-" in (args.input, args.output):
         raise ValueError("input and output must be folders with --batch, got '-'")
@@ -103,8 +104,7 @@ def _run_folder(args: argparse.Namespace) -> int:
         args.device = f"cuda:{local_rank}"
     tokenizer = options.load_tokenizer(args)
     options.check_keep(args.keep, tokenizer.registers)
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank, leave=False, disable=hidden) as bar:
+    with progress_bar(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank) as bar:
 
         def progress(done: int, total: int, line: dict | None) -> None:
             bar.total = total
@@ -130,6 +130,7 @@ def _run_shards(args: argparse.Namespace) -> int:
 
     from vft.batch import shard
     from vft.data import Encoder, encode, engines
+    from vft.progress import bar as progress_bar
 
     if "-" in (args.input, args.output) or args.batch or args.audio == "copy" or args.checksum:
         raise ValueError("--shards and --engine take folders, and go without --batch, --audio copy and --checksum")
@@ -146,7 +147,7 @@ def _run_shards(args: argparse.Namespace) -> int:
         fps=args.fps, strict=args.strict,
     )  # fmt: skip
     options.check_keep(args.keep, encoder.model.load().registers)
-    with tqdm(desc="encode", unit="video", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(desc="encode", unit="video") as bar:
 
         def progress(done: int, total: int, errors: list[dict[str, str]]) -> None:
             bar.total = total
