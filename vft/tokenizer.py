@@ -19,6 +19,7 @@ import flexkernels
 from flexkernels import APG, CFG
 
 from . import checkpoint, semantok, share
+from .budget import Curves, Predictor, choose
 from .config import TokenizerConfig, parse_config
 from .fingerprint import check_tokens, fingerprint
 from .graphs import VelocityGraphs
@@ -297,6 +298,10 @@ class Tokenizer(nn.Module):
         batch: int = 8,
         generator: torch.Generator | None = None,
         strict: bool = False,
+        target_psnr: float | None = None,
+        budget: int | None = None,
+        predictor: Predictor | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> VideoTokens | list[VideoTokens]:
         """Tokenizes video of any length, chunk by chunk: memory does not grow with the length of a file.
 
@@ -307,6 +312,10 @@ class Tokenizer(nn.Module):
             batch: chunks encoded in one packed call.
             generator: samples the codec's posterior, where it has one; by default its mean is taken.
             strict: refuse a damaged file, see :func:`vft.video.open_video`.
+            target_psnr: keep the fewest registers of each video that decode to this many dB, all where none do.
+            budget: tokens of all videos together, shared out for the best mean PSNR; both: at most these tokens.
+            predictor: a :class:`vft.budget.Predictor` that says what k registers give, instead of decoding them.
+            progress: called with the number of frames encoded of this video, after each packed call.
 
         Returns:
             :class:`VideoTokens`; for a float batch of B > 1, a list of B.
@@ -318,31 +327,55 @@ class Tokenizer(nn.Module):
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        if target_psnr is not None and not target_psnr > 0:
+            raise ValueError(f"target_psnr must be above 0, got {target_psnr}")
+        # one video takes all of a budget: nothing to look at
+        look = target_psnr is not None or (budget is not None and isinstance(video, torch.Tensor) and video.dim() == 5)
+        curves: list[Curves] = []
+
+        def run(frames, rate, source) -> VideoTokens:
+            curves.append(Curves(self, predictor))
+            return self._encode_stream(frames, rate, source, batch, generator, curves[-1:] if look else [], progress)
+
+        tokens = self._encode_each(video, fps, strict, run)
+        if target_psnr is not None or budget is not None:
+            quality = [curve.psnr() if look else torch.arange(self.registers).double() for curve in curves]
+            kept = choose(quality, [t.latent_frames for t in tokens], target_psnr, budget)
+            tokens = [t.truncate(k) for t, k in zip(tokens, kept, strict=True)]
+        return tokens[0] if len(tokens) == 1 else tokens
+
+    def _encode_each(self, video, fps: float | None, strict: bool, run) -> list[VideoTokens]:
+        # run(frames, rate, size of the source) -> tokens
         rate = 25.0 if fps is None else fps
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_stream(c.unbind(1), rate, c.shape[-2:], batch, generator) for c in video]
-            return clips[0] if len(clips) == 1 else clips
+            return [run(c.unbind(1), rate, c.shape[-2:]) for c in video]
         if isinstance(video, (str, os.PathLike)):
             with open_video(video, self.size, fps=fps, strict=strict) as stream:
                 source = stream.height, stream.width
-                return self._encode_stream(stream.frames, stream.fps, source, batch, generator)
+                return [run(stream.frames, stream.fps, source)]
         if isinstance(video, torch.Tensor):
             video = Video(video, rate, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
-        source = video.height, video.width
-        return self._encode_stream(video.frames.unbind(), video.fps, source, batch, generator)
+        return [run(video.frames.unbind(), video.fps, (video.height, video.width))]
 
-    def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
+    def _encode_stream(
+        self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator, curves, progress
+    ) -> VideoTokens:
         # frames: uint8 [H, W, 3] or float [3, H, W] each
         count, ids, still, stride = 0, [], [], self.codec.temporal_stride
         cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, stride)
         while group := list(islice(cut, batch)):
             count += sum(new for _, new in group)
             still += [still_groups(chunk, stride) for chunk, _ in group]
-            ids += self.encode_chunks([chunk for chunk, _ in group], generator)
+            chunks = [chunk for chunk, _ in group]
+            ids += self.encode_chunks(chunks, generator)
+            for curve in curves:
+                curve.add(chunks, ids[-len(chunks) :])
+            if progress is not None:
+                progress(count)
         return self.join_chunks(ids, still, fps, count, *source)
 
     @torch.no_grad()
