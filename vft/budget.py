@@ -23,8 +23,8 @@ from .video import preprocess
 
 # solver steps of a look, where the model itself takes more
 STEPS = 2
-# sides of the grids to which a predictor averages frames
-GRIDS = (1, 2, 4, 8, 16, 32)
+# sizes at which a predictor looks at frames, each half of the one before
+OCTAVES = 6
 RIDGE = 1e-3
 # below any error of decoding; a still black video has none
 FLOOR = 1e-6
@@ -63,20 +63,25 @@ def _pixels(chunk: torch.Tensor, size: int | None) -> torch.Tensor:
     return chunk.transpose(0, 1).float() if chunk.is_floating_point() else preprocess(chunk, size)
 
 
+def _frames(chunk: torch.Tensor, size: int | None) -> torch.Tensor:
+    # -> float [t, 3, H, W]; frames of the working size need no more than their type
+    if not chunk.is_floating_point() and chunk.shape[1] == chunk.shape[2] == size:
+        return chunk.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return _pixels(chunk, size).transpose(0, 1)
+
+
 def features(chunk: torch.Tensor, ids: torch.Tensor, levels: Sequence[int], size: int | None) -> torch.Tensor:
-    """float64 ``[n]`` of one chunk: logarithms of what frames lose when they are averaged to coarse grids, of their
-    changes in time at each of these, and the spread of each code of the first registers."""
-    frames = _pixels(chunk, size).transpose(0, 1)
-    found, still = [], frames.new_zeros(())
-    for side in GRIDS:
-        if side >= min(frames.shape[2:]):
-            continue
-        small = F.adaptive_avg_pool2d(frames, side)
-        changes = small.diff(dim=0).square().mean() if len(frames) > 1 else still
-        # what averaging keeps and loses add up to the whole
-        found += [frames.square().mean() - small.square().mean(), changes]
-    found.append(frames.diff(dim=0).square().mean() if len(frames) > 1 else still)
-    logs = (torch.stack(found).double().clamp(min=0) + FLOOR).log()
+    """float64 ``[n]`` of one chunk: logarithms of what frames lose when they are halved again and again and of their
+    changes in time at each size, and the spread of each code."""
+    frames = _frames(chunk, size)
+    found, scale = [], frames.square().mean()
+    for _ in range(OCTAVES):
+        changes = frames.diff(dim=0).square().mean() if len(frames) > 1 else frames.new_zeros(())
+        found += [scale - frames.square().mean(), changes]
+        if min(frames.shape[2:]) > 1:
+            frames = F.avg_pool2d(frames, 2)
+    # the first is 0 by definition
+    logs = (torch.stack(found[1:]).double().clamp(min=0) + FLOOR).log()
     codes = torch.stack([ids // b % n for b, n in zip(_basis(levels), levels, strict=True)], -1).double()
     spread = codes.flatten(0, 1).std(0, correction=0) / torch.tensor(levels)
     return torch.cat([logs, spread])
