@@ -7,6 +7,7 @@ video files; what each register controls; the class accuracy of generated clips.
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .video import preprocess, read_video
 # training, and fitting the embedded codec, use other seeds
 HELD_OUT_SEED = 2_000_000
 BATCH = 16
+# clips for which the classifier is trained in full
+FULL_CLIPS = 256
 # of the tokens of generated clips, 1 for none
 GUIDANCES = (1.0, 2.0, 4.0)
 
@@ -141,6 +144,19 @@ def control(model: Tokenizer, count: int, **options) -> list[float]:
         swapped = [torch.cat([a[:, :r], b[:, r : r + 1], a[:, r + 1 :]], 1) for a, b in zip(ids, other, strict=True)]
         shares.append(float((((decode(swapped) - own) * way).sum(1) / way.square().sum(1)).mean()))
     return shares
+
+
+def judge(model: Tokenizer, count: int) -> tuple[classifier.Classifier, dict[str, int]]:
+    """The classifier that :func:`class_accuracy` asks about ``count`` clips, and what it learned from; its training is
+    announced, and shorter where there is less to judge."""
+    share = min(1.0, count / FULL_CLIPS)
+    facts = {"steps": max(100, round(classifier.STEPS * share)), "clips": max(500, round(classifier.CLIPS * share))}
+    print(
+        f"vft: training a classifier of motion on {facts['clips']} procedural clips, {facts['steps']} steps: it names "
+        "the class of generated clips",
+        file=sys.stderr,
+    )
+    return classifier.train(model.size, model.config.chunk_size, **facts), facts
 
 
 def class_accuracy(

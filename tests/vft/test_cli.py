@@ -355,6 +355,25 @@ def test_every_command_has_a_file():
     assert modules == {*cli.COMMANDS, "options"}
 
 
+def test_completion(capsys):
+    """The words that bash would complete."""
+    assert cli.main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -Uz bashcompinit")
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    ask = 'COMP_WORDS=(vft "$@"); COMP_CWORD=$#; _vft; echo "${COMPREPLY[@]}"'
+
+    def completed(*words):
+        done = subprocess.run(["bash", "-c", script + ask, "bash", *words], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("en") == ["encode"] and set(completed("")) == set(cli.COMMANDS)
+    assert completed("decode", "--solver", "ab") == ["ab2", "ab3"]
+    # of every kind of training
+    assert completed("train", "--lo") == ["--lora"] and completed("train", "--tab") == ["--tables"]
+    assert completed("train", "gen") == ["generator"]
+
+
 def test_a_reader_that_leaves_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
