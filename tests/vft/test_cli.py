@@ -281,6 +281,8 @@ def test_other_outputs_are_files(tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "output '-' must be a file" in failure(capsys, ["eval", "-o", "-", "--model", model])
     assert "must end in .mp4" in failure(capsys, ["reconstruct", CLIP, "-o", "-", "--model", model])
+    assert "output '-' must be a folder" in failure(capsys, ["demo", "-o", "-", "--model", model])
+    assert "output '-' must be a folder" in failure(capsys, ["train", "tokenizer", "-o", "-", "--clips", "1"])
     assert "must be folders with --batch" in failure(capsys, ["encode", ".", "-o", "-", "--batch", "--model", model])
     assert not os.listdir(tmp_path)
 

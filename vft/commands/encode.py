@@ -54,13 +54,17 @@ def run(args: argparse.Namespace) -> int | None:
         return _run_folder(args)
     if os.path.isdir(args.input):
         raise ValueError(f"{args.input} is a folder: add --batch to encode every video in it")
-    from vft.files import check_output
+    from vft.files import check_new, check_output
+    from vft.video.audio import sidecar
 
     to_stdout = args.output == "-"
     if to_stdout and args.audio == "copy":
         raise ValueError("--audio copy needs an output file, beside which the audio is put")
     if not to_stdout:
         check_output(args.output, [args.input, args.model, args.predictor])
+        if args.audio == "copy" and not os.path.exists(args.output):
+            # beside tokens that are replaced, their audio is too
+            check_new(sidecar(args.output), "remove it, or give another -o")
     tokenizer = options.load_tokenizer(args)
     options.check_keep(args.keep, tokenizer.registers)
     with _as_file(args.input) as path:

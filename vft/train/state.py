@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from ..files import check_output, replacing
+from ..files import check_folder, check_output, replacing
 from . import parallel
 
 STATE, LOG, MODEL = "state.safetensors", "log.jsonl", "model.safetensors"
@@ -34,8 +34,7 @@ def open_folder(folder: Path) -> None:
 
     Raises OSError in one line where it cannot be made or written, or holds a model that is not a run's.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"output {str(folder)!r} must be a folder, got a file")
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
