@@ -63,6 +63,10 @@ def plot(report: dict, path: Path):
         for solver, points in solvers.items():
             axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=solver)
         axis.set(title=f"guidance: {name}", xlabel="velocity evaluations")
+        # a logarithmic axis would label minor ticks over one another
+        ticks = [n for n in (4, 8, 16, 32, 64) if axis.get_xlim()[0] <= n <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, labels=map(str, ticks))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"relative error to {REFERENCE_STEPS} Euler steps")
     axes[0].legend(fontsize=8)
@@ -75,7 +79,14 @@ def main():
     parser.add_argument("--shift", type=float, default=1.0, help="of the schedule; the reference is not shifted")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--load", type=Path, help="the JSON of an earlier run: nothing is measured")
     options = parser.parse_args()
+    if options.load:
+        report = json.loads(options.load.read_text())
+        print(markdown(report))
+        if options.plot:
+            plot(report, options.plot)
+        return
     model = vft.Tokenizer.from_pretrained("tiny")
     latents = list(model.codec.encode(batch(SEED, range(options.clips))))
     ids = model.encode_latents(latents)

@@ -35,16 +35,17 @@ def read(reference: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Any]
     """Config, tensors and a short name.
 
     ``reference`` is the name of an embedded model (``"tiny"``), a directory, a single safetensors file, or a hub id
-    ``"org/repo[@revision][/subdirectory]"``. A directory holds a ``config.json`` beside one ``*.safetensors`` of any
-    name or the shards of one ``*.safetensors.index.json``, or is the folder of a ``vft train`` run. A file carries its
-    config as metadata, or lies beside a ``config.json``. Names lose what wrappers add, see :mod:`vft.state_dict`.
+    ``"[hf://]org/repo[@revision][/subdirectory]"``. A directory holds a ``config.json`` beside one ``*.safetensors`` of
+    any name or the shards of one ``*.safetensors.index.json``, or is the folder of a ``vft train`` run. A file carries
+    its config as metadata, or lies beside a ``config.json``. Names lose what wrappers add, see :mod:`vft.state_dict`.
     ``suffix`` ends the file names of embedded models of another kind than the tokenizer: ``GENERATOR``.
 
     Raises:
         CheckpointError: missing, empty, damaged or incomplete files.
         ImportError: a hub id without the ``hub`` extra.
     """
-    text, path = os.fspath(reference), Path(reference)
+    text = os.fspath(reference).removeprefix("hf://")
+    path = Path(text)
     if path.is_dir():
         return *_unwrapped(*_read_directory(path), path), path.resolve().name
     if path.is_file():
@@ -215,9 +216,15 @@ def published_name(name: str, config: TokenizerConfig) -> str:
     return config.names[prefix] + name[len(prefix) :]
 
 
-def write(path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype=None) -> None:
-    """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically."""
+def write(
+    path: str | os.PathLike, model: torch.nn.Module, config: TokenizerConfig, extra: dict, dtype, codec: dict
+) -> None:
+    """Saves one safetensors file under published names, the config (and ``extra`` entries) as metadata, atomically.
+
+    ``codec`` are the latent codec's weights, without their prefix.
+    """
     tensors = {published_name(name, config): p for name, p in model.named_parameters()}
+    tensors |= {CODEC_PREFIX + name: value for name, value in codec.items()}
     write_tensors(path, tensors, config.raw | extra, dtype)
 
 

@@ -17,9 +17,13 @@ from importlib.util import find_spec
 
 from .commands import options
 
+<<<<<<< HEAD
 COMMANDS = (
     "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train",
 )  # fmt: skip
+=======
+COMMANDS = ("encode", "decode", "reconstruct", "generate", "demo", "eval", "bench", "info", "train", "completion")
+>>>>>>> g-user
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,10 +99,21 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         module = importlib.import_module(f"vft.commands.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         if argv[:1] == [name]:
-            command.set_defaults(run=module.run, words=argv[1:])
-            module.add_arguments(command)
-            options.add_common(command)
+            _fill(command, module, argv[1:])
     return parser
+
+
+def parser_of(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser of one command alone, given the words that begin with its name."""
+    parser = _Parser(prog=f"vft {argv[0]}")
+    _fill(parser, importlib.import_module(f"vft.commands.{argv[0]}"), argv[1:])
+    return parser
+
+
+def _fill(parser: argparse.ArgumentParser, module, words: list[str]) -> None:
+    parser.set_defaults(run=module.run, words=words)
+    module.add_arguments(parser)
+    options.add_common(parser)
 
 
 def _version() -> str:

@@ -2,16 +2,18 @@
 
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+<<<<<<< HEAD
 from vft import view
+=======
+from vft import progress
+>>>>>>> g-user
 from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
 from vft.metrics import frames_psnr
@@ -76,7 +78,7 @@ def reconstruct(tokenizer, tokens: VideoTokens, source: torch.Tensor, **options)
     """Decode from the first 1, 4, 16 and all registers; compare with ``source`` (uint8 ``[T, H, W, 3]``)."""
     keeps = [k for k in KEEPS if k < tokens.registers] + [tokens.registers]
     results = []
-    for k in tqdm(keeps, desc="decode", leave=False, disable=not sys.stderr.isatty()):
+    for k in progress.bar(keeps, desc="decode", unit="clip"):
         coarse = tokens.truncate(k)
         start = time.perf_counter()
         frames = to_uint8(tokenizer.decode(coarse, **options)).cpu()

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from . import progress
 from .features import Network, frechet_distance
 from .files import replacing
 from .generator import Generator
@@ -25,6 +25,8 @@ from .video import preprocess, read_video
 # training, and fitting the embedded codec, use other seeds
 HELD_OUT_SEED = 2_000_000
 BATCH = 16
+# clips for which the classifier is trained in full
+FULL_CLIPS = 256
 # of the tokens of generated clips, 1 for none
 GUIDANCES = (1.0, 2.0, 4.0)
 
@@ -40,7 +42,7 @@ def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> d
     ``options`` (steps, guidance, ...) go to ``model.decode_latents``.
     """
     rows: dict[str, list[dict]] = {}
-    for start in tqdm(range(0, count, BATCH), desc="clips", leave=False, disable=not sys.stderr.isatty()):
+    for start in progress.bar(range(0, count, BATCH), desc="held-out clips", unit="batch"):
         clips = _clips(model, range(start, min(start + BATCH, count)))
         latents = model.codec.encode(clips)
         ids = model.encode_latents(latents)
@@ -63,7 +65,7 @@ def distances(model: Tokenizer, networks: Sequence[Network], count: int, keeps: 
         raise ValueError(f"clips must be at least 2, got {count}")
     real: dict[str, list[torch.Tensor]] = {}
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
-    for start in tqdm(range(0, count, BATCH), desc="features", leave=False, disable=not sys.stderr.isatty()):
+    for start in progress.bar(range(0, count, BATCH), desc="features", unit="batch"):
         clips = _clips(model, range(start, min(start + BATCH, count)))
         latents = model.codec.encode(clips)
         ids = model.encode_latents(latents)
@@ -142,6 +144,19 @@ def control(model: Tokenizer, count: int, **options) -> list[float]:
         swapped = [torch.cat([a[:, :r], b[:, r : r + 1], a[:, r + 1 :]], 1) for a, b in zip(ids, other, strict=True)]
         shares.append(float((((decode(swapped) - own) * way).sum(1) / way.square().sum(1)).mean()))
     return shares
+
+
+def judge(model: Tokenizer, count: int) -> tuple[classifier.Classifier, dict[str, int]]:
+    """The classifier that :func:`class_accuracy` asks about ``count`` clips, and what it learned from; its training is
+    announced, and shorter where there is less to judge."""
+    share = min(1.0, count / FULL_CLIPS)
+    facts = {"steps": max(100, round(classifier.STEPS * share)), "clips": max(500, round(classifier.CLIPS * share))}
+    print(
+        f"vft: training a classifier of motion on {facts['clips']} procedural clips, {facts['steps']} steps: it names "
+        "the class of generated clips",
+        file=sys.stderr,
+    )
+    return classifier.train(model.size, model.config.chunk_size, **facts), facts
 
 
 def class_accuracy(

@@ -34,6 +34,15 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | N
     return target
 
 
+def check_folder(path: str | os.PathLike) -> Path:
+    """The folder that outputs go to, which need not exist. Raises OSError for ``-`` and for a file."""
+    if os.fspath(path) == "-":
+        raise OSError("output '-' must be a folder: this is not written to standard output")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise OSError(f"output {str(path)!r} must be a folder, got a file")
+    return Path(path)
+
+
 def check_new(path: str | os.PathLike, instead: str) -> Path:
     """:func:`check_output` of a file that the user has not named: one that exists is not replaced.
 

@@ -1,4 +1,4 @@
-"""A short name for what decides the ids of a tokenizer: its encoder's weights and config.
+"""A short name for what decides the ids of a tokenizer: its encoder's weights and config, and the latent codec's.
 
 Tokens carry it, so that they are not decoded by another model. A decoder may be trained further: ids mean the same.
 """
@@ -10,6 +10,9 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterable
+
+import torch
 
 # values of each tensor that are looked at, evenly spread: training moves nearly all, and a billion are read at once
 SAMPLES = 4096
@@ -24,14 +27,21 @@ class TokensWarning(UserWarning):
 
 
 def fingerprint(tokenizer) -> str:
-    """16 hexadecimal digits of the SHA-256 of a :class:`vft.Tokenizer`'s encoder: config, float32 weights."""
+    """16 hexadecimal digits of the SHA-256 of a :class:`vft.Tokenizer`'s encoder: config, float32 weights, and those of
+    the latent codec's encoder that a checkpoint holds (an embedded codec's name is in the config)."""
     facts = dataclasses.asdict(tokenizer.config)
     digest = hashlib.sha256(json.dumps({name: facts[name] for name in _FIELDS}).encode())
-    for name, value in sorted(tokenizer.encoder.named_parameters()):
+    codec = {name: value for name, value in (tokenizer.codec_state or {}).items() if ".encoder." in name}
+    add_tensors(digest, sorted([*tokenizer.encoder.named_parameters(), *codec.items()]))
+    return digest.hexdigest()[:16]
+
+
+def add_tensors(digest, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Adds names, shapes and some float32 values to a hash of :mod:`hashlib`."""
+    for name, value in named:
         digest.update(f"{name} {list(value.shape)}".encode())
         some = value.detach().flatten()[:: max(1, value.numel() // SAMPLES)]
         digest.update(some.float().cpu().numpy().astype("<f4").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_form(value: str) -> str:

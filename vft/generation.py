@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from vft import progress
 from vft.files import check_new, check_output, replacing
 from vft.tokens import VideoTokens
 from vft.video import contact_sheet, to_uint8, write_video
@@ -41,7 +40,7 @@ def tokens(generator, tokenizer, *condition, fps: float, size: int | None = None
     if count > tokenizer.registers:
         raise ValueError(f"tokens per frame must be at most the tokenizer's {tokenizer.registers}, got {count}")
     stream = generator.stream(*condition, **options | {"tokens_per_frame": count})
-    with tqdm(desc="tokens", unit="level", total=count, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress.bar(desc="tokens", unit="level", total=count) as bar:
         for ids in stream:
             bar.update(ids.shape[-1] - bar.n)
     frames = 1 + (frames - 1) * tokenizer.codec.temporal_stride
@@ -82,20 +81,35 @@ def sheet_path(video: str, named: str | None, inputs: Sequence[str | None] = ())
     return Path(named)
 
 
-def show(tokenizer, samples: list[VideoTokens], path: str, sheet: Path, quality: int, **sampler) -> None:
+def show(
+    tokenizer, samples: list[VideoTokens], path: str, sheet: Path, quality: int, names: Sequence[str], **sampler
+) -> None:
     """Writes the grid video of all samples, and a picture of the first ones from more and more registers.
 
-    ``sampler`` goes to ``tokenizer.decode``.
+    ``names`` say what each sample is; ``sampler`` goes to ``tokenizer.decode``.
     """
     keeps = [k for k in KEEPS if k < samples[0].registers] + [samples[0].registers]
     jobs = [(i, k) for i in range(len(samples)) for k in keeps if i < SHEET_SAMPLES or k == keeps[-1]]
     clips = {}
-    for i, k in tqdm(jobs, desc="decode", leave=False, disable=not sys.stderr.isatty()):
+    for i, k in progress.bar(jobs, desc="decode", unit="clip"):
         clips[i, k] = to_uint8(tokenizer.decode(samples[i].truncate(k), **sampler)).cpu()
     write_video(path, grid([clips[i, keeps[-1]] for i in range(len(samples))]), samples[0].fps, quality)
-    rows = [(f"{i + 1}\nk = {k}", clips[i, k]) for i, k in jobs if i < SHEET_SAMPLES]
+    rows = [(f"{names[i]}\n{in_words(k)}", clips[i, k]) for i, k in jobs if i < SHEET_SAMPLES]
     with replacing(sheet) as temporary:
         contact_sheet(rows).save(temporary, format="png")
+
+
+def in_words(k: int) -> str:
+    """The number of tokens, for a label of two lines."""
+    return f"{k} token{'s' * (k > 1)}\na frame"
+
+
+def names(condition: dict, classes: Sequence[str], count: int) -> list[str]:
+    """What each sample shows, ``zoom 1``, ``zoom 2``, ..., for pictures; ``sample`` where no class was asked for."""
+    asked = condition.get("class_id")
+    if isinstance(asked, int):
+        asked = classes[asked] if asked < len(classes) else f"class {asked}"
+    return [f"{asked or 'sample'} {i + 1}" for i in range(count)]
 
 
 def grid(clips: list[torch.Tensor]) -> torch.Tensor:

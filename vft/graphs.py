@@ -44,9 +44,9 @@ class VelocityGraphs:
     def __init__(self) -> None:
         self._graphs: OrderedDict[tuple, VelocityGraph] = OrderedDict()
 
-    def __deepcopy__(self, memo):
-        # graphs hold addresses of one model's weights
-        return VelocityGraphs()
+    def __reduce__(self):
+        # of copies and pickles: graphs hold addresses of one model's weights
+        return VelocityGraphs, ()
 
     def __call__(self, decoder: Decoder, latents, registers, modulation, packed: Packing) -> list[torch.Tensor]:
         weight = decoder.head.weight

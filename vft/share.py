@@ -9,12 +9,11 @@ import dataclasses
 import json
 import os
 import tempfile
-from pathlib import Path
 
 import torch
 
 from .checkpoint import CODEC_PREFIX, published_name, write_tensors
-from .files import replacing
+from .files import check_folder, replacing
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -23,9 +22,7 @@ def save_folder(
     model, folder: str | os.PathLike, dtype: torch.dtype | None, data: str | None, evaluation: dict | None
 ) -> None:
     """See :meth:`vft.Tokenizer.save_pretrained`."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"output {str(folder)!r} must be a folder, got a file")
+    folder = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     guidance = model.guidance and {"type": type(model.guidance).__name__, **dataclasses.asdict(model.guidance)}
     config = model.config.raw | {"sampler": {"steps": model.steps, "guidance": guidance}}

@@ -18,7 +18,8 @@ from torch import nn
 import flexkernels
 from flexkernels import APG, CFG
 
-from . import checkpoint, share
+from . import checkpoint, semantok, share
+from .budget import Curves, Predictor, choose
 from .config import TokenizerConfig, parse_config
 from .fingerprint import check_tokens, fingerprint
 from .graphs import VelocityGraphs
@@ -70,6 +71,7 @@ class Tokenizer(nn.Module):
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
         raw, tensors, name = checkpoint.read(reference)
+        raw, tensors = semantok.unwrap(raw, tensors)
         sampler = raw.pop("sampler", None)
         model = cls(parse_config(raw), name)
         model._codec_state = checkpoint.load_weights(model, model.config, tensors, check_finite)
@@ -79,13 +81,21 @@ class Tokenizer(nn.Module):
             model.steps, model.guidance = _read_sampler(sampler)
         return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        *,
+        codec: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
 
-        The latent codec's weights are not in it. ``dtype`` is that of the stored weights, by default the model's own.
+        Of the latent codec's weights those that are given are in it. ``dtype`` is that of the stored weights, by
+        default the model's own.
         """
         guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
-        checkpoint.write(path, self, self.config, {"sampler": {"steps": self.steps, "guidance": guidance}}, dtype)
+        extra = {"sampler": {"steps": self.steps, "guidance": guidance}}
+        checkpoint.write(path, self, self.config, extra, dtype, codec or {})
 
     def save_pretrained(
         self,
@@ -129,6 +139,17 @@ class Tokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Names what decides the ids, see :mod:`vft.fingerprint`: the checkpoint's, or of the weights as they are."""
         return self._fingerprint or fingerprint(self)
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """As in torch; what is trained has no longer the checkpoint's fingerprint."""
+        if mode:
+            self._fingerprint = None
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **options):
+        """As in torch; these weights have another fingerprint."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **options)
 
     @property
     def codec(self):
@@ -277,6 +298,10 @@ class Tokenizer(nn.Module):
         batch: int = 8,
         generator: torch.Generator | None = None,
         strict: bool = False,
+        target_psnr: float | None = None,
+        budget: int | None = None,
+        predictor: Predictor | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> VideoTokens | list[VideoTokens]:
         """Tokenizes video of any length, chunk by chunk: memory does not grow with the length of a file.
 
@@ -287,6 +312,10 @@ class Tokenizer(nn.Module):
             batch: chunks encoded in one packed call.
             generator: samples the codec's posterior, where it has one; by default its mean is taken.
             strict: refuse a damaged file, see :func:`vft.video.open_video`.
+            target_psnr: keep the fewest registers of each video that decode to this many dB, all where none do.
+            budget: tokens of all videos together, shared out for the best mean PSNR; both: at most these tokens.
+            predictor: a :class:`vft.budget.Predictor` that says what k registers give, instead of decoding them.
+            progress: called with the number of frames encoded of this video, after each packed call.
 
         Returns:
             :class:`VideoTokens`; for a float batch of B > 1, a list of B.
@@ -298,31 +327,55 @@ class Tokenizer(nn.Module):
         """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
+        if target_psnr is not None and not target_psnr > 0:
+            raise ValueError(f"target_psnr must be above 0, got {target_psnr}")
+        # one video takes all of a budget: nothing to look at
+        look = target_psnr is not None or (budget is not None and isinstance(video, torch.Tensor) and video.dim() == 5)
+        curves: list[Curves] = []
+
+        def run(frames, rate, source) -> VideoTokens:
+            curves.append(Curves(self, predictor))
+            return self._encode_stream(frames, rate, source, batch, generator, curves[-1:] if look else [], progress)
+
+        tokens = self._encode_each(video, fps, strict, run)
+        if target_psnr is not None or budget is not None:
+            quality = [curve.psnr() if look else torch.arange(self.registers).double() for curve in curves]
+            kept = choose(quality, [t.latent_frames for t in tokens], target_psnr, budget)
+            tokens = [t.truncate(k) for t, k in zip(tokens, kept, strict=True)]
+        return tokens[0] if len(tokens) == 1 else tokens
+
+    def _encode_each(self, video, fps: float | None, strict: bool, run) -> list[VideoTokens]:
+        # run(frames, rate, size of the source) -> tokens
         rate = 25.0 if fps is None else fps
         if isinstance(video, torch.Tensor) and video.is_floating_point():
             if video.dim() != 5 or video.shape[1] != 3:
                 raise ValueError(f"video must have shape [B, 3, T, H, W], got {list(video.shape)}")
-            clips = [self._encode_stream(c.unbind(1), rate, c.shape[-2:], batch, generator) for c in video]
-            return clips[0] if len(clips) == 1 else clips
+            return [run(c.unbind(1), rate, c.shape[-2:]) for c in video]
         if isinstance(video, (str, os.PathLike)):
             with open_video(video, self.size, fps=fps, strict=strict) as stream:
                 source = stream.height, stream.width
-                return self._encode_stream(stream.frames, stream.fps, source, batch, generator)
+                return [run(stream.frames, stream.fps, source)]
         if isinstance(video, torch.Tensor):
             video = Video(video, rate, *video.shape[1:3]) if video.dim() == 4 else video
         if not isinstance(video, Video):
             raise ValueError("video must be a path, a Video, uint8 [T, H, W, 3] or float [B, 3, T, H, W]")
-        source = video.height, video.width
-        return self._encode_stream(video.frames.unbind(), video.fps, source, batch, generator)
+        return [run(video.frames.unbind(), video.fps, (video.height, video.width))]
 
-    def _encode_stream(self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator) -> VideoTokens:
+    def _encode_stream(
+        self, frames: Iterable[torch.Tensor], fps: float, source, batch, generator, curves, progress
+    ) -> VideoTokens:
         # frames: uint8 [H, W, 3] or float [3, H, W] each
         count, ids, still, stride = 0, [], [], self.codec.temporal_stride
         cut = cut_chunks(frames, self.config.chunk_size, self.config.overlap, stride)
         while group := list(islice(cut, batch)):
             count += sum(new for _, new in group)
             still += [still_groups(chunk, stride) for chunk, _ in group]
-            ids += self.encode_chunks([chunk for chunk, _ in group], generator)
+            chunks = [chunk for chunk, _ in group]
+            ids += self.encode_chunks(chunks, generator)
+            for curve in curves:
+                curve.add(chunks, ids[-len(chunks) :])
+            if progress is not None:
+                progress(count)
         return self.join_chunks(ids, still, fps, count, *source)
 
     @torch.no_grad()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import weakref
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import checks
 from . import Change, is_a
+from . import accelerate as accelerate_again
 from ._attention import dense_attention, key_padding
 from ._update import unguided_update
 
@@ -38,44 +40,63 @@ def accelerate(model: Any) -> Change:
     """
     scheduler = model if is_a(model, SCHEDULER) else model.scheduler
     original = next(base for base in type(scheduler).__mro__ if f"{base.__module__}.{base.__qualname__}" == SCHEDULER)
-    if "step" in vars(scheduler) or type(scheduler).step is not original.step:
-        return Change([], [f"{type(scheduler).__name__} (step is not the package's own)"], lambda: None)
-    scheduler.step = MethodType(_step, scheduler)
+    before = type(scheduler)
+    if "step" in vars(scheduler) or before.step is not original.step:
+        return Change([], [f"{before.__name__} (step is not the package's own)"], lambda: None)
+    scheduler.__class__ = _accelerated(before)
+    # a strong reference here would keep the scheduler alive for ever
+    own = weakref.ref(scheduler)
     return Change(
-        [f"{type(scheduler).__name__}.step"],
+        [f"{before.__name__}.step"],
         ["stochastic sampling", "per_token_timesteps", "float64"],
-        lambda: delattr(scheduler, "step"),
+        lambda: setattr(own(), "__class__", before),
     )
 
 
-def _step(
-    scheduler,
-    model_output,
-    timestep,
-    sample,
-    s_churn=0.0,
-    s_tmin=0.0,
-    s_tmax=float("inf"),
-    s_noise=1.0,
-    generator=None,
-    per_token_timesteps=None,
-    return_dict=True,
-):
-    if per_token_timesteps is not None or not _served(scheduler, model_output, timestep, sample):
-        return type(scheduler).step(
-            scheduler, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
-            per_token_timesteps, return_dict,
-        )  # fmt: skip
-    if scheduler.step_index is None:
-        scheduler._init_step_index(timestep)
-    dt = _time_step(scheduler.sigmas, scheduler.step_index)
-    x = sample if sample.dtype == model_output.dtype else sample.float()
-    prev_sample = unguided_update(x, model_output, dt).to(model_output.dtype)
-    scheduler._step_index += 1
-    if not return_dict:
-        return (prev_sample,)
-    package = sys.modules[SCHEDULER.rpartition(".")[0]]
-    return package.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+@functools.cache
+def _accelerated(published: type) -> type:
+    members = {"__module__": published.__module__, "__qualname__": published.__qualname__}
+    return type(published.__name__, (_Accelerated, published), members)
+
+
+def _revived(published: type):
+    return accelerate_again(published.__new__(published))
+
+
+class _Accelerated:
+    """Stands before a published scheduler class. Copies and pickles are accelerated too, and can be restored."""
+
+    def __reduce_ex__(self, protocol):
+        return _revived, (type(self).__bases__[1],), vars(self)
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        per_token_timesteps=None,
+        return_dict=True,
+    ):
+        if per_token_timesteps is not None or not _served(self, model_output, timestep, sample):
+            return super().step(
+                model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps,
+                return_dict,
+            )  # fmt: skip
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        dt = _time_step(self.sigmas, self.step_index)
+        x = sample if sample.dtype == model_output.dtype else sample.float()
+        prev_sample = unguided_update(x, model_output, dt).to(model_output.dtype)
+        self._step_index += 1
+        if not return_dict:
+            return (prev_sample,)
+        package = sys.modules[SCHEDULER.rpartition(".")[0]]
+        return package.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
 
 
 def _served(scheduler, model_output, timestep, sample) -> bool:

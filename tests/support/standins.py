@@ -5,7 +5,10 @@ What an accelerated stand-in gives can so be compared with what the published co
 
 import json
 import math
-from types import SimpleNamespace
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import torch
 from paths import GENERATORS, TOKENIZERS
@@ -14,8 +17,22 @@ from torch import nn
 
 
 def published_class(target: str, base: type = nn.Module, **members) -> type:
+    """One class for each target, which stands where pickle looks for it."""
     package, _, name = target.rpartition(".")
-    return type(name, (base,), {"__module__": package, **members})
+    module = sys.modules.setdefault(f"standin.{package}", ModuleType(f"standin.{package}"))
+    if not hasattr(module, name):
+        setattr(module, name, type(name, (base,), {"__module__": package, **members}))
+    return getattr(module, name)
+
+
+@contextmanager
+def importable():
+    """The classes of stand-ins can be imported by their published names."""
+    modules = {name.removeprefix("standin."): m for name, m in sys.modules.items() if name.startswith("standin.")}
+    # import looks at the outermost package
+    modules |= {top: ModuleType(top) for top in {name.partition(".")[0] for name in modules}}
+    with mock.patch.dict(sys.modules, modules):
+        yield
 
 
 def linear(*sizes: int) -> nn.Linear:

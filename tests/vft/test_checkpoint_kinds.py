@@ -144,3 +144,48 @@ def test_weights_that_are_not_finite(folder, key, value, capsys):
     vft.Tokenizer.from_pretrained(folder, check_finite=False)
     assert cli.main(["bench", "decode", "--model", str(folder)]) == 2
     assert f"{key} must be finite" in capsys.readouterr().err
+
+
+def semantok(folder, **fields):
+    """A retrained VideoFlexTok as SemanTok publishes them."""
+    config = json.loads((folder / "config.json").read_text())
+    plain = {"dino_input": False, "global_token": False}
+    (folder / "config.json").write_text(json.dumps({"videoflextok": config, "semantok": plain | fields}))
+    save_file(weights(), folder / "model.safetensors")
+
+
+def test_semantok(folder):
+    semantok(folder)
+    check_loaded(folder)
+    model = vft.Tokenizer.from_pretrained(folder)
+    assert (model.steps, model.guidance) == (50, vft.APG(scale=3.0, threshold=0.6, eta=0.0, momentum=0.0))
+    model.save_pretrained(folder.parent / "again")
+    assert vft.Tokenizer.from_pretrained(folder.parent / "again").fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("field", ["dino_input", "global_token"])
+def test_semantok_with_dino_is_refused_by_name(folder, field):
+    semantok(folder, **{field: True})
+    with pytest.raises(vft.ConfigError, match=f"semantok.{field} must be False, got True: DINO features"):
+        vft.Tokenizer.from_pretrained(folder)
+
+
+def test_semantok_takes_the_codec_from_the_repository_that_it_names(folder, tmp_path, monkeypatch):
+    import huggingface_hub as hub
+
+    semantok(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hub_vae": {"repo": "org/vae", "revision": "v3"}}))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    save_file(
+        {"video_tokenizer.vae.x.encoder.y": torch.ones(2), "video_tokenizer.z": torch.ones(1)}, other / "m.safetensors"
+    )
+    asked = []
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, revision, allow_patterns: asked.append((repo, revision)) or other
+    )
+    model = vft.Tokenizer.from_pretrained(folder)
+    assert asked == [("org/vae", "v3")]
+    assert model.codec_state.keys() == {"x.encoder.y"}

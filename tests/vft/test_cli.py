@@ -281,6 +281,8 @@ def test_other_outputs_are_files(tmp_path, model, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "output '-' must be a file" in failure(capsys, ["eval", "-o", "-", "--model", model])
     assert "must end in .mp4" in failure(capsys, ["reconstruct", CLIP, "-o", "-", "--model", model])
+    assert "output '-' must be a folder" in failure(capsys, ["demo", "-o", "-", "--model", model])
+    assert "output '-' must be a folder" in failure(capsys, ["train", "tokenizer", "-o", "-", "--clips", "1"])
     assert "must be folders with --batch" in failure(capsys, ["encode", ".", "-o", "-", "--batch", "--model", model])
     assert not os.listdir(tmp_path)
 
@@ -353,6 +355,25 @@ def test_names_that_stand_twice_are_the_same():
 def test_every_command_has_a_file():
     modules = {m.name for m in pkgutil.iter_modules(commands.__path__)}
     assert modules == {*cli.COMMANDS, "options"}
+
+
+def test_completion(capsys):
+    """The words that bash would complete."""
+    assert cli.main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -Uz bashcompinit")
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    ask = 'COMP_WORDS=(vft "$@"); COMP_CWORD=$#; _vft; echo "${COMPREPLY[@]}"'
+
+    def completed(*words):
+        done = subprocess.run(["bash", "-c", script + ask, "bash", *words], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("en") == ["encode"] and set(completed("")) == set(cli.COMMANDS)
+    assert completed("decode", "--solver", "ab") == ["ab2", "ab3"]
+    # of every kind of training
+    assert completed("train", "--lo") == ["--lora"] and completed("train", "--tab") == ["--tables"]
+    assert completed("train", "gen") == ["generator"]
 
 
 def test_a_reader_that_leaves_is_no_error():

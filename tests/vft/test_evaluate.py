@@ -86,9 +86,9 @@ def test_the_command(tmp_path, capsys):
     assert "must be at least 2, got 1" in capsys.readouterr().err
 
 
-def test_the_command_with_a_generator(tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr(evaluate.classifier, "train", lambda *_: "judge")
+def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
+    given, trained = {}, []
+    monkeypatch.setattr(evaluate.classifier, "train", lambda *_, **amount: trained.append(amount) or "judge")
     monkeypatch.setattr(
         evaluate,
         "class_accuracy",
@@ -97,6 +97,11 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch):
     arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
     assert cli.main([*arguments, "--temperature", "0.7"]) == 0
     assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
+    assert trained == [{"steps": 100, "clips": 500}]
+    assert "training a classifier of motion on 500 procedural clips, 100 steps" in capsys.readouterr().err
+    evaluate.judge(vft.Tokenizer.from_pretrained("tiny"), 128)
+    evaluate.judge(vft.Tokenizer.from_pretrained("tiny"), 512)
+    assert trained[1:] == [{"steps": 1250, "clips": 12000}, {"steps": 2500, "clips": 24000}]
     assert cli.main([*arguments, "--temperature", "-1"]) == 2
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})

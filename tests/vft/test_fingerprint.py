@@ -170,3 +170,19 @@ def test_a_generator_is_not_trained_on_tokens_of_other_weights(saved, tmp_path):
     assert len(files.found) == 2
     (reason,) = files.skipped.values()
     assert f"must hold tokens of 'small' with the fingerprint {model.fingerprint}, got 0000000000000000" in reason
+
+
+def test_the_codec_of_a_checkpoint_decides_too():
+    def of(**state):
+        model = small()
+        model._codec_state = {name.replace("_", "."): torch.full((3,), value) for name, value in state.items()}
+        return model.fingerprint
+
+    assert of(vidtok_encoder_x=1.0) not in (of(vidtok_encoder_x=2.0), of(), small().fingerprint)
+    # the decoder of the codec decides no id
+    assert of(vidtok_encoder_x=1.0, vidtok_decoder_x=1.0) == of(vidtok_encoder_x=1.0, vidtok_decoder_x=2.0)
+
+
+def test_the_embedded_generator_knows_its_tokenizer():
+    generator, tokenizer = (kind.from_pretrained("tiny") for kind in (vft.Generator, vft.Tokenizer))
+    assert generator.config.fingerprint == tokenizer.fingerprint

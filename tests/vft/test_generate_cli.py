@@ -51,6 +51,15 @@ def run(folder, *argv):
     return cli.main(["generate", *argv])
 
 
+def test_samples_are_named_in_words():
+    classes = ("pan", "zoom")
+    assert generation.names({"class_id": "zoom"}, classes, 2) == ["zoom 1", "zoom 2"]
+    assert generation.names({"class_id": 0}, classes, 1) == ["pan 1"]
+    assert generation.names({"class_id": 1}, (), 1) == ["class 1 1"]
+    assert generation.names({}, (), 1) == ["sample 1"]
+    assert [generation.in_words(k) for k in (1, 4)] == ["1 token\na frame", "4 tokens\na frame"]
+
+
 def test_videos_of_a_class(tmp_path, folder, capsys):
     argv = ["--model", "@class", "--class-name", "doing yoga", "-k", "5", "--n", "3", "--seed", "1", *FAST]
     assert run(folder, *argv, "-o", tmp_path / "out.mp4") == 0

@@ -1,5 +1,8 @@
 """The embedded model: it is there, small, and more tokens look better."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -66,3 +69,15 @@ def test_the_generator_is_small_and_knows_its_classes():
     # a uniform guess over 64,000 ids has 11.07
     assert losses[labels, torch.arange(count)].mean() < 6.3
     assert (losses.argmin(0) == labels).float().mean() >= 0.5
+
+
+def test_models_are_copied_and_pickled():
+    tokenizer, generator = vft.Tokenizer.from_pretrained("tiny"), vft.Generator.from_pretrained("tiny")
+    clip = procedural.batch(3_000_000, [0])
+    tokens = tokenizer.encode(clip)
+    for again in (copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        twin = again(tokenizer)
+        assert torch.equal(twin.encode(clip).ids, tokens.ids) and twin.fingerprint == tokenizer.fingerprint
+    other = pickle.loads(pickle.dumps(generator))
+    ids = [model.generate("zoom", frames=2, tokens_per_frame=2, temperature=0) for model in (generator, other)]
+    assert torch.equal(*ids)

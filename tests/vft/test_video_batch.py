@@ -130,6 +130,12 @@ def test_sound_goes_beside_the_tokens_and_back(tmp_path, model, capsys):
     assert cli.main(one) == 0
     assert "in.mp4: its audio is left out (--audio copy keeps it)\n" in capsys.readouterr().err
     assert not sidecar(tokens).exists()
+    own = sidecar(tokens)
+    tokens.rename(tmp_path / "moved.vft")
+    own.write_text("mine")
+    assert cli.main([*one, "--audio", "copy"]) == 2 and "exists and was not named: remove it" in capsys.readouterr().err
+    assert own.read_text() == "mine"
+    own.unlink()
     assert cli.main([*one, "--audio", "copy"]) == 0 and capsys.readouterr().err == ""
     decode = ["decode", str(tokens), "--model", model, "--steps", "1", "--audio", "copy", "-o"]
     want = packets(source)

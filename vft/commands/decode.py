@@ -49,11 +49,10 @@ def run(args: argparse.Namespace) -> None:
 
 def pieces(tokenizer, tokens, args: argparse.Namespace, **more) -> Iterator[torch.Tensor]:
     """Decoded uint8 pieces [t, H, W, 3], with a progress bar over the solver's steps on a terminal."""
-    from tqdm import tqdm
-
+    from vft.progress import bar as progress_bar
     from vft.video import to_uint8
 
-    with tqdm(desc="decode", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(desc="decode", unit="step") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

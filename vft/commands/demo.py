@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from vft import demo
-    from vft.files import check_new
+    from vft.files import check_folder, check_new
 
     if args.output is None:
         for name in demo.FILES:
             check_new(name, "give a folder with -o (-o . replaces it)")
+    else:
+        check_folder(args.output)
     demo.run(options.load_tokenizer(args), args.output or ".", **options.sampler(args))

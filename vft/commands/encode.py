@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".vft file, replaced if it exists; with --batch a folder; -: standard output",
     )  # fmt: skip
     add("-k", "--keep", type=options.at_least(1), help="keep the first K registers of every latent frame")
+    add("--psnr", type=float, metavar="DB", help="keep as few registers as decode to this PSNR")
+    add("--tokens", type=options.at_least(1), help="keep as many registers as give at most this many tokens")
+    add("--predictor", metavar="FILE", help="of vft train budget: with --psnr, instead of decoding to see")
     add("--batch", action="store_true", help="input and output are folders; finished videos are kept")
     add("--packed", type=options.at_least(1), default=8, help="with --batch: chunks in one call (default: 8)")
     add("--shards", choices=("tar", "parquet"), help="a folder to a folder of shards, see docs/data.md")
@@ -38,23 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Returns 1 where a video of the folder failed."""
+    chosen = [name for name in ("psnr", "tokens", "predictor") if getattr(args, name) is not None]
+    if chosen and (args.shards or args.engine or args.batch or args.keep is not None):
+        raise ValueError(
+            f"--{chosen[0]} chooses the registers of one video: leave out -k, --batch, --shards and --engine"
+        )
+    if args.predictor is not None and args.psnr is None:
+        raise ValueError("--predictor needs --psnr")
     if args.shards or args.engine:
         return _run_shards(args)
     if args.batch:
         return _run_folder(args)
     if os.path.isdir(args.input):
         raise ValueError(f"{args.input} is a folder: add --batch to encode every video in it")
-    from vft.files import check_output
+    from vft.files import check_new, check_output
+    from vft.video.audio import sidecar
 
     to_stdout = args.output == "-"
     if to_stdout and args.audio == "copy":
         raise ValueError("--audio copy needs an output file, beside which the audio is put")
     if not to_stdout:
-        check_output(args.output, [args.input, args.model])
+        check_output(args.output, [args.input, args.model, args.predictor])
+        if args.audio == "copy" and not os.path.exists(args.output):
+            # beside tokens that are replaced, their audio is too
+            check_new(sidecar(args.output), "remove it, or give another -o")
     tokenizer = options.load_tokenizer(args)
     options.check_keep(args.keep, tokenizer.registers)
     with _as_file(args.input) as path:
-        tokens = tokenizer.encode(path, fps=args.fps, strict=args.strict)
+        tokens = _encode(tokenizer, path, args)
         if args.keep is not None:
             tokens = tokens.truncate(args.keep)
         if to_stdout:
@@ -65,6 +79,22 @@ def run(args: argparse.Namespace) -> int | None:
     if to_stdout:
         return
     print(f"{args.output}: {options.describe(tokens)}, {os.path.getsize(args.output)} bytes")
+
+
+def _encode(tokenizer, path: str, args: argparse.Namespace):
+    """The tokens of one video, with a progress bar over its frames."""
+    from vft.budget import Predictor
+    from vft.progress import bar as progress_bar
+    from vft.video import probe_video
+
+    predictor = None if args.predictor is None else Predictor.load(args.predictor)
+    # another rate makes more or fewer of them
+    total = None if args.fps else probe_video(path).frames or None
+    with progress_bar(desc="encode", unit="frame", total=total) as bar:
+        return tokenizer.encode(
+            path, fps=args.fps, strict=args.strict, target_psnr=args.psnr, budget=args.tokens, predictor=predictor,
+            progress=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
 
 
 def _carry_audio(args: argparse.Namespace, path: str) -> None:
@@ -94,6 +124,7 @@ def _run_folder(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vft import batch
+    from vft.progress import bar as progress_bar
 
     if "-" in (args.input, args.output):
         raise ValueError("input and output must be folders with --batch, got '-'")
@@ -103,8 +134,7 @@ def _run_folder(args: argparse.Namespace) -> int:
         args.device = f"cuda:{local_rank}"
     tokenizer = options.load_tokenizer(args)
     options.check_keep(args.keep, tokenizer.registers)
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank, leave=False, disable=hidden) as bar:
+    with progress_bar(desc=f"encode {rank + 1}/{world_size}", unit="video", position=rank) as bar:
 
         def progress(done: int, total: int, line: dict | None) -> None:
             bar.total = total
@@ -130,6 +160,7 @@ def _run_shards(args: argparse.Namespace) -> int:
 
     from vft.batch import shard
     from vft.data import Encoder, encode, engines
+    from vft.progress import bar as progress_bar
 
     if "-" in (args.input, args.output) or args.batch or args.audio == "copy" or args.checksum:
         raise ValueError("--shards and --engine take folders, and go without --batch, --audio copy and --checksum")
@@ -146,7 +177,7 @@ def _run_shards(args: argparse.Namespace) -> int:
         fps=args.fps, strict=args.strict,
     )  # fmt: skip
     options.check_keep(args.keep, encoder.model.load().registers)
-    with tqdm(desc="encode", unit="video", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(desc="encode", unit="video") as bar:
 
         def progress(done: int, total: int, errors: list[dict[str, str]]) -> None:
             bar.total = total

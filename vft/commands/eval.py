@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clips", type=options.at_least(2), default=256, help="held-out procedural clips (default: %(default)s)")
     add("--steps", type=options.at_least(1), help="solver steps (default: the model's)")
     add("--video", type=Path, nargs="*", help="video files (default: the shipped clip)")
-    add("--generator", help="also measure the class accuracy of this generator ('tiny', file, folder)")
+    add(
+        "--generator",
+        help="also measure the class accuracy of this generator ('tiny', file, folder): trains a classifier of motion "
+        "first, for less time with fewer --clips",
+    )
     add("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
     add("--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show")
 
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         result["rate_distortion"][path.name] = evaluate.one_video(model, path, keeps, steps=steps)
     if args.generator:
         generator = Generator.from_pretrained(args.generator)
-        judge = evaluate.classifier.train(model.size, model.config.chunk_size)
+        judge, result["judge"] = evaluate.judge(model, args.clips)
         result["temperature"] = args.temperature
         result["class_accuracy"] = evaluate.class_accuracy(
             generator, model, judge, args.clips, temperature=args.temperature

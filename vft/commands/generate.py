@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
             tokens.save(path)
             print(f"{path}: {options.describe(tokens)}, {os.path.getsize(path)} bytes")
         return
-    generation.show(tokenizer, samples, args.output, sheet, args.quality, **options.sampler(args))
+    names = generation.names(condition, generator.classes, count)
+    generation.show(tokenizer, samples, args.output, sheet, args.quality, names, **options.sampler(args))
     each = f"{samples[0].frames} frames, {options.describe(samples[0])} each"
     print(f"{args.output} and {sheet}: {count} videos of {each}")
 

@@ -7,8 +7,8 @@ import importlib
 
 from . import options
 
-HELP = "Train a tokenizer or a generator on procedural video, videos or tokens."
-KINDS = ("tokenizer", "generator")
+HELP = "Train a tokenizer, a generator or a predictor of budgets on procedural video, videos or tokens."
+KINDS = ("tokenizer", "generator", "budget")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,7 +78,6 @@ class Engine:
         self.decoder, self.regularizer = model.decoder, model.regularizer
         self.encoder = model.encoder if encoder else None
         self.compat, self.collapse = tuple(compat), collapse
-        self.published_quantize = model.regularizer.forward_z
         self.tokenizer = share(model, self.config, encoder)
         self.shared = dtype is None or dtype == self.tokenizer.dtype
         if not self.shared:
@@ -102,6 +101,10 @@ class Engine:
     def replace(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(replace_attribute(owner, name, value))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy or pickle computes as this one; what it was before stays with this one
+        return vars(self) | {"_undo": []}
+
     def remove(self) -> None:
         """Undoes :meth:`install`: every weight is bitwise what it was, in memory of its own."""
         while self._undo:
@@ -115,7 +118,7 @@ class Engine:
     def quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes float32 ``[..., D]`` and ids int64 ``[...]``, for the FSQ module's forward_z."""
         if self.regularizer.training:
-            return self.published_quantize(z)
+            return type(self.regularizer).forward_z(self.regularizer, z)
         return flexkernels.fsq_quantize(z.float(), self.config.levels)
 
     @torch.no_grad()

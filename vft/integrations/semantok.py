@@ -74,6 +74,10 @@ class Sampler:
             self._undo.append(self._separate)
         self._undo.append(replace_attribute(self.model, "sample", self.sample))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy or pickle samples as this one; what it was before stays with this one
+        return vars(self) | {"_undo": []}
+
     def remove(self) -> None:
         """Undoes :meth:`install`: every weight is bitwise what it was, in memory of its own."""
         while self._undo:

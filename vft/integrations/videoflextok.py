@@ -76,6 +76,15 @@ def install(model: Any, readers, pipeline: type, level: int, *, compat: Iterable
     return Change(replaced, left, lambda: remove()())
 
 
+def _joined(own: type, published: type) -> type:
+    return type(published.__name__, (own, published), {"__module__": published.__module__})
+
+
+def _revived(own: type, published: type) -> Any:
+    """An empty pipeline, for a copy or a pickle of one."""
+    return object.__new__(_joined(own, published))
+
+
 class Pipeline:
     """Stands before a published pipeline class and answers its calls by an engine; its attributes stay."""
 
@@ -90,11 +99,12 @@ class Pipeline:
                 f"pipeline must be a {cls.replaces} at level 2, got {type(published).__name__}: use level=1"
             )
         made = copy.copy(published)
-        made.__class__ = type(
-            type(published).__name__, (cls, type(published)), {"__module__": type(published).__module__}
-        )
+        made.__class__ = _joined(cls, type(published))
         made.engine = engine
         return made
+
+    def __reduce_ex__(self, protocol):
+        return _revived, type(self).__bases__, vars(self)
 
     def answers(self, data_dict: dict[str, Any], guidance) -> bool:
         """Whether the engine's loop computes this call; else the published loop does, over the engine's decoder."""

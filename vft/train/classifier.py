@@ -7,14 +7,13 @@ resolution, and has learned to do so through blur and noise. It has seen no toke
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from .. import progress
 from . import procedural
 
 SEED = 4_000_000
@@ -68,17 +67,16 @@ def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS) -> Cla
         torch.manual_seed(SEED)
         model = Classifier()
     parts = [range(i, min(i + 50, clips)) for i in range(0, clips, 50)]
-    hidden = not sys.stderr.isatty()
     data = torch.cat(
         [
             shrink(procedural.batch(SEED, part, size, frames, threads)).half()
-            for part in tqdm(parts, desc="classifier's clips", leave=False, disable=hidden)
+            for part in progress.bar(parts, desc="classifier's clips", unit="batch")
         ]
     )
     labels = torch.tensor([procedural.label(SEED, i) for i in range(clips)])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="classifier", leave=False, disable=hidden):
+    for _ in progress.bar(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(clips, (BATCH,), generator=generator)
         x, y = _mirrored(_degraded(data[chosen].float(), generator), generator), labels[chosen]
         loss = F.cross_entropy(model(x), y, label_smoothing=0.05)

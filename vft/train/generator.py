@@ -20,7 +20,7 @@ from ..config import GeneratorConfig, parse_generator_config
 from ..generator import Generator, time_first
 from ..stills import join_ids, still_groups
 from ..tokenizer import Tokenizer
-from . import data, loop, shards
+from . import data, loop, lora, shards, start
 from .loop import Engine, Settings
 
 CONDITIONS = ("class", "text")
@@ -54,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train generator`` beyond the common ones."""
     defaults = GeneratorSettings()
     loop.add_arguments(parser, defaults)
-    parser.add_argument("--tokenizer", default=defaults.tokenizer, help="whose ids to model (default %(default)s)")
-    parser.add_argument("--depth", type=int, default=defaults.depth, help="blocks and heads (default %(default)s)")
+    parser.add_argument(
+        "--tokenizer", default="", help=f"whose ids to model (default {defaults.tokenizer}, or what --from names)"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=defaults.depth, help="blocks and heads (default %(default)s; --from: its own)"
+    )
     parser.add_argument(
         "-k", "--tokens-per-frame", type=int, default=defaults.tokens_per_frame,
         help="registers of each latent frame (default %(default)s)",
@@ -80,9 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
+    defaults = "" if args.start else GeneratorSettings.tokenizer
     settings = GeneratorSettings(
-        **loop.common(args), tokenizer=args.tokenizer, depth=args.depth, tokens_per_frame=args.tokens_per_frame,
-        class_dropout=args.class_dropout, tables=args.tables, condition=args.condition,
+        **loop.common(args), tokenizer=args.tokenizer or defaults, depth=args.depth,
+        tokens_per_frame=args.tokens_per_frame, class_dropout=args.class_dropout, tables=args.tables,
+        condition=args.condition,
         latent_frames=args.latent_frames,
     )  # fmt: skip
     return loop.run(args, settings, train)
@@ -103,29 +109,45 @@ def train(
         raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {settings.condition!r}")
     if settings.latent_frames < 0:
         raise ValueError(f"latent_frames must be at least 0, got {settings.latent_frames}")
-    tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
+    before = start.read_generator(settings.start) if settings.start else None
+    tokenizer = Tokenizer.from_pretrained(_tokenizer(settings, before))
     if not 1 <= settings.tokens_per_frame <= tokenizer.registers:
         raise ValueError(f"tokens_per_frame must lie in 1..{tokenizer.registers}, got {settings.tokens_per_frame}")
     torch.manual_seed(settings.seed)
-    loop.train(folder, settings, GeneratorTask(settings, tokenizer), minutes, engine)
+    loop.train(folder, settings, GeneratorTask(settings, tokenizer, before), minutes, engine)
+
+
+def _tokenizer(settings: GeneratorSettings, before: start.Weights | None) -> str:
+    """The reference of the tokenizer: as given, else what the checkpoint names, else the embedded one."""
+    return settings.tokenizer or (before and before.config.get("tokenizer")) or GeneratorSettings.tokenizer
 
 
 class GeneratorTask:
     """Next-token cross-entropy over the flat ids of clips, with class or caption dropout."""
 
-    def __init__(self, settings: GeneratorSettings, tokenizer: Tokenizer) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
+    def __init__(self, settings: GeneratorSettings, tokenizer: Tokenizer, before: start.Weights | None = None) -> None:
+        self.settings, self.tokenizer, self.start = settings, tokenizer, None
         self.data, frames = self._open_data()
         raw = {
             "depth": settings.depth, "vocab": tokenizer.config.codebook_size,
-            "seq_len": frames * settings.tokens_per_frame, "tokenizer": settings.tokenizer, "cond": settings.condition,
-            "fingerprint": tokenizer.fingerprint, "frames": frames,
+            "seq_len": frames * settings.tokens_per_frame, "tokenizer": _tokenizer(settings, before),
+            "fingerprint": tokenizer.fingerprint, "frames": frames, "cond": settings.condition,
         }  # fmt: skip
         if settings.condition == "text":
             raw |= {"ctx_dim": self.data.captions([0])[0].shape[1], "n_ctx_null": 1}
         else:
             raw |= {"n_classes": len(self.data.classes), "classes": list(self.data.classes)}
+        self.tables = settings.tables
+        if before:
+            raw = start.generator_config(before.config, raw)
+            self.tables = "fsq" if "fsq_levels" in before.config else "whole"
         self.model = self._build(parse_generator_config(raw)).train()
+        if before:
+            self.start = start.generator(self.model, settings.start, before)
+            if settings.lora:
+                lora.add(self.model, settings.lora, set(self.start.new))
+        label = "--text CAPTION" if settings.condition == "text" else f"--class-name {self.data.classes[0]!r}"
+        self.example = f"vft generate {label} --n 4 -o out.mp4 --model {{}}"
 
     def _open_data(self):
         """The data, and the most latent frames that a clip of it has."""
@@ -144,13 +166,13 @@ class GeneratorTask:
             )
         config = tokenizer.config
         if tokenizer.size is None:
-            raise ValueError(f"tokenizer {settings.tokenizer!r} must have a working size")
+            raise ValueError(f"tokenizer {tokenizer.name!r} must have a working size")
         clips = data.clips(self._tokens, settings, config.chunk_size, tokenizer.size)
         return clips, tokenizer.codec.latent_shape(max(settings.frames or (config.chunk_size,)), 16, 16)[1]
 
     def _build(self, config: GeneratorConfig) -> Generator:
         model, levels = Generator(config, "tiny"), self.tokenizer.config.levels
-        if self.settings.tables == "fsq":
+        if self.tables == "fsq":
             model.tok_emb = CodebookEmbedding(levels, config.width)
             model.head = CodebookHead(levels, config.width)
         return model
@@ -187,7 +209,7 @@ class GeneratorTask:
 
     def _cross_entropy(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         head = self.model.head
-        if self.settings.tables == "fsq":
+        if self.tables == "fsq":
             return head.cross_entropy(x, ids)
         return F.cross_entropy(head(x).float(), ids, reduction="none")
 
@@ -206,8 +228,8 @@ class GeneratorTask:
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = self._build(self.model.config)
-        averaged.load_state_dict(weights)
+        averaged.load_state_dict(lora.merged(weights))
         raw = averaged.config.raw
-        if self.settings.tables == "fsq":
+        if self.tables == "fsq":
             raw = raw | {"fsq_levels": list(self.tokenizer.config.levels)}
         write_tensors(path, averaged.published(), raw, torch.float16)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +23,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import progress
 from . import optimizer, parallel, state
 from .data import PROCEDURAL
+from .start import Start
 
 
 class Task(Protocol):
@@ -29,11 +34,14 @@ class Task(Protocol):
 
     ``loss`` is the mean over the samples ``part`` of the batch; what is drawn for a sample does not depend on the part.
     ``indices`` are those of the whole batch in ``data``, the first thing that is drawn. ``recompute`` is whether
-    activations are computed again in the backward pass instead of kept.
+    activations are computed again in the backward pass instead of kept. ``start`` is the checkpoint that the model
+    continues, or None; ``example`` a command that uses the saved model, ``{}`` standing for its folder.
     """
 
     model: nn.Module
     data: object
+    start: Start | None
+    example: str
 
     def indices(self, generator: torch.Generator) -> list[int]: ...
 
@@ -53,7 +61,7 @@ class Settings:
     are. ``frames`` and ``sizes``: lengths and square sides in pixels, one of each drawn for each clip, empty for those
     that the model works at. ``optimizer``: ``muon`` for the matrices of blocks and AdamW for the rest, or ``adamw`` for
     all. ``bf16``: autocast, and the products of Muon. ``corruption``: share of tokens replaced by random ones where the
-    model reads them.
+    model reads them. ``start``: a checkpoint to continue, with ``lora`` by factors of that rank alone (0: all weights).
     """
 
     steps: int = 8500
@@ -71,6 +79,12 @@ class Settings:
     frames: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     corruption: float = 0.0
+    start: str = ""
+    lora: int = 0
+
+
+# of a run that continues a checkpoint: small steps, and an average that forgets within a few hundred of them
+FINE_TUNING = {"steps": 1000, "learning_rate": 5e-4, "warmup": 20, "ema": 0.99}
 
 
 @dataclass(frozen=True)
@@ -89,10 +103,16 @@ class Engine:
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
-    """The arguments that every kind of run has."""
+    """The arguments that every kind of run has; their defaults are others where a checkpoint is continued."""
     add = parser.add_argument
+    if any(word == "--from" or word.startswith("--from=") for word in parser.get_default("words") or ()):
+        defaults = replace(defaults, **FINE_TUNING)
     add("-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed")
     add("--plot", type=Path, metavar="RUN", help="plot the loss of this run into the picture -o, and train nothing")
+    add(
+        "--from", dest="start", default="", metavar="MODEL", help="checkpoint to continue: name, folder, file, org/repo"
+    )
+    add("--lora", type=int, default=0, metavar="RANK", help="with --from: train low-rank factors of its matrices alone")
     add("--data", default=defaults.data, help="'procedural' or a folder (default %(default)s)")
     add("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
     add("--batch", type=int, default=defaults.batch, help="clips a step over all processes (default %(default)s)")
@@ -135,6 +155,7 @@ def common(args: argparse.Namespace) -> dict:
         "warmup": args.warmup, "weight_decay": args.weight_decay, "clip": args.clip, "ema": args.ema,
         "seed": args.seed, "optimizer": args.optimizer, "bf16": args.bf16, "data": args.data,
         "frames": tuple(args.frames), "sizes": tuple(args.sizes), "corruption": args.corruption,
+        "start": args.start, "lora": args.lora,
     }  # fmt: skip
 
 
@@ -152,6 +173,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"optimizer must be one of {', '.join(optimizer.OPTIMIZERS)}, got {settings.optimizer!r}")
     if not settings.clip > 0:
         raise ValueError(f"clip must be above 0, got {settings.clip}")
+    if settings.lora < 0 or (settings.lora and not settings.start):
+        raise ValueError(f"lora must be at least 0, and 0 without a checkpoint to start from, got {settings.lora}")
 
 
 def train(
@@ -164,6 +187,8 @@ def train(
     """
     engine = engine or Engine()
     with parallel.joined(engine.parallel, engine.device) as group:
+        if settings.lora and group.mode == "fsdp":
+            raise ValueError("lora must be 0 with parallel fsdp, whose shards hold no factors: use ddp")
         if group.rank == 0:
             state.open_folder(folder)
         _Run(folder, settings, Trainer(settings, task, engine, group)).go(engine, minutes)
@@ -178,7 +203,8 @@ class Trainer:
         task.model.to(group.device)
         task.recompute(engine.checkpoint)
         self.loss = parallel.spread(task, group)
-        self.parameters = dict(task.model.named_parameters())
+        self.whole = dict(task.model.named_parameters())
+        self.parameters = {name: p for name, p in self.whole.items() if p.requires_grad}
         self.ema = {name: parallel.local(p).detach().clone() for name, p in self.parameters.items()}
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.optimizer_of = optimizer.make(
@@ -218,8 +244,9 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The EMA weights, whole, on the CPU. All processes must call it."""
-        return {name: parallel.whole(self.ema[name], p).cpu() for name, p in self.parameters.items()}
+        """The EMA weights and those that are not trained, whole, on the CPU. All processes must call it."""
+        weights = {name: self.ema.get(name, parallel.local(p).detach()) for name, p in self.whole.items()}
+        return {name: parallel.whole(weights[name], p).cpu() for name, p in self.whole.items()}
 
 
 class _Run:
@@ -231,17 +258,21 @@ class _Run:
         self.facts = {
             "settings": asdict(settings), "model": self.task.model.config.raw, "data": self.task.data.facts(),
         }  # fmt: skip
+        if self.task.start:
+            self.facts["start"] = self.task.start.digest
         self.reported = 0
         self.step = state.load(folder / state.STATE, trainer, self.facts)
         if self.group.rank == 0:
             state.rewind_log(folder, self.step)
+        if self.task.start:
+            self._say(self.task.start.describe())
         self._report_skipped()
 
     def go(self, engine: Engine, minutes: float | None) -> None:
         started = saved = time.time()
         first, settings = self.step, self.settings
-        hidden = self.group.rank > 0 or not sys.stderr.isatty()
-        with tqdm(total=settings.steps, initial=self.step, desc="train", disable=hidden) as bar:
+        shown = {"total": settings.steps, "initial": self.step, "desc": "train", "unit": "step"}
+        with progress.bar(hidden=self.group.rank > 0, **shown) as bar, _asked_to_stop() as asked:
             while self.step < settings.steps:
                 rate = learning_rate(settings, self.step)
                 loss, norm = self.trainer.step(self.step)
@@ -251,9 +282,9 @@ class _Run:
                 seconds = time.time() - started
                 speed = (self.step - first) * settings.batch / seconds
                 self._log(step=self.step, loss=loss, grad_norm=norm, lr=rate, seconds=seconds, clips_per_second=speed)
-                bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}", clips_per_second=f"{speed:.1f}")
-                timed_out = minutes is not None and seconds > 60 * minutes
+                bar.update()
+                timed_out = (minutes is not None and seconds > 60 * minutes) or bool(asked)
                 due = time.time() - saved > engine.save_seconds or timed_out
                 # clocks differ: one process decides
                 stop, due = self.group.agree(timed_out), self.group.agree(due)
@@ -262,6 +293,20 @@ class _Run:
                     saved = time.time()
                 if stop:
                     break
+        self._report_end()
+        if asked:
+            # what it does outside of a run: end the process, by an exception in the vft command
+            signal.raise_signal(asked[0])
+
+    def _report_end(self) -> None:
+        steps, folder = self.settings.steps, self.folder
+        if self.step < steps:
+            self._say(f"stopped at step {self.step}; the same command goes on from {folder / state.STATE}")
+        self._say(f"{folder / state.MODEL}: step {self.step} of {steps}. Next: {self.task.example.format(folder)}")
+
+    def _say(self, line: str) -> None:
+        if self.group.rank == 0:
+            tqdm.write(line, sys.stdout)
 
     def _save(self) -> None:
         averaged = self.trainer.averaged()
@@ -299,6 +344,31 @@ class _Run:
             self.reported = len(skipped)
             state.write_json(path, dict(sorted(skipped.items())))
             tqdm.write(f"vft: {len(skipped)} files of {self.settings.data} skipped, see {path}", sys.stderr)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals (Ctrl-C, SIGTERM) that have come: the first waits for the end of a step, a second one does not."""
+    asked, before = [], {}
+
+    def note(number, _):
+        if asked:
+            restore()
+            signal.raise_signal(number)
+        asked.append(number)
+        print("vft: stopping after this step (again: at once)", file=sys.stderr)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    # only the main thread may set a signal
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def draws(settings: Settings, step: int) -> torch.Generator:

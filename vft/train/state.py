@@ -1,6 +1,7 @@
 """A run on disk: its state, its log and what is wrong with its data.
 
-    state.safetensors  weights, EMA, optimiser moments; step, settings, model and data as JSON metadata; never pickle
+    state.safetensors  weights that are trained (with LoRA the factors), their EMA, optimiser moments; step, settings,
+                       model, data and start as JSON metadata; never pickle
     failed.safetensors the same from before the step whose loss was not finite, and failed.json: that step and batch
     log.jsonl          one line a step: loss, gradient norm, learning rate, seconds, clips a second
     model.safetensors  the EMA weights in float16, for ``from_pretrained``
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from ..files import check_output, replacing
+from ..files import check_folder, check_output, replacing
 from . import parallel
 
 STATE, LOG, MODEL = "state.safetensors", "log.jsonl", "model.safetensors"
@@ -33,8 +34,7 @@ def open_folder(folder: Path) -> None:
 
     Raises OSError in one line where it cannot be made or written, or holds a model that is not a run's.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"output {str(folder)!r} must be a folder, got a file")
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,13 +100,16 @@ def _fill(file, trainer) -> None:
 
 
 def refuse_difference(folder: Path, before: dict, now: dict) -> None:
-    """Raises ValueError naming the kind of model, or every setting, part of the model and of the data that differs."""
+    """Raises ValueError naming the kind of model, or every setting and part of the model, of the data and of the start
+    that differs."""
     kinds = ["a generator" if "cond" in facts["model"] else "a tokenizer" for facts in (before, now)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"the run in {folder} trains {kinds[0]}, not {kinds[1]}: give another folder with -o")
-    names = ("settings", "model", "data")
+    names = ("settings", "model", "data", "start")
     old, new = (_flat({name: facts.get(name) for name in names}) for facts in (before, now))
-    changed = [k for k in sorted(old.keys() | new.keys()) if k != "settings.steps" and old.get(k) != new.get(k)]
+    # what is off may be missing: earlier versions did not have it
+    differs = lambda k: k != "settings.steps" and (old.get(k) or None) != (new.get(k) or None)  # noqa: E731
+    changed = [k for k in sorted(old.keys() | new.keys()) if differs(k)]
     if changed:
         shown = ", ".join(f"{k.removeprefix('settings.')} {old.get(k)!r} (now {new.get(k)!r})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from ..config import make_config, parse_config
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
-from . import data, initial, loop
+from . import data, initial, loop, lora, start
 from .loop import Engine, Settings
 from .loss import draw, flow_loss
 
@@ -25,21 +26,36 @@ TINY = {
 STEPS = 1
 
 
+@dataclass(frozen=True)
+class TokenizerSettings(Settings):
+    """``registers`` of each latent frame; 0: as many as the config, or the checkpoint, has."""
+
+    registers: int = 0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train tokenizer`` beyond the common ones."""
-    loop.add_arguments(parser, Settings())
+    loop.add_arguments(parser, TokenizerSettings())
+    parser.add_argument("--registers", type=int, default=0, help="of a latent frame (default 32, or the checkpoint's)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
-    return loop.run(args, Settings(**loop.common(args)), partial(train, config=make_config(**TINY)))
+    settings = TokenizerSettings(**loop.common(args), registers=args.registers)
+    config = make_config(**TINY | ({"registers": settings.registers} if settings.registers > 0 else {}))
+    return loop.run(args, settings, partial(train, config=config))
 
 
 def train(
     folder: Path, settings: Settings, *, config: dict, minutes: float | None = None, engine: Engine | None = None
 ) -> None:
-    """Trains or resumes the run in ``folder``; errors are those of :func:`vft.train.loop.train`."""
+    """Trains or resumes the run in ``folder``, of a new model of ``config`` or of the checkpoint ``settings.start``.
+
+    Errors are those of :func:`vft.train.loop.train`.
+    """
     loop.check(settings)
+    if getattr(settings, "registers", 0) < 0:
+        raise ValueError(f"registers must be at least 0, got {settings.registers}")
     torch.manual_seed(settings.seed)
     loop.train(folder, settings, TokenizerTask(settings, config), minutes, engine)
 
@@ -47,12 +63,25 @@ def train(
 class TokenizerTask:
     """Rectified flow with nested dropout; see :mod:`vft.train.loss`."""
 
+    example = "vft reconstruct VIDEO -o out.mp4 --model {}"
+
     def __init__(self, settings: Settings, config: dict) -> None:
-        self.settings, self.model = settings, Tokenizer(parse_config(config), "tiny").train()
-        config, codec = self.model.config, load_codec(self.model.config.codec)
-        self.data = data.clips(codec.encode, settings, config.chunk_size, self.model.size)
+        self.settings, self.start = settings, None
+        if settings.start:
+            sizes = getattr(settings, "registers", 0), max(settings.sizes, default=0), max(settings.frames, default=0)
+            self.model, self.start = start.tokenizer(settings.start, *sizes)
+            codec = self.model.codec
+        else:
+            self.model = Tokenizer(parse_config(config), "tiny").train()
+            # a model this small is closest to its source in one step
+            self.model.steps, self.model.guidance = STEPS, None
+            codec = load_codec(self.model.config.codec)
+        self.data = data.clips(codec.encode, settings, self.model.config.chunk_size, self.model.size)
         self.codec = codec.requires_grad_(False)
-        self._begin()
+        if self.start is None:
+            self._begin()
+        elif settings.lora:
+            lora.add(self.model, settings.lora, set(self.start.new))
 
     def _begin(self) -> None:
         model, config, settings = self.model, self.model.config, self.settings
@@ -85,6 +114,6 @@ class TokenizerTask:
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         averaged = Tokenizer(self.model.config, self.model.name)
-        averaged.load_state_dict(weights)
-        averaged.steps, averaged.guidance = STEPS, None
-        averaged.save(path, torch.float16)
+        averaged.load_state_dict(lora.merged(weights))
+        averaged.steps, averaged.guidance = self.model.steps, self.model.guidance
+        averaged.save(path, torch.float16, codec=self.model.codec_state)

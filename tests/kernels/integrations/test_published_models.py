@@ -9,6 +9,7 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -220,6 +221,26 @@ def test_a_copy_has_an_engine_of_its_own(tokenizer):
         twin.encoder({"vae_latents": samples(io, "latents")})["enc_latents"],
         tokenizer.encoder({"vae_latents": samples(io, "latents")})["enc_latents"], rtol=0, atol=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["pickle", "torch.save"])
+def test_a_pickle_computes_the_same(tokenizer, tmp_path, by):
+    generator = flexkernels.accelerate(standins.generator("ar_class"))
+    with standins.importable():
+        if by == "pickle":
+            twin, other = (pickle.loads(pickle.dumps(model)) for model in (tokenizer, generator))
+        else:
+            torch.save((tokenizer, generator), tmp_path / "models.pt")
+            twin, other = torch.load(tmp_path / "models.pt", weights_only=False)
+    assert twin.encoder.forward.__self__ is twin.pipeline.engine is not tokenizer.pipeline.engine
+    assert type(twin.pipeline).__bases__ == type(tokenizer.pipeline).__bases__
+    _, io, _ = load("base")
+    values = [m.encoder({"vae_latents": samples(io, "latents")})["enc_latents"] for m in (twin, tokenizer)]
+    torch.testing.assert_close(*values, rtol=0, atol=0)
+    assert torch.equal(twin.regularizer.forward_z(values[0][0])[1], tokenizer.regularizer.forward_z(values[0][0])[1])
+    options = dict(length=20, temperature=0, device="cpu", **conditions("ar_class"))
+    assert torch.equal(other.sample(3, **options), generator.sample(3, **options))
+    assert other.sample.__self__.model is other
 
 
 def test_a_weight_that_would_not_be_used_is_refused():

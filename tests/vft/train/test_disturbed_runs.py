@@ -89,6 +89,36 @@ def stop_after(steps: int, run) -> None:
         run()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_saves(tmp_path, monkeypatch, capsys, number, code):
+    small = {"codec": "linear", "encoder_width": 32, "decoder_width": 32, "head_dim": 32, "registers": 2, "size": 16}
+    loss = trainer.TokenizerTask.loss
+
+    def interrupted(task, generator, part):
+        if generator.initial_seed() == 1:
+            os.kill(os.getpid(), number)
+        return loss(task, generator, part)
+
+    monkeypatch.setattr(trainer, "TINY", small)
+    monkeypatch.setattr(trainer.TokenizerTask, "loss", interrupted)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    words = ["train", "tokenizer", "-o", str(tmp_path / "run"), "--steps", "9", "--batch", "1", "--clips", "2"]
+    # a process started in the background may have been told to ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(words) == code
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    out, err = capsys.readouterr()
+    assert "stopping after this step" in err
+    assert f"stopped at step 2; the same command goes on from {tmp_path / 'run' / state.STATE}" in out
+    assert f"{tmp_path / 'run' / state.MODEL}: step 2 of 9. Next: vft reconstruct" in out
+    assert len(losses(tmp_path / "run")) == 2
+    monkeypatch.setattr(trainer.TokenizerTask, "loss", loss)
+    assert cli.main(words) == 0 and len(losses(tmp_path / "run")) == 9
+
+
 def test_a_full_disk_keeps_the_last_state(tmp_path):
     train(tmp_path, SETTINGS, config=SMALL, minutes=0)
     before = (tmp_path / state.STATE).read_bytes()

@@ -1,0 +1,210 @@
+"""Runs that continue a checkpoint: what is reused and what is new, low-rank factors, and that it is worth it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vft
+from vft import cli
+from vft.config import make_config, parse_config
+from vft.evaluate import held_out
+from vft.train import generator, start, tokenizer
+from vft.train.generator import GeneratorSettings
+from vft.train.loop import Settings
+from vft.train.tokenizer import TINY, TokenizerSettings
+
+SMALL = make_config(
+    encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear",
+    levels=(4, 4, 4), grid=5, size=16,
+)  # fmt: skip
+SETTINGS = TokenizerSettings(steps=2, batch=2, clips=4, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """A saved tokenizer whose every part matters."""
+    path = tmp_path_factory.mktemp("start") / "old.safetensors"
+    torch.manual_seed(3)
+    model = vft.Tokenizer(parse_config(SMALL))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def old_generator(old, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start_generator")
+    settings = GeneratorSettings(steps=2, batch=2, clips=4, tokenizer=str(old), depth=1, tokens_per_frame=3)
+    generator.train(folder, settings)
+    return folder
+
+
+def test_other_sizes_keep_what_was_learned(old):
+    before = vft.Tokenizer.from_pretrained(old)
+    model, begin = start.tokenizer(str(old), registers=6, size=64, frames=33)
+    assert (model.registers, model.size, model.config.chunk_size) == (6, 64, 33)
+    width = 32
+    # 9 latent frames in place of 5; positions of 5, 5 and 5 become 9 each, of 5 registers 9
+    assert begin.new["encoder.registers"] == (9 * 6 - 5 * 4) * width
+    assert begin.new["encoder.patch_posemb.table"] == begin.new["decoder.patch_posemb.table"] == 3 * 4 * width
+    assert begin.describe().startswith(f"from {old}: ") and "encoder.registers (1,088 values)" in begin.describe()
+    latents = [torch.randn(16, 5, 2, 2)]
+    values = model.eval().encoder(latents).view(5, 6, 3)
+    # earlier registers do not see later ones of their frame, but those of the frames before
+    assert torch.allclose(values[0, :4], before.encoder(latents).view(5, 4, 3)[0], atol=1e-5)
+    assert model.encode_latents([torch.randn(16, 9, 8, 8)])[0].shape == (9, 6)
+    fewer, begin = start.tokenizer(str(old), registers=2)
+    assert fewer.registers == 2 and not begin.new
+
+
+def test_tables_that_are_stored_do_not_grow(old, tmp_path):
+    model = vft.Tokenizer.from_pretrained(old)
+    raw = model.config.raw
+    entry = raw["video_flex_tok"]["encoder"]["module_dict"]["enc_posemb_module"]
+    entry["posemb_type"] = "sincos"
+    fixed = vft.Tokenizer(parse_config(raw))
+    fixed.save(tmp_path / "fixed.safetensors")
+    start.tokenizer(str(tmp_path / "fixed.safetensors"), size=64)
+    with pytest.raises(
+        ValueError, match=r"encoder.patch_posemb.table must cover a grid of \[5, 8, 8\], got a stored tab"
+    ):
+        start.tokenizer(str(tmp_path / "fixed.safetensors"), size=128)
+
+
+def test_a_run_from_a_checkpoint(old, tmp_path, capsys):
+    settings = replace(SETTINGS, start=str(old), registers=5, learning_rate=1e-6)
+    tokenizer.train(tmp_path / "run", settings, config=SMALL)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"from {old}: ") and "new: encoder.registers" in first
+    assert last == (
+        f"{tmp_path / 'run'}/model.safetensors: step 2 of 2. "
+        f"Next: vft reconstruct VIDEO -o out.mp4 --model {tmp_path / 'run'}"
+    )
+    before, after = (vft.Tokenizer.from_pretrained(path) for path in (old, tmp_path / "run"))
+    assert after.registers == 5 and after.fingerprint != before.fingerprint
+    assert torch.allclose(after.encoder.head.weight, before.encoder.head.weight, atol=1e-3)
+    with pytest.raises(ValueError, match=r"was made with .*, registers 5 \(now 4\)"):
+        tokenizer.train(tmp_path / "run", replace(settings, registers=4), config=SMALL)
+
+
+def test_a_changed_checkpoint_is_not_resumed(old, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    model = vft.Tokenizer.from_pretrained(old)
+    model.save(copy)
+    settings = replace(SETTINGS, start=str(copy))
+    tokenizer.train(tmp_path / "run", settings, config=SMALL, minutes=0)
+    model.decoder.head.bias.add_(1)
+    model.save(copy)
+    with pytest.raises(ValueError, match="was made with start"):
+        tokenizer.train(tmp_path / "run", settings, config=SMALL)
+
+
+def test_factors_are_trained_alone_and_merged(old, tmp_path):
+    settings = replace(SETTINGS, start=str(old), lora=2, learning_rate=0.05, registers=5)
+    tokenizer.train(tmp_path / "whole", settings, config=SMALL)
+    for _ in range(2):
+        tokenizer.train(tmp_path / "parts", settings, config=SMALL, minutes=0)
+    state, again = (load_file(tmp_path / run / "state.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    trained = {name.removeprefix("model.") for name in state if name.startswith("model.")}
+    layers = {
+        name.rsplit(".parametrizations", 1)[0] for name in trained if name.endswith("parametrizations.weight.0.b")
+    }
+    # 4 of attention, 3 of the MLP; adaLN in the decoder
+    assert len(layers) == 7 + 8
+    assert {n for n in trained if ".parametrizations" not in n} == {"encoder.registers"}
+    before, after = (dict(vft.Tokenizer.from_pretrained(path).named_parameters()) for path in (old, tmp_path / "whole"))
+    for name, value in after.items():
+        if name == "encoder.registers":
+            continue
+        changed = (value - before[name].half().float()).abs().max() > 1e-3
+        assert changed == (name.removesuffix(".weight") in layers), name
+    layer = "decoder.blocks.0.attn.wq"
+    a, b = (state[f"ema.{layer}.parametrizations.weight.0.{x}"] for x in "ab")
+    assert torch.allclose(after[f"{layer}.weight"], before[f"{layer}.weight"] + b @ a, atol=2e-3)
+
+
+def test_a_generator_with_new_classes_knows_the_old_ones(old, old_generator, tmp_path):
+    weights = start.read_generator(str(old_generator))
+    before = vft.Generator.from_pretrained(old_generator)
+    names = ("new", *before.classes[::-1])
+    raw = weights.config | {"n_classes": len(names), "classes": list(names), "tokenizer": str(old)}
+    task = generator.GeneratorTask(
+        GeneratorSettings(clips=4, tokenizer=str(old), depth=9, tokens_per_frame=3, start=str(old_generator)),
+        vft.Tokenizer.from_pretrained(old), weights,
+    )  # fmt: skip
+    assert not task.start.new and task.model.config.depth == 1
+    model = task._build(generator.parse_generator_config({k: v for k, v in raw.items() if k != "fsq_levels"}))
+    begin = start.generator(model, "x", weights)
+    assert begin.new == {"cls_emb.weight": 64}
+    model.eval()
+    ids = torch.randint(64, (1, 15))
+    with torch.no_grad():
+        got = model.teacher_forced(ids, [names.index("zoom")])
+        null = model.teacher_forced(ids, [None])
+    assert torch.allclose(got, before.logits(ids, "zoom"), atol=1e-4)
+    assert torch.allclose(null, before.logits(ids, unconditional=True), atol=1e-4)
+
+
+def test_positions_follow_registers_and_frames(old_generator):
+    weights = start.read_generator(str(old_generator))
+    before = start._config(weights.config)
+    more = replace(before, frames=7, seq_len=7 * 4)
+    index = start._positions(before, more)
+    # register 1 of frames 0, 4 and 6; register 2 of frame 0; register 3, which is new but for its first position
+    assert [index[i] for i in (7, 11, 13, 14, 21, 22)] == [5, 9, 9, 10, 15, None]
+
+
+def test_a_generator_goes_on_with_factors(old, old_generator, tmp_path):
+    settings = GeneratorSettings(
+        steps=2, batch=2, clips=4, tokenizer="", tokens_per_frame=3, start=str(old_generator), lora=2, warmup=1
+    )
+    generator.train(tmp_path, settings)
+    model = vft.Generator.from_pretrained(tmp_path)
+    assert model.tokenizer == str(old) and model.config.depth == 1
+    before = vft.Generator.from_pretrained(old_generator)
+    assert torch.equal(model.pos_emb, before.pos_emb)
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
+
+
+def test_what_does_not_fit_is_named(old, old_generator, tmp_path):
+    settings = GeneratorSettings(clips=4, start=str(old_generator), tokenizer="tiny", tokens_per_frame=3)
+    with pytest.raises(ValueError, match="vocab must be that of the checkpoint, 64, got 64000"):
+        generator.train(tmp_path / "a", settings)
+    with pytest.raises(ValueError, match="lora must lie between 1 and 32, got 33"):
+        tokenizer.train(tmp_path / "b", replace(SETTINGS, start=str(old), lora=33), config=SMALL)
+    assert cli.main(["train", "tokenizer", "-o", str(tmp_path / "c"), "--lora", "4"]) == 2
+
+
+def test_defaults_are_those_of_fine_tuning(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tokenizer, "train", lambda folder, settings, **_: seen.append(settings))
+    for words in ([], ["--from", "tiny"], ["--from=tiny", "--ema", "0.5"]):
+        assert cli.main(["train", "tokenizer", "-o", str(tmp_path), *words]) == 0
+    new, tuned, own = seen
+    assert (new.steps, new.learning_rate, new.ema, new.start) == (8500, 2e-3, 0.998, "")
+    assert (tuned.steps, tuned.learning_rate, tuned.ema, tuned.start) == (1000, 5e-4, 0.99, "tiny")
+    assert own.ema == 0.5 and own.steps == 1000
+
+
+def test_weights_that_change_have_no_fingerprint_of_a_file(old):
+    model, other = vft.Tokenizer.from_pretrained(old), vft.Tokenizer.from_pretrained(old)
+    first = model.fingerprint
+    model.train().encoder.head.bias.data.add_(1)
+    assert model.eval().fingerprint != first
+    other.load_state_dict(model.state_dict())
+    assert other.fingerprint == model.fingerprint
+
+
+def test_a_few_steps_from_a_checkpoint_beat_as_many_from_nothing(tmp_path):
+    """3 dB, see docs/models.md for more steps."""
+    settings = Settings(steps=3, batch=2, clips=6, warmup=1, learning_rate=5e-4)
+    tokenizer.train(tmp_path / "from", replace(settings, start="tiny"), config=make_config(**TINY))
+    tokenizer.train(tmp_path / "new", settings, config=make_config(**TINY))
+    continued, new = (
+        held_out(vft.Tokenizer.from_pretrained(tmp_path / run), 4, [8])["8"]["psnr"] for run in ("from", "new")
+    )
+    assert continued > new + 3, (continued, new)
