@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# bound here, so that `torchdiffeq.odeint` may be replaced by the one below
+from torchdiffeq import odeint as torchdiffeq_odeint
+
 from .. import checks
 from ..solvers import EULER, HEUN, MIDPOINT, Step, Tableau, adams_bashforth, runge_kutta
 from ._update import unguided_update
@@ -58,14 +61,13 @@ def odeint(
 
     Returns the states at t, ``[n, ...]`` in y0's dtype, or a tuple of them.
 
-    Raises ValueError where func or grid_constructor gives another shape or range; ImportError where torchdiffeq is
-    needed and not installed.
+    Raises ValueError where func or grid_constructor gives another shape or range.
     """
     options = dict(options or {})
     if not _served(func, y0, t, method, options, event_fn):
-        from torchdiffeq import odeint as original
-
-        return original(func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn)
+        return torchdiffeq_odeint(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options or None, event_fn=event_fn
+        )
     state = y0 if isinstance(y0, tuple) else (y0,)
     field = _Field(func, state[0].dtype, isinstance(y0, tuple))
     grid = _grid(func, y0, t, options)
