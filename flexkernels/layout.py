@@ -7,13 +7,15 @@ frame index and rank inside the frame, so metadata is O(tokens): never an N x N 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native, tuning
 
@@ -21,6 +23,31 @@ MASKS = ("full", "causal", "frame_causal", "frame_causal_prefix")
 CROSS_FRAME = ("prefix_to_prefix", "prefix_to_register", "register_to_prefix", "register_to_register")
 CROSS_VALUES = ("none", "full", "causal")
 ALL_FULL = (1, 1, 1, 1)
+
+
+def cached_tensors(make: Callable) -> Callable:
+    """A cache of the latest 64 results of `make`, objects that hold tensors, for equal arguments.
+
+    What is cached is real, and made outside of inference mode: a program that is being exported takes it as a constant,
+    and autograd can save it. Where all tensors are fake, nothing is cached.
+    """
+
+    @lru_cache(maxsize=64)
+    def cached(*args):
+        with torch.inference_mode(False):
+            return make(*args)
+
+    @wraps(make)
+    def get(*args):
+        mode = None if torch.compiler.is_dynamo_compiling() else detect_fake_mode()
+        if mode is None:
+            return cached(*args)
+        if not mode.allow_non_fake_inputs:
+            return make(*args)
+        with _disable_current_modes():
+            return cached(*args)
+
+    return get
 
 
 # keys of a tile, and what full runs hold whole numbers of unless they end with the sequence
@@ -212,9 +239,15 @@ class SequenceLayout:
         return visible_tokens(self.tensors, self.mask, self.cross)
 
 
+<<<<<<< HEAD
 @lru_cache(maxsize=64)
 def _cached_layout(frames, mask, cross_frame, device, key_frames, weighted_keys) -> SequenceLayout:
     return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames, weighted_keys)
+=======
+@cached_tensors
+def _cached_layout(frames, mask, cross_frame, device, key_frames) -> SequenceLayout:
+    return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames)
+>>>>>>> g-share
 
 
 def _with_index(device: torch.device | str) -> torch.device:

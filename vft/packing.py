@@ -9,13 +9,13 @@ identical through every layer. One token whose key counts m times (key log weigh
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flexkernels import SequenceLayout
+from flexkernels.layout import cached_tensors
 
 from .config import Trunk
 
@@ -133,7 +133,7 @@ class _Registers:
         self.per_frame = held.sum(1)
 
 
-@lru_cache(maxsize=64)
+@cached_tensors
 def packing(grids, members, registers: int, register_ops, trunk: Trunk, collapse: bool, device) -> Packing:
     """The same :class:`Packing` for the same arguments (all hashable)."""
     return Packing(grids, members, registers, register_ops, trunk, collapse, device)

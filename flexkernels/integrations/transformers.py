@@ -6,6 +6,10 @@
 
 Served: causal and full attention, grouped heads, padding on any side, key-value caches that grow, packed sequences
 given by cu_seq_lens_q and cu_seq_lens_k. What is not served raises ValueError.
+
+`Draw` is a logits processor whose token is that of `sample_logits`:
+
+    model.generate(inputs, do_sample=False, logits_processor=[transformers.Draw(temperature=0.8, top_p=0.9, seed=1)])
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..sampling import sample_logits
 from ..varlen import flash_attn_varlen_func
 from ._attention import dense_attention, key_padding
 
@@ -100,3 +105,29 @@ def attention_mask(
         return None
     padding = padding[:, kv_offset : kv_offset + kv_length]
     return None if padding.all() else padding
+
+
+class Draw:
+    """Logits processor that leaves one token, the one that :func:`flexkernels.sample_logits` draws.
+
+    settings: temperature, top_k, top_p, min_p, seed (int or int64 ``[batch]``), as there. The position in the sequence
+    is the offset, so a token depends on the seed, its row, its position and the logits alone: not on torch's generator,
+    the device or the batch size. Give it last, with ``do_sample=False``.
+
+    Raises TypeError for another setting; what sample_logits raises, at the first token.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | torch.Tensor = 0,
+    ) -> None:
+        self.settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids int64 ``[batch, length]``, scores ``[batch, vocab]``; returns 0 at the token and -inf elsewhere."""
+        ids = sample_logits(scores, offset=input_ids.shape[1], **self.settings)
+        return torch.full_like(scores, -torch.inf).scatter_(1, ids[:, None], 0.0)

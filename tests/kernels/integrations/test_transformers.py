@@ -5,6 +5,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 from helpers import called_ops  # noqa: E402
 
+from flexkernels import sample_logits  # noqa: E402
 from flexkernels.integrations import transformers as ours  # noqa: E402
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
@@ -111,3 +112,24 @@ def test_refuses_what_it_does_not_serve():
         )
     with pytest.raises(ValueError, match="must end with the queries"):
         ours.attention_mask(1, 3, 16, 0, 0, transformers.masking_utils.causal_mask_function)
+
+
+@torch.no_grad()
+def test_a_processor_draws_as_sample_logits():
+    torch.manual_seed(0)
+    model, tokens = llama(), ids(3, 5)
+    settings = dict(temperature=0.8, top_k=20, top_p=0.9, seed=7)
+    run = dict(do_sample=False, max_new_tokens=4, pad_token_id=0)
+    got = model.generate(tokens, logits_processor=[ours.Draw(**settings)], **run)
+    # what stands before is what the next token was drawn from
+    for at in range(tokens.shape[1], got.shape[1]):
+        logits = model(got[:, :at])[0][:, -1].float()
+        assert torch.equal(got[:, at], sample_logits(logits, offset=at, **settings))
+    again = model.generate(tokens, logits_processor=[ours.Draw(**settings)], **run)
+    other = model.generate(tokens, logits_processor=[ours.Draw(**settings | dict(seed=8))], **run)
+    assert torch.equal(again, got) and not torch.equal(other, got)
+
+
+def test_a_processor_tells_what_is_wrong():
+    with pytest.raises(ValueError, match="top_p must be above 0 and at most 1, got 2"):
+        ours.Draw(top_p=2.0)(ids(), torch.randn(2, 50))
