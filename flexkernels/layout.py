@@ -239,15 +239,9 @@ class SequenceLayout:
         return visible_tokens(self.tensors, self.mask, self.cross)
 
 
-<<<<<<< HEAD
-@lru_cache(maxsize=64)
+@cached_tensors
 def _cached_layout(frames, mask, cross_frame, device, key_frames, weighted_keys) -> SequenceLayout:
     return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames, weighted_keys)
-=======
-@cached_tensors
-def _cached_layout(frames, mask, cross_frame, device, key_frames) -> SequenceLayout:
-    return SequenceLayout(frames, mask, dict(cross_frame or ()), device, key_frames)
->>>>>>> g-share
 
 
 def _with_index(device: torch.device | str) -> torch.device:

@@ -17,13 +17,9 @@ from importlib.util import find_spec
 
 from .commands import options
 
-<<<<<<< HEAD
 COMMANDS = (
-    "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train",
+    "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train", "completion",
 )  # fmt: skip
-=======
-COMMANDS = ("encode", "decode", "reconstruct", "generate", "demo", "eval", "bench", "info", "train", "completion")
->>>>>>> g-user
 
 
 class _Parser(argparse.ArgumentParser):

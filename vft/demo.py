@@ -9,11 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-<<<<<<< HEAD
-from vft import view
-=======
-from vft import progress
->>>>>>> g-user
+from vft import progress, view
 from vft.deferred import Image, ImageDraw, ImageFont
 from vft.files import check_output, replacing
 from vft.metrics import frames_psnr
