@@ -141,9 +141,7 @@ def transformer_step_(
     _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps, persistent)
 
 
-def transformer_step_refusal(
-    x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None
-) -> str | None:
+def transformer_step_refusal(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None) -> str | None:
     """Why `transformer_step_` of these arguments cannot be one kernel (`persistent=True`), or None where it can.
 
     The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 2,048 that are multiples of 128, hidden widths up
@@ -235,6 +233,7 @@ _REFERENCES = Parts(
     append=lambda qkv, k, v, cache_len, heads: kv_append_ref_(qkv, k, v, cache_len, heads=heads),
     attend=lambda q, k, v, cache_len, causal: decode_attention_ref(q, k, v, cache_len, causal=causal),
 )
+
 
 def _in_parts_only(*args):
     return "it has no kernel of a whole step, which persistent=True asks for" if args[-1] else None

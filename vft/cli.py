@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from .commands import options
 
 COMMANDS = (
-    "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train", "completion",
+    "encode", "decode", "reconstruct", "generate", "view", "serve", "demo", "eval", "bench", "info", "train",
+    "completion",
 )  # fmt: skip
 
 

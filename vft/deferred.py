@@ -1,7 +1,7 @@
 """Packages that only some uses need (video files, pictures, progress bars), imported when they are first used."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class Deferred:
@@ -21,7 +21,10 @@ class Deferred:
         return getattr(module, name)
 
 
-av = Deferred("av", "reading or writing a video file", "av")
+if TYPE_CHECKING:
+    import av
+else:
+    av = Deferred("av", "reading or writing a video file", "av")
 Image = Deferred("PIL.Image", "a picture", "pillow")
 ImageDraw = Deferred("PIL.ImageDraw", "a picture", "pillow")
 ImageFont = Deferred("PIL.ImageFont", "a picture", "pillow")

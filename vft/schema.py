@@ -78,7 +78,7 @@ def target_of(entry: Any, where: str) -> str:
     """The allowed ``_target_`` of an entry, without its root."""
     target = entry.get("_target_") if isinstance(entry, dict) else None
     name = target.removeprefix(ROOT) if isinstance(target, str) and target.startswith(ROOT) else None
-    name = _ALIASES.get(name, name)
+    name = _ALIASES.get(name or "", name)
     if name not in _TARGETS and name not in SKIPPED:
         raise ConfigError(f"{where} must have an allowed _target_, got {target!r}")
     return name
