@@ -3,8 +3,6 @@
 // it had written them.
 #include "../core/decode.h"
 
-#include <type_traits>
-
 #include "dispatch.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -112,12 +110,20 @@ INLINE void dot_rows(const float (*q)[kDecodeMaxHeadDim], const float* k, int64_
   for (int r = 0; r < R; ++r) dots[r] = join_quads(quads[r]);
 }
 
+// keys that are vectors of float32 already
+INLINE const float* as_they_are(const float* keys, int count, int head_dim) {
+  return count == W && head_dim % W == 0 ? keys : nullptr;
+}
+
+template <typename T>
+INLINE const float* as_they_are(const T*, int, int) {
+  return nullptr;
+}
+
 // W keys in float32, whole vectors of each: themselves where they are that, else a copy
 template <typename T>
 INLINE const float* stage(const T* keys, int64_t* stride, int count, int head_dim, Scratch& s) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (count == W && head_dim % W == 0) return keys;
-  }
+  if (const float* same = as_they_are(keys, count, head_dim)) return same;
   for (int i = 0; i < count; ++i) {
     for_vectors(head_dim, [&](int d, auto io) { store(s.keys[i] + d, io.load_from(keys + i * *stride + d)); });
   }

@@ -30,7 +30,6 @@ BACKWARD = (
     (torch.float32, 64, SWITCHED, 64, False, 1),
     (torch.float32, 17, PREFIX, 64, True, 1),
     (torch.float32, 128, SWITCHED, 64, True, 1),
-    (torch.float32, 128, PREFIX, 64, False, 1),
 )
 
 
