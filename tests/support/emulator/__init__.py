@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"flexkernels-emulator-{os.getuid()}"
 SOURCES = (ROOT / "csrc" / "sources.txt").read_text().split()
-# csrc/ops, whose CUDA form takes CPU tensors with FLEXKERNELS_EMULATOR; the gradient of attention and convolutions have no CUDA kernels
+# csrc/ops, whose CUDA form takes CPU tensors with FLEXKERNELS_EMULATOR; the gradient of attention and convolutions
+# have no CUDA kernels
 OPS = [
     name
     for name in SOURCES
