@@ -112,10 +112,11 @@ def causal_conv_ref(
     residual: torch.Tensor | None = None,
     past: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification of `causal_conv`: the taps that the prepared weights stand for, in PyTorch's convolution."""
+    """The specification of `causal_conv`: the taps that the prepared weights stand for, in PyTorch's convolution;
+    x, residual and past may be float64, and it then computes so."""
     w = weight
     arguments = x, w.weight, w.bias, residual, past, w.kind, list(w.taps), w.time_stride, w.stride, w.phases, w.outputs
-    _check_causal_conv(*arguments)
+    _check_causal_conv(*arguments, floats=(torch.float32, torch.float64))
     return _causal_conv_reference(*arguments)
 
 
@@ -208,8 +209,10 @@ def _taps(weight, kind, taps, phases, outputs) -> torch.Tensor:
 # validation
 
 
-def _check_causal_conv(x, weight, bias, residual, past, kind, taps, time_stride, stride, phases, outputs):
-    checks.tensor("x", x, (torch.float32,), 5)
+def _check_causal_conv(
+    x, weight, bias, residual, past, kind, taps, time_stride, stride, phases, outputs, floats=(torch.float32,)
+):
+    checks.tensor("x", x, floats, 5)
     batch, frames, height, width, channels = x.shape
     if frames % time_stride or height % stride or width % stride:
         need = f"have frames and sides that are multiples of {time_stride} and {stride}"
@@ -223,7 +226,7 @@ def _check_causal_conv(x, weight, bias, residual, past, kind, taps, time_stride,
     }
     for (name, shape), value in zip(shapes.items(), (weight, bias, residual, past), strict=True):
         if value is not None:
-            checks.tensor(name, value, (torch.float32,))
+            checks.tensor(name, value, (x.dtype if name in ("residual", "past") else torch.float32,))
             checks.shape(name, value, shape)
             checks.same_device(name, value, "x", x)
 
@@ -260,6 +263,7 @@ def _causal_conv_reference(x, weight, bias, residual, past, kind, taps, time_str
     high, wide = taps[1] - 1, taps[2] - 1
     x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2) if stride == 1 else (0, wide, 0, high))
     # [B, phases * outputs, t, h, w] -> [B, t * phases, h, w, outputs]
+    bias = None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x, full, bias, (time_stride, stride, stride))
     y = y.unflatten(1, (phases, outputs)).permute(0, 3, 1, 4, 5, 2).flatten(1, 2)
     return y if residual is None else y + residual
