@@ -254,7 +254,7 @@ def causal_conv():
         return lambda x, residual, past: function(x, weight, residual=residual, past=past)
 
     tensors = [torch.randn(1, 2, 5, 6, 6), torch.randn(1, 2, 5, 6, 5), torch.randn(1, 2, 5, 6, 6)]
-    yield Example(*map(call, both("causal_conv")), tensors, backward=False, error=RuntimeError)
+    yield Example(*map(call, both("causal_conv")), tensors, backward=False, linear=True, error=RuntimeError)
 
 
 def norm_silu():

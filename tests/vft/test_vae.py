@@ -224,34 +224,44 @@ def test_vidtok_runs_in_bfloat16(weights):
     assert codec.bfloat16().decode(latents).dtype == torch.float32
 
 
-def test_vidtok_is_as_exact_as_the_plain_network(vidtok):
+@pytest.fixture(scope="module")
+def random_vidtok():
+    """Channels enough for norms over them to keep rounding small."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return VidTokCodec(width=16)
+
+
+def test_vidtok_is_as_exact_as_the_plain_network(random_vidtok):
     """Ours, on transformed tiles, against PyTorch's convolutions in float32; both against float64."""
-    exact = copy.deepcopy(vidtok).double()
-    video, latents = torch.rand(2, 3, 9, 24, 40) * 2 - 1, torch.randn(2, 16, 3, 3, 5)
+    exact = copy.deepcopy(random_vidtok).double()
+    video, latents = torch.rand(1, 3, 5, 16, 24) * 2 - 1, torch.randn(1, 16, 2, 2, 3)
     video64, latents64 = (x.double().permute(0, 2, 3, 4, 1) for x in (video, latents))
     with torch.no_grad():
         expected = exact.vidtok.encoder(video64)[..., :16], exact.vidtok.decoder(latents64)
     found = {}
     for backend in ("auto", "reference"):
         with flexkernels.backend(backend):
-            results = [codec.permute(0, 2, 3, 4, 1) for codec in (vidtok.encode(video), vidtok.decode(latents))]
+            results = [
+                codec.permute(0, 2, 3, 4, 1) for codec in (random_vidtok.encode(video), random_vidtok.decode(latents))
+            ]
         found[backend] = [(y - z).norm() / z.norm() for y, z in zip(results, expected, strict=True)]
     for ours, plain in zip(found["auto"], found["reference"], strict=True):
         assert plain < 1e-5 and ours < 5 * plain
 
 
-def test_vidtok_in_bfloat16_is_near(weights):
-    codec = VidTokCodec.from_state_dict({key: w.bfloat16() for key, w in weights.items()}, width=WIDTH)
-    latents = torch.randn(1, 16, 3, 3, 5)
+def test_vidtok_in_bfloat16_is_near(random_vidtok):
+    codec = copy.deepcopy(random_vidtok).bfloat16()
+    latents = torch.randn(1, 16, 2, 2, 3)
     low, full = codec.decode(latents), codec.float().decode(latents)
     assert 10 * torch.log10((full.amax() - full.amin()) ** 2 / (low - full).square().mean()) > 45
 
 
-def test_vidtok_takes_a_clip_in_pieces(vidtok):
+def test_vidtok_takes_a_clip_in_pieces(random_vidtok):
     """The frames that each convolution has seen stand for what came before."""
-    video, latents = torch.rand(1, 17, 16, 24, 3) * 2 - 1, torch.randn(1, 5, 2, 3, 16)
+    video, latents = torch.rand(1, 17, 8, 16, 3) * 2 - 1, torch.randn(1, 5, 1, 2, 16)
     with torch.no_grad():
-        for network, x, first in ((vidtok.vidtok.encoder, video, 5), (vidtok.vidtok.decoder, latents, 2)):
+        for network, x, first in ((random_vidtok.vidtok.encoder, video, 5), (random_vidtok.vidtok.decoder, latents, 2)):
             state, step = State(), (x.shape[1] - first) // 3
             pieces = [network(piece, state) for piece in x.split([first, *[step] * 3], 1)]
             torch.testing.assert_close(torch.cat(pieces, 1), network(x), rtol=0, atol=1e-4)
