@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 import flexkernels
-from vft.convolution import State
 from vft.train import procedural
 from vft.vae import LINEAR, VIDTOK, LinearCodec, fit_linear_codec, load_codec
 from vft.vidtok import VidTokCodec
@@ -257,14 +256,18 @@ def test_vidtok_in_bfloat16_is_near(random_vidtok):
     assert 10 * torch.log10((full.amax() - full.amin()) ** 2 / (low - full).square().mean()) > 45
 
 
-def test_vidtok_takes_a_clip_in_pieces(random_vidtok):
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_vidtok_takes_a_clip_in_pieces(random_vidtok, count):
     """The frames that each convolution has seen stand for what came before."""
-    video, latents = torch.rand(1, 17, 8, 16, 3) * 2 - 1, torch.randn(1, 5, 1, 2, 16)
-    with torch.no_grad():
-        for network, x, first in ((random_vidtok.vidtok.encoder, video, 5), (random_vidtok.vidtok.decoder, latents, 2)):
-            state, step = State(), (x.shape[1] - first) // 3
-            pieces = [network(piece, state) for piece in x.split([first, *[step] * 3], 1)]
-            torch.testing.assert_close(torch.cat(pieces, 1), network(x), rtol=0, atol=1e-4)
+    video, latents = torch.rand(1, 3, 17, 8, 16) * 2 - 1, torch.randn(1, 16, 5, 1, 2)
+    codec = copy.deepcopy(random_vidtok)
+    expected = codec.encode(video), codec.decode(latents)
+    codec.latent_frames = count
+    for got, want in zip((codec.encode(video), codec.decode(latents)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    codec.latent_frames = 0
+    with pytest.raises(ValueError, match="latent_frames must be None or at least 1, got 0"):
+        codec.decode(latents)
 
 
 def test_vidtok_prepares_changed_weights_anew(weights):
