@@ -271,7 +271,10 @@ def _causal_conv_reference(x, weight, bias, residual, past, kind, taps, time_str
 
 def _norm_silu_reference(x, weight, bias, eps):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.silu(F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)).to(x.dtype)
+    # not F.layer_norm, whose forward-mode derivative is not differentiated rightly
+    centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return F.silu(normed * weight + bias).to(x.dtype)
 
 
 _causal_conv_op = library.Op(
