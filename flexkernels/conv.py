@@ -75,12 +75,10 @@ def prepare_conv(
     kind = UPSAMPLE if upsample else SPACE if square else DIRECT
     if taps == [3, 1, 1] and time_stride == stride == 1:
         kind = TIME
-    products = _transformed(weight.double(), kind)
     outputs = rows // phases
-    padded = F.pad(products.unflatten(0, (phases, outputs)), (0, 0, 0, 0, 0, -outputs % PANEL))
-    panels = padded.unflatten(1, (-1, PANEL)).flatten(0, 1).permute(0, 2, 3, 1)
+    panels = _panels(weight, kind, phases)
     bias = None if bias is None else bias.float().contiguous()
-    return ConvWeight(panels.float().contiguous(), bias, tuple(taps), time_stride, stride, phases, outputs, kind)
+    return ConvWeight(panels, bias, tuple(taps), time_stride, stride, phases, outputs, kind)
 
 
 def causal_conv(
@@ -114,10 +112,11 @@ def causal_conv_ref(
     residual: torch.Tensor | None = None,
     past: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification of `causal_conv`: the taps that the prepared weights stand for, in PyTorch's convolution."""
+    """The specification of `causal_conv`: the taps that the prepared weights stand for, in PyTorch's convolution;
+    x, residual and past may be float64, and it then computes so."""
     w = weight
     arguments = x, w.weight, w.bias, residual, past, w.kind, list(w.taps), w.time_stride, w.stride, w.phases, w.outputs
-    _check_causal_conv(*arguments)
+    _check_causal_conv(*arguments, floats=(torch.float32, torch.float64))
     return _causal_conv_reference(*arguments)
 
 
@@ -158,14 +157,41 @@ def _nodes(kind: int) -> list[list[float]]:
     return rows
 
 
-def _transformed(weight: torch.Tensor, kind: int) -> torch.Tensor:
-    """[rows, C, t, h, w] float64 -> [rows, products, depth]."""
+def _panels(weight: torch.Tensor, kind: int, phases: int) -> torch.Tensor:
+    """[phases * outputs, C, t, h, w] -> float32 [panels, products, depth, PANEL], computed in float64."""
+    rows, channels, *taps = weight.shape
+    outputs = rows // phases
     if kind == DIRECT:
-        return weight.permute(0, 2, 3, 4, 1).flatten(1)[:, None]
-    nodes = torch.tensor(_nodes(kind), dtype=weight.dtype, device=weight.device)
-    if kind == TIME:
-        return torch.einsum("pt,oct->opc", nodes, weight[..., 0, 0])
-    return torch.einsum("py,qx,octyx->opqtc", nodes, nodes, weight).flatten(3).flatten(1, 2)
+        by, depth = None, channels * taps[0] * taps[1] * taps[2]
+    else:
+        nodes = torch.tensor(_nodes(kind), dtype=torch.float64, device=weight.device)
+        by = nodes if kind == TIME else torch.kron(nodes, nodes)
+        depth = channels if kind == TIME else taps[0] * channels
+    products = 1 if by is None else len(by)
+    panels = weight.new_zeros(phases, -(-outputs // PANEL), products, depth, PANEL, dtype=torch.float32)
+    for phase in range(phases):
+        for i, part in enumerate(weight[phase * outputs : (phase + 1) * outputs].split(PANEL)):
+            # [taps, channels, outputs] with the transformed taps first
+            part = part.permute(2, 3, 4, 1, 0)
+            if kind == TIME:
+                part = by @ part.flatten(1).double()
+            elif by is not None:
+                part = by @ part.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1).double()
+            panels[phase, i, ..., : min(PANEL, outputs - i * PANEL)] = part.reshape(products, depth, -1)
+    return panels.flatten(0, 1)
+
+
+# [kind][tap][product]: the inverse of the nodes, in Python's numbers, which need no copy to a device
+_BACK = {
+    kind: torch.linalg.pinv(torch.tensor(_nodes(kind), dtype=torch.float64)).tolist() for kind in (SPACE, UPSAMPLE)
+}
+_BACK[TIME] = _BACK[SPACE]
+
+
+def _inverse(products: torch.Tensor, dim: int, kind: int) -> torch.Tensor:
+    parts = products.unbind(dim)
+    taps = [sum(by * part for by, part in zip(row, parts, strict=True) if by) for row in _BACK[kind]]
+    return torch.stack(taps, dim)
 
 
 def _taps(weight, kind, taps, phases, outputs) -> torch.Tensor:
@@ -173,18 +199,20 @@ def _taps(weight, kind, taps, phases, outputs) -> torch.Tensor:
     rows = weight.double().permute(0, 3, 1, 2).unflatten(0, (phases, -1)).flatten(1, 2)[:, :outputs].flatten(0, 1)
     if kind == DIRECT:
         return rows[:, 0].unflatten(1, (*taps, -1)).permute(0, 4, 1, 2, 3)
-    back = torch.linalg.pinv(torch.tensor(_nodes(kind), dtype=rows.dtype, device=rows.device))
     if kind == TIME:
-        return torch.einsum("tp,opc->oct", back, rows)[..., None, None]
-    side = back.shape[1]
-    return torch.einsum("yp,xq,opqtc->octyx", back, back, rows.unflatten(2, (taps[0], -1)).unflatten(1, (side, side)))
+        return _inverse(rows, 1, kind).transpose(1, 2)[..., None, None]
+    side = len(_BACK[kind][0])
+    square = rows.unflatten(2, (taps[0], -1)).unflatten(1, (side, side))
+    return _inverse(_inverse(square, 1, kind), 2, kind).permute(0, 4, 3, 1, 2)
 
 
 # validation
 
 
-def _check_causal_conv(x, weight, bias, residual, past, kind, taps, time_stride, stride, phases, outputs):
-    checks.tensor("x", x, (torch.float32,), 5)
+def _check_causal_conv(
+    x, weight, bias, residual, past, kind, taps, time_stride, stride, phases, outputs, floats=(torch.float32,)
+):
+    checks.tensor("x", x, floats, 5)
     batch, frames, height, width, channels = x.shape
     if frames % time_stride or height % stride or width % stride:
         need = f"have frames and sides that are multiples of {time_stride} and {stride}"
@@ -198,7 +226,7 @@ def _check_causal_conv(x, weight, bias, residual, past, kind, taps, time_stride,
     }
     for (name, shape), value in zip(shapes.items(), (weight, bias, residual, past), strict=True):
         if value is not None:
-            checks.tensor(name, value, (torch.float32,))
+            checks.tensor(name, value, (x.dtype if name in ("residual", "past") else torch.float32,))
             checks.shape(name, value, shape)
             checks.same_device(name, value, "x", x)
 
@@ -235,6 +263,7 @@ def _causal_conv_reference(x, weight, bias, residual, past, kind, taps, time_str
     high, wide = taps[1] - 1, taps[2] - 1
     x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2) if stride == 1 else (0, wide, 0, high))
     # [B, phases * outputs, t, h, w] -> [B, t * phases, h, w, outputs]
+    bias = None if bias is None else bias.to(x.dtype)
     y = F.conv3d(x, full, bias, (time_stride, stride, stride))
     y = y.unflatten(1, (phases, outputs)).permute(0, 3, 1, 4, 5, 2).flatten(1, 2)
     return y if residual is None else y + residual
@@ -242,7 +271,10 @@ def _causal_conv_reference(x, weight, bias, residual, past, kind, taps, time_str
 
 def _norm_silu_reference(x, weight, bias, eps):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.silu(F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)).to(x.dtype)
+    # not F.layer_norm, whose forward-mode derivative is not differentiated rightly
+    centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return F.silu(normed * weight + bias).to(x.dtype)
 
 
 _causal_conv_op = library.Op(

@@ -4,8 +4,7 @@ A causal 3-D convolutional autoencoder: 17 x 128 x 128 pixels become 5 x 16 x 16
 are the published ones. Time is padded with zeros on the left and upsampled by repetition, as the published inference
 code does; later VidTok releases repeat the first frame and interpolate instead, and give other values.
 
-Activations are [B, T, H, W, C]. The norms are over channels, so a pixel depends on its neighbours by convolutions
-alone, but for one attention over each frame at the latents' resolution: `vft.tiling` cuts all else into tiles.
+Activations are [B, T, H, W, C]. No frame sees a later one, so a clip may be computed in pieces of a few latent frames.
 """
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from flexkernels import norm_silu
 
 from .codec import VIDTOK, Codec
-from .convolution import Convolution, native
+from .convolution import Convolution, State, native
 
 
 class VidTokCodec(Codec):
@@ -23,6 +22,9 @@ class VidTokCodec(Codec):
 
     Latents are the posterior mean, unscaled; `encode(video, generator)` samples the posterior. Weights may be float32,
     bfloat16 or float16: the network computes in their dtype.
+
+    latent_frames: how many latent frames are computed at a time, where memory is to be bounded; None is all. The
+    convolutions keep the last frames that they have seen, so the result is that of the whole clip, up to rounding.
     """
 
     name = VIDTOK
@@ -30,6 +32,7 @@ class VidTokCodec(Codec):
     def __init__(self, width: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4), channels: int = 16):
         super().__init__()
         self.channels = channels
+        self.latent_frames: int | None = None
         self.vidtok = nn.Module()
         self.vidtok.encoder = _Encoder(width, multipliers, channels)
         self.vidtok.decoder = _Decoder(width, multipliers, channels)
@@ -54,7 +57,8 @@ class VidTokCodec(Codec):
         return codec.requires_grad_(False).eval()
 
     def _encode(self, video, generator):
-        moments = self.vidtok.encoder(video.to(self._dtype()).permute(0, 2, 3, 4, 1).contiguous())
+        # a latent frame is four frames, the first one is one
+        moments = self._in_pieces(self.vidtok.encoder, video, 1, self.temporal_stride)
         mean, log_variance = moments.float().permute(0, 4, 1, 2, 3).chunk(2, 1)
         if generator is None:
             return mean.contiguous()
@@ -62,8 +66,19 @@ class VidTokCodec(Codec):
         return mean + noise * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def _decode(self, latents):
-        video = self.vidtok.decoder(latents.to(self._dtype()).permute(0, 2, 3, 4, 1).contiguous())
+        video = self._in_pieces(self.vidtok.decoder, latents, 1, 1)
         return video.permute(0, 4, 1, 2, 3).contiguous()
+
+    def _in_pieces(self, network, x, first, each):
+        """The network on [B, C, T, H, W]; T is `first` frames for one latent frame and `each` for any other."""
+        x = x.permute(0, 2, 3, 4, 1).to(self._dtype()).contiguous()
+        if self.latent_frames is None:
+            return network(x)
+        if self.latent_frames < 1:
+            raise ValueError(f"latent_frames must be None or at least 1, got {self.latent_frames}")
+        state, step = State(), self.latent_frames * each
+        pieces = [x[:, : first + step - each], *x[:, first + step - each :].split(step, 1)]
+        return torch.cat([network(piece, state) for piece in pieces if piece.shape[1]], 1)
 
     def _dtype(self):
         return self.vidtok.encoder.conv_in.conv.weight.dtype

@@ -25,16 +25,16 @@ struct CausalConv {
   float* out;             // [batch, phases * steps, out_height, out_width, outputs]
   int64_t batch, frames, height, width, channels, past_frames;
   int64_t steps, out_height, out_width, outputs;
-  int64_t depth;                           // taps that are summed outside of the transform, times channels
-  int64_t tiles_t, tiles_y, tiles_x;       // tiles of one clip
-  int64_t tiles, block;                    // of all clips; tiles that are done together
+  int64_t depth;                      // taps that are summed outside of the transform, times channels
+  int64_t tiles_t, tiles_y, tiles_x;  // tiles of one clip
+  int64_t tiles, block;               // of all clips; tiles that are done together
   int kt, kh, kw, time_stride, stride, phases, panels;
   ConvKind kind;
 };
 
 // silu(LN(x) * weight + bias) of rows; silu(y) = y / (1 + exp(-y))
 struct NormSilu {
-  const void* x;       // [rows, d]
+  const void* x;        // [rows, d]
   const float* weight;  // [d]
   const float* bias;    // [d]
   void* out;            // [rows, d]

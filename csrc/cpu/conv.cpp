@@ -55,9 +55,9 @@ void multiply_all(const float* v, const float* u, int64_t rows, int64_t depth, f
 // points 0, 1, -1, 1/2, -2, infinity
 struct Four {
   static constexpr int kIn = 6, kUsed = 6, kOut = 4;
-  static constexpr float into[kUsed][kIn] = {
-      {1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, 0.5f, 2.5f, 1, 0},  {0, 1, -2.5f, 0.5f, 1, 0},
-      {0, -2, -1, 2, 1, 0},       {0, 0.5f, -1, -0.5f, 1, 0}, {0, 1, -1.5f, -2, 1.5f, 1}};
+  static constexpr float into[kUsed][kIn] = {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, 0.5f, 2.5f, 1, 0},
+                                             {0, 1, -2.5f, 0.5f, 1, 0},  {0, -2, -1, 2, 1, 0},
+                                             {0, 0.5f, -1, -0.5f, 1, 0}, {0, 1, -1.5f, -2, 1.5f, 1}};
   static constexpr float back[kOut][kUsed] = {
       {1, 1, 1, 1, 1, 0}, {0, 1, -1, 0.5f, -2, 0}, {0, 1, 1, 0.25f, 4, 0}, {0, 1, -1, 0.125f, -8, 1}};
 };
@@ -98,7 +98,8 @@ Place place_of(const CausalConv& p, int64_t tile) {
 }
 
 // the channels of a pixel of x, of the past before it, or zeros
-ALWAYS_INLINE const float* pixel(const CausalConv& p, const float* zeros, int64_t clip, int64_t t, int64_t y, int64_t x) {
+ALWAYS_INLINE const float* pixel(const CausalConv& p, const float* zeros, int64_t clip, int64_t t, int64_t y,
+                                 int64_t x) {
   if (y < 0 || y >= p.height || x < 0 || x >= p.width || t >= p.frames) return zeros;
   if (t >= 0) return p.x + (((clip * p.frames + t) * p.height + y) * p.width + x) * p.channels;
   if (!p.past || t < -p.past_frames) return zeros;
@@ -270,10 +271,14 @@ void convolve(const CausalConv& args, int64_t begin, int64_t end) {
 
 void causal_conv_kernel(const CausalConv& p, int64_t begin, int64_t end) {
   switch (p.kind) {
-    case ConvKind::direct: return convolve<Direct>(p, begin, end);
-    case ConvKind::space: return convolve<Space<Four, 1>>(p, begin, end);
-    case ConvKind::upsample: return convolve<Space<Two, 2>>(p, begin, end);
-    case ConvKind::time: return convolve<Time>(p, begin, end);
+    case ConvKind::direct:
+      return convolve<Direct>(p, begin, end);
+    case ConvKind::space:
+      return convolve<Space<Four, 1>>(p, begin, end);
+    case ConvKind::upsample:
+      return convolve<Space<Two, 2>>(p, begin, end);
+    case ConvKind::time:
+      return convolve<Time>(p, begin, end);
   }
 }
 

@@ -30,8 +30,14 @@ Shape shape_of(int64_t kind, const std::vector<int64_t>& taps, int64_t time_stri
   STD_TORCH_CHECK(stride >= 1 && stride <= kMostTaps, "stride must lie between 1 and 16, got ", stride);
   STD_TORCH_CHECK(phases >= 1 && phases <= kMostTaps, "phases must lie between 1 and 16, got ", phases);
   STD_TORCH_CHECK(outputs >= 1, "outputs must be at least 1, got ", outputs);
-  return {static_cast<ConvKind>(kind), static_cast<int>(taps[0]), static_cast<int>(taps[1]),
-          static_cast<int>(taps[2]),  time_stride, stride, phases, outputs};
+  return {static_cast<ConvKind>(kind),
+          static_cast<int>(taps[0]),
+          static_cast<int>(taps[1]),
+          static_cast<int>(taps[2]),
+          time_stride,
+          stride,
+          phases,
+          outputs};
 }
 
 // no more tiles than fit, in blocks of about the same size, an even number of them for two threads
@@ -71,8 +77,7 @@ Tensor causal_conv(const Tensor& x, const Tensor& weight, OptionalTensor bias, O
   p.panels = static_cast<int>(phases * ((outputs + kConvPanel - 1) / kConvPanel));
   check_tensor("weight", weight, ScalarType::Float, {p.panels, kProducts[kind], p.depth, kConvPanel}, x);
   if (bias) check_tensor("bias", *bias, ScalarType::Float, {phases * outputs}, x);
-  const Tensor out =
-      empty(x, {p.batch, phases * p.steps, p.out_height, p.out_width, outputs}, ScalarType::Float);
+  const Tensor out = empty(x, {p.batch, phases * p.steps, p.out_height, p.out_width, outputs}, ScalarType::Float);
   if (residual) check_like("residual", *residual, out);
   p.past_frames = s.kt - time_stride;
   if (past) {
@@ -107,8 +112,13 @@ Tensor norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, doub
   const Tensor out = empty_like(x, x.scalar_type());
   if (out.numel() == 0) return out;
   const Tensor rows = as_contiguous(x), weights = as_contiguous(weight), biases = as_contiguous(bias);
-  NormSilu p{rows.const_data_ptr(), read<float>(weights), read<float>(biases), out.mutable_data_ptr(), d,
-             static_cast<float>(eps), dtype};
+  NormSilu p{rows.const_data_ptr(),
+             read<float>(weights),
+             read<float>(biases),
+             out.mutable_data_ptr(),
+             d,
+             static_cast<float>(eps),
+             dtype};
   FLEXKERNELS_LAUNCH(norm_silu, p, x, out.numel() / d, d);
   return out;
 }

@@ -129,6 +129,23 @@ def skinny_linear(device):
     return lambda: flexkernels.skinny_linear(x, weight, bias, activation="swiglu")
 
 
+def causal_conv(device):
+    x, bias = rows(device, 1, 4, 6, 6, 8), rows(device, 8)
+    convs = [((3, 3, 3), {}), ((1, 3, 3), {"upsample": True}), ((3, 1, 1), {}), ((1, 3, 3), {"stride": 2})]
+    weights = [
+        flexkernels.prepare_conv(
+            rows(device, 8, 8 * taps[0] * taps[1] * taps[2]).unflatten(1, (8, *taps)), bias, **kind
+        )
+        for taps, kind in convs
+    ]
+    return lambda: [flexkernels.causal_conv(x, weight) for weight in weights]
+
+
+def norm_silu(device):
+    x, weight, bias = rows(device, 4, 8), rows(device, 8), rows(device, 8)
+    return lambda: flexkernels.norm_silu(x, weight, bias)
+
+
 def cross_entropy(device):
     h, features, ids = rows(device, 9, 12), rows(device, 40, 12), (torch.arange(9) % 40).to(device)
     return lambda: with_gradients(lambda x: codebook_cross_entropy(x, features, ids), (h,))
@@ -153,5 +170,7 @@ CALLS = {
     "fsq_embed": fsq_embed,
     "sample_logits": sample_logits,
     "skinny_linear": skinny_linear,
+    "causal_conv": causal_conv,
+    "norm_silu": norm_silu,
     "codebook_cross_entropy": cross_entropy,
 }

@@ -247,6 +247,21 @@ def skinny_linear():
     yield Example(*calls, tensors, backward=False, error=RuntimeError)
 
 
+def causal_conv():
+    weight = flexkernels.prepare_conv(torch.randn(5, 6, 3, 3, 3) / 12, torch.randn(5))
+
+    def call(function):
+        return lambda x, residual, past: function(x, weight, residual=residual, past=past)
+
+    tensors = [torch.randn(1, 2, 5, 6, 6), torch.randn(1, 2, 5, 6, 5), torch.randn(1, 2, 5, 6, 6)]
+    yield Example(*map(call, both("causal_conv")), tensors, backward=False, linear=True, error=RuntimeError)
+
+
+def norm_silu():
+    tensors = [torch.randn(5, 12), *torch.randn(2, 12)]
+    yield Example(*both("norm_silu"), tensors, backward=False, error=RuntimeError)
+
+
 def sample_logits():
     def ours(logits):
         return flexkernels.sample_logits(logits, seed=1, return_logprob=True)[1]
@@ -284,6 +299,7 @@ EXAMPLES = {
         adaln_norm,
         attention,
         attention_backward,
+        causal_conv,
         decode_attention,
         flow_update,
         flow_update_,
@@ -296,6 +312,7 @@ EXAMPLES = {
         gated_residual_adaln_norm,
         kv_append_,
         norm_backward,
+        norm_silu,
         qk_norm,
         qk_norm_backward,
         rms_norm,

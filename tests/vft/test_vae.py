@@ -1,9 +1,12 @@
 """Latent codecs: sizes, causality, the embedded linear codec's quality, VidTok against its published network."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import flexkernels
 from vft.train import procedural
 from vft.vae import LINEAR, VIDTOK, LinearCodec, fit_linear_codec, load_codec
 from vft.vidtok import VidTokCodec
@@ -218,6 +221,64 @@ def test_vidtok_runs_in_bfloat16(weights):
     full = codec.float().encode(video)
     assert latents.dtype == torch.float32 and (latents - full).std() < 0.2 * full.std()
     assert codec.bfloat16().decode(latents).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def random_vidtok():
+    """Channels enough for norms over them to keep rounding small."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return VidTokCodec(width=16)
+
+
+def test_vidtok_is_as_exact_as_the_plain_network(random_vidtok):
+    """Ours, on transformed tiles, against PyTorch's convolutions in float32; both against float64."""
+    exact = copy.deepcopy(random_vidtok).double()
+    video, latents = torch.rand(1, 3, 5, 16, 24) * 2 - 1, torch.randn(1, 16, 2, 2, 3)
+    video64, latents64 = (x.double().permute(0, 2, 3, 4, 1) for x in (video, latents))
+    with torch.no_grad():
+        expected = exact.vidtok.encoder(video64)[..., :16], exact.vidtok.decoder(latents64)
+    found = {}
+    for backend in ("auto", "reference"):
+        with flexkernels.backend(backend):
+            results = [
+                codec.permute(0, 2, 3, 4, 1) for codec in (random_vidtok.encode(video), random_vidtok.decode(latents))
+            ]
+        found[backend] = [(y - z).norm() / z.norm() for y, z in zip(results, expected, strict=True)]
+    for ours, plain in zip(found["auto"], found["reference"], strict=True):
+        assert plain < 1e-5 and ours < 5 * plain
+
+
+def test_vidtok_in_bfloat16_is_near(random_vidtok):
+    codec = copy.deepcopy(random_vidtok).bfloat16()
+    latents = torch.randn(1, 16, 2, 2, 3)
+    low, full = codec.decode(latents), codec.float().decode(latents)
+    assert 10 * torch.log10((full.amax() - full.amin()) ** 2 / (low - full).square().mean()) > 45
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_vidtok_takes_a_clip_in_pieces(random_vidtok, count):
+    """The frames that each convolution has seen stand for what came before."""
+    video, latents = torch.rand(1, 3, 17, 8, 16) * 2 - 1, torch.randn(1, 16, 5, 1, 2)
+    codec = copy.deepcopy(random_vidtok)
+    expected = codec.encode(video), codec.decode(latents)
+    codec.latent_frames = count
+    for got, want in zip((codec.encode(video), codec.decode(latents)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    codec.latent_frames = 0
+    with pytest.raises(ValueError, match="latent_frames must be None or at least 1, got 0"):
+        codec.decode(latents)
+
+
+def test_vidtok_prepares_changed_weights_anew(weights):
+    codec = VidTokCodec.from_state_dict({key: w.clone() for key, w in weights.items()}, width=WIDTH)
+    latents = torch.randn(1, 16, 2, 2, 2)
+    before = codec.decode(latents)
+    codec.vidtok.decoder.conv_out.conv.weight.mul_(2)
+    changed = codec.decode(latents)
+    assert (changed - before).abs().amax() > 0.1
+    again = VidTokCodec.from_state_dict(codec.state_dict(), width=WIDTH)
+    assert torch.equal(again.decode(latents), changed)
 
 
 def test_vidtok_names_what_does_not_fit(weights):
