@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..codec import LAPPED, LINEAR
 from ..config import make_config, parse_config
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
 from . import data, initial, loop
 from .loop import Engine, Settings
-from .loss import draw, flow_loss
+from .loss import draw, edge_error, flow_loss
 
 # the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
 TINY = {
@@ -25,21 +28,52 @@ TINY = {
 STEPS = 1
 
 
+# codecs that a new tokenizer may be trained with from this command
+CODECS = (LINEAR, LAPPED)
+
+
+@dataclass(frozen=True)
+class TokenizerSettings(Settings):
+    """``edges``: weight of :func:`vft.train.loss.edge_error`, for linear codecs. ``early``: share of the samples with
+    few registers whose number has density 1 / k, see :func:`vft.train.loss.draw`."""
+
+    edges: float = 0.0
+    early: float = 0.0
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train tokenizer`` beyond the common ones."""
-    loop.add_arguments(parser, Settings())
+    defaults, add = TokenizerSettings(), parser.add_argument
+    loop.add_arguments(parser, defaults)
+    add("--codec", choices=CODECS, default=TINY["codec"], help="of the latents (default %(default)s)")
+    add("--edges", type=float, default=defaults.edges, help="weight of errors in edges (default %(default)s)")
+    add(
+        "--early", type=float, default=defaults.early,
+        help="share of samples whose few registers are mostly the first ones (default %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
-    return loop.run(args, Settings(**loop.common(args)), partial(train, config=make_config(**TINY)))
+    settings = TokenizerSettings(**loop.common(args), edges=args.edges, early=args.early)
+    codec = {"codec": args.codec, "channels": load_codec(args.codec).channels}
+    return loop.run(args, settings, partial(train, config=make_config(**TINY | codec)))
 
 
 def train(
-    folder: Path, settings: Settings, *, config: dict, minutes: float | None = None, engine: Engine | None = None
+    folder: Path,
+    settings: TokenizerSettings,
+    *,
+    config: dict,
+    minutes: float | None = None,
+    engine: Engine | None = None,
 ) -> None:
     """Trains or resumes the run in ``folder``; errors are those of :func:`vft.train.loop.train`."""
     loop.check(settings)
+    if not 0 <= settings.edges < math.inf:
+        raise ValueError(f"edges must be at least 0 and finite, got {settings.edges}")
+    if not 0 <= settings.early <= 1:
+        raise ValueError(f"early must lie between 0 and 1, got {settings.early}")
     torch.manual_seed(settings.seed)
     loop.train(folder, settings, TokenizerTask(settings, config), minutes, engine)
 
@@ -47,11 +81,15 @@ def train(
 class TokenizerTask:
     """Rectified flow with nested dropout; see :mod:`vft.train.loss`."""
 
-    def __init__(self, settings: Settings, config: dict) -> None:
+    def __init__(self, settings: TokenizerSettings, config: dict) -> None:
         self.settings, self.model = settings, Tokenizer(parse_config(config), "tiny").train()
         config, codec = self.model.config, load_codec(self.model.config.codec)
         self.data = data.clips(codec.encode, settings, config.chunk_size, self.model.size)
         self.codec = codec.requires_grad_(False)
+        if codec.channels != config.channels:
+            raise ValueError(f"the config must have the codec's {codec.channels} channels, got {config.channels}")
+        if settings.edges and not codec.linear:
+            raise ValueError(f"edges must be 0 with {codec.name!r}, which is not linear, got {settings.edges}")
         self._begin()
 
     def _begin(self) -> None:
@@ -75,9 +113,14 @@ class TokenizerTask:
             latents = [x.to(device) for x in self.data.batch(indices)]
         choices = draw(
             latents, model.registers, generator, corruption=settings.corruption, codebook=model.config.codebook_size,
-            batch=settings.batch, first=part.start or 0,
+            batch=settings.batch, first=part.start or 0, early_probability=settings.early,
         )  # fmt: skip
-        return flow_loss(model, latents, choices, self._weigh)
+        return flow_loss(model, latents, choices, self._weigh, self._edges if settings.edges else None)
+
+    def _edges(self, difference: torch.Tensor) -> torch.Tensor:
+        codec = self.codec.to(difference.device)
+        with torch.autocast(difference.device.type, enabled=False):
+            return self.settings.edges * edge_error(codec, difference)
 
     def _weigh(self, frames: int) -> torch.Tensor | None:
         weight = self.codec.pixel_weight(frames)
