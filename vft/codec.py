@@ -6,8 +6,9 @@ alone, then groups of four.
 
 import torch
 
-# codecs that a config may name: the embedded one of `vft.vae`, and the published one of `vft.vidtok`
+# codecs that a config may name: the embedded ones of `vft.vae` and `vft.lapped`, and the published one of `vft.vidtok`
 LINEAR = "linear"
+LAPPED = "lapped"
 VIDTOK = "vidtok_kl_causal_488_16chn"
 
 
@@ -16,6 +17,8 @@ class Codec(torch.nn.Module):
 
     temporal_stride = 4
     spatial_stride = 8
+    # whether decoding is linear, a constant aside
+    linear = False
     name: str
     channels: int
 
@@ -57,4 +60,8 @@ class Codec(torch.nn.Module):
             raise TypeError(f"latents must be floating point, got {latents.dtype}")
         if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape[2:]:
             raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
+        return self.render(latents)
+
+    def render(self, latents: torch.Tensor) -> torch.Tensor:
+        """:meth:`decode` with gradients, of latents that are not checked."""
         return self._decode(latents).float()

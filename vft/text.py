@@ -1,4 +1,5 @@
-"""Captions as embeddings: from a safetensors file, or through an umT5 encoder (the ``text`` extra)."""
+"""Captions as embeddings: from a safetensors file, by the table of :mod:`vft.words`, or through an umT5 encoder (the
+``text`` extra)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# umT5 encoders (arXiv 2304.09151) by the width of their embeddings
-ENCODERS = {512: "google/umt5-small", 768: "google/umt5-base", 2048: "google/umt5-xl", 4096: "google/umt5-xxl"}
+from . import words
+
+# encoders by the width of their embeddings: the table of words, and umT5 (arXiv 2304.09151)
+ENCODERS = {
+    words.WIDTH: words.NAME, 512: "google/umt5-small", 768: "google/umt5-base", 2048: "google/umt5-xl",
+    4096: "google/umt5-xxl",
+}  # fmt: skip
 
 
 def load_embeddings(path: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -48,15 +54,18 @@ def encode_captions(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``text_emb [n, c, d]`` and bool ``text_mask [n, c]``: the last hidden states of an umT5 encoder.
+    """``text_emb [n, c, d]`` and bool ``text_mask [n, c]``: the last hidden states of an umT5 encoder, or what
+    :func:`vft.words.embed` gives where ``reference`` is its name.
 
-    ``reference`` is a hub id or a directory with the encoder and its tokenizer; captions are cut at ``max_length``
+    Else ``reference`` is a hub id or a directory with the encoder and its tokenizer; captions are cut at ``max_length``
     tokens.
 
     Raises:
         ImportError: without the ``text`` extra.
-        ValueError: the encoder cannot be had.
+        ValueError: the encoder cannot be had; a word that the table lacks.
     """
+    if reference == words.NAME:
+        return tuple(t.to(device) for t in words.embed(captions))
     try:
         from transformers import AutoTokenizer, UMT5EncoderModel
     except ImportError as error:

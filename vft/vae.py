@@ -1,6 +1,7 @@
-"""The codec that ships in the package, a linear transform of blocks, and the choice of a codec by its name.
+"""The codec of the first embedded models, a linear transform of blocks, and the choice of a codec by its name.
 
-The published variational autoencoder is `vft.vidtok.VidTokCodec`; `vft.codec.Codec` says what all codecs do.
+New models use `vft.lapped.LappedCodec`; the published variational autoencoder is `vft.vidtok.VidTokCodec`;
+`vft.codec.Codec` says what all codecs do.
 """
 
 import os
@@ -10,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .codec import LINEAR, VIDTOK, Codec
+from .blocks import to_blocks, to_frames
+from .codec import LAPPED, LINEAR, VIDTOK, Codec
 from .files import replacing
+from .lapped import LappedCodec
 from .train.procedural import batch
 from .vidtok import VidTokCodec
 
@@ -27,6 +30,7 @@ class LinearCodec(Codec):
     """
 
     name = LINEAR
+    linear = True
 
     def __init__(self, first_basis, first_mean, group_basis, group_mean, scale, metadata=None):
         super().__init__()
@@ -66,7 +70,7 @@ class LinearCodec(Codec):
         return (weight / weight.mean())[:, :, None, None]
 
     def _encode(self, video, generator):
-        first, groups = _blocks(video.float())
+        first, groups = to_blocks(video.float())
         first = (first - self.first_mean) @ self.first_basis.T * self.scale[0]
         groups = (groups - self.group_mean) @ self.group_basis.T * self.scale[1]
         return torch.cat([first, groups], 1).permute(0, 4, 1, 2, 3).contiguous()
@@ -75,23 +79,23 @@ class LinearCodec(Codec):
         latents = latents.float().permute(0, 2, 3, 4, 1)
         first = (latents[:, :1] / self.scale[0]) @ self.first_basis + self.first_mean
         groups = (latents[:, 1:] / self.scale[1]) @ self.group_basis + self.group_mean
-        return torch.cat([_frames(first, 1), _frames(groups, 4)], 2)
+        return torch.cat([to_frames(first, 1), to_frames(groups, 4)], 2)
 
 
 def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None) -> Codec:
-    """The codec called `name`: "linear" (embedded), or VidTok from its `state_dict` with the published names.
+    """The codec called `name`: "lapped" or "linear" (embedded), or VidTok from its published `state_dict`.
 
     Raises ValueError for an unknown name, or a state_dict that is missing, unwanted or does not fit.
     """
-    if name == LINEAR:
+    if name in (LINEAR, LAPPED):
         if state_dict is not None:
             raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
-        return LinearCodec.load()
+        return LinearCodec.load() if name == LINEAR else LappedCodec.load()
     if name == VIDTOK:
         if state_dict is None:
             raise ValueError(f"state_dict must hold the weights of {name!r}, got None")
         return VidTokCodec.from_state_dict(state_dict)
-    raise ValueError(f"codec must be one of {[LINEAR, VIDTOK]}, got {name!r}")
+    raise ValueError(f"codec must be one of {[LINEAR, LAPPED, VIDTOK]}, got {name!r}")
 
 
 def fit_linear_codec(seed: int, clips: int, channels: int = 16, size: int = 64, threads: int = 1) -> LinearCodec:
@@ -106,7 +110,7 @@ def fit_linear_codec(seed: int, clips: int, channels: int = 16, size: int = 64, 
     moments = [_Moments(192), _Moments(768)]
     for start in range(0, clips, 16):
         video = batch(seed, range(start, min(start + 16, clips)), size=size, threads=threads)
-        for part, blocks in zip(moments, _blocks(video), strict=True):
+        for part, blocks in zip(moments, to_blocks(video), strict=True):
             part.add(blocks)
     (first_basis, first_mean, first_scale), (group_basis, group_mean, group_scale) = (m.fit(channels) for m in moments)
     metadata = {"format": "vft.linear_codec", "channels": channels, "seed": seed, "clips": clips, "size": size}
@@ -150,21 +154,3 @@ def _linear_shapes(channels):
         "group_mean": (768,),
         "scale": (2, channels),
     }
-
-
-def _blocks(video):
-    """Video [B, 3, 1 + 4k, 8h, 8w] -> first frame's blocks [B, 1, h, w, 192], groups' blocks [B, k, h, w, 768]."""
-    batch, _, _, height, width = video.shape
-
-    def cut(part, length):
-        part = part.reshape(batch, 3, part.shape[2] // length, length, height // 8, 8, width // 8, 8)
-        return part.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-
-    return cut(video[:, :, :1], 1), cut(video[:, :, 1:], 4)
-
-
-def _frames(blocks, length):
-    """The inverse of `_blocks` for one part: [B, k, h, w, 3 * length * 64] -> [B, 3, k * length, 8h, 8w]."""
-    batch, groups, height, width = blocks.shape[:4]
-    video = blocks.reshape(batch, groups, height, width, 3, length, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return video.reshape(batch, 3, groups * length, height * 8, width * 8)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,18 +11,20 @@ from vft.config import make_config
 from vft.train import generator, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.loop import Engine, Settings
+from vft.train.tokenizer import TokenizerSettings
 
 SMALL = make_config(
     encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear",
     levels=(4, 4, 4), size=16,
 )  # fmt: skip
-SETTINGS = Settings(steps=3, batch=4, clips=9, warmup=2, bf16=False, frames=(5, 17))
+SETTINGS = TokenizerSettings(steps=3, batch=4, clips=9, warmup=2, bf16=False, frames=(5, 17))
+
+# those that every kind of run has
+COMMON = {field.name: getattr(SETTINGS, field.name) for field in fields(Settings)}
 
 
 def generator_settings(folder: Path) -> GeneratorSettings:
-    return GeneratorSettings(
-        **{**vars(SETTINGS), "bf16": False}, tokenizer=f"{folder}/one/model.safetensors", depth=1, tokens_per_frame=2
-    )
+    return GeneratorSettings(**COMMON, tokenizer=f"{folder}/one/model.safetensors", depth=1, tokens_per_frame=2)
 
 
 def main(folder: Path) -> None:

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument("--class-name", help="name or index of the class, for a class-conditional generator")
     condition.add_argument("--text-emb", help="safetensors file with text_emb [n, c, d] and text_mask [n, c]")
-    condition.add_argument("--text", help="caption, embedded by an umT5 encoder (needs the text extra)")
+    condition.add_argument("--text", help="caption, embedded as the generator was trained (umT5: needs the text extra)")
     add, positive = parser.add_argument, options.at_least(1)
-    add("--text-encoder", help="folder or hub id of the encoder (default: the umT5 of that width)")
+    add("--text-encoder", help="words, or folder or hub id of an umT5 encoder (default: by its width)")
     add("--tokenizer", help="model that decodes (default: the one the generator names)")
     add("--n", type=positive, help="videos (default: one, or one a caption)")
     add("--frames", type=positive, default=5, help="latent frames (default: 5, 17 frames)")
@@ -88,6 +88,6 @@ def _condition(generator, args: argparse.Namespace) -> dict:
         width = generator.config.ctx_dim
         encoder = args.text_encoder or text.ENCODERS.get(width)
         if encoder is None:
-            raise ValueError(f"no umT5 encoder has {width} channels: name one with --text-encoder, or give --text-emb")
+            raise ValueError(f"no text encoder has {width} channels: name one with --text-encoder, or give --text-emb")
         emb, mask = text.encode_captions([args.text], encoder, device=generator.device)
     return {"text_emb": emb, "text_mask": mask}

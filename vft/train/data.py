@@ -1,4 +1,4 @@
-"""What a run learns from: procedural video, a folder of videos, or a folder of token files.
+"""What a run learns from: procedural video, clips that words name, a folder of videos, or a folder of token files.
 
 A clip is a number in 0..clips-1 and always gives the same: which file, where in it, and its length and size follow from
 (seed, number). So the position in the data is the step alone, on any number of processes.
@@ -19,9 +19,10 @@ from ..scan import find_videos
 from ..text import load_embeddings
 from ..tokens import VideoTokens
 from ..video import open_video, preprocess, probe_video
-from . import procedural
+from ..words import embed
+from . import named, procedural
 
-PROCEDURAL = "procedural"
+PROCEDURAL, NAMED = "procedural", "named"
 # encoded clips kept in memory; more are read again
 CACHE_BYTES = 2 << 30
 _TOKENS = ".vft"
@@ -43,15 +44,38 @@ class Procedural:
 
     classes = procedural.FAMILIES
 
+    def __init__(self, seed: int, shapes: Shapes, recipe: int = 1) -> None:
+        self.seed, self.shapes, self.recipe, self.skipped = seed, shapes, recipe, {}
+
+    def clip(self, index: int) -> torch.Tensor:
+        frames, size = self.shapes(index)
+        return procedural.batch(self.seed, [index], size, frames, recipe=self.recipe)[0]
+
+    def label(self, index: int) -> int:
+        return procedural.label(self.seed, index)
+
+    def facts(self) -> None:
+        return None
+
+
+class Named:
+    """Rendered clips that words name, see :mod:`vft.train.named`; the class is the motion."""
+
+    classes = named.MOTIONS
+
     def __init__(self, seed: int, shapes: Shapes) -> None:
         self.seed, self.shapes, self.skipped = seed, shapes, {}
 
     def clip(self, index: int) -> torch.Tensor:
         frames, size = self.shapes(index)
-        return procedural.batch(self.seed, [index], size, frames)[0]
+        return named.clip(self.seed, index, size, frames).permute(3, 0, 1, 2) / 127.5 - 1
 
     def label(self, index: int) -> int:
-        return procedural.label(self.seed, index)
+        return named.MOTIONS.index(named.facts(self.seed, index)[2])
+
+    def captions(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Caption embeddings ``[c, d]``."""
+        return [embed([named.caption(self.seed, i)])[0][0] for i in indices]
 
     def facts(self) -> None:
         return None
@@ -141,7 +165,7 @@ class Clips:
     encode: a batch of pixels ``[B, 3, T, H, W]`` of one shape -> B tensors.
     """
 
-    def __init__(self, encode: Callable, source: Procedural | Videos) -> None:
+    def __init__(self, encode: Callable, source: Procedural | Named | Videos) -> None:
         self.encode, self.source, self.label, self.classes = encode, source, source.label, source.classes
         self.encoded: dict[int, torch.Tensor] = {}
         self.room = CACHE_BYTES
@@ -154,6 +178,10 @@ class Clips:
 
     def facts(self) -> dict | None:
         return self.source.facts()
+
+    def captions(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Of sources that have captions."""
+        return self.source.captions(indices)
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Begins to read clips that :meth:`batch` will be asked for."""
@@ -236,6 +264,8 @@ def holds_tokens(folder: str) -> bool:
 def clips(encode: Callable, settings, frames: int, size: int) -> Clips:
     """The clips that a run's settings ask for, of ``frames`` frames and ``size`` pixels where they do not say."""
     shapes = Shapes(settings.seed, settings.frames or (frames,), settings.sizes or (size,))
-    procedural_data = settings.data == PROCEDURAL
-    source = Procedural(settings.seed, shapes) if procedural_data else Videos(settings.data, settings.seed, shapes)
-    return Clips(encode, source)
+    if settings.data == PROCEDURAL:
+        return Clips(encode, Procedural(settings.seed, shapes, settings.recipe))
+    if settings.data == NAMED:
+        return Clips(encode, Named(settings.seed, shapes))
+    return Clips(encode, Videos(settings.data, settings.seed, shapes))

@@ -32,9 +32,9 @@ class GeneratorSettings(Settings):
     """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d. The defaults made the
     embedded generator.
 
-    ``condition``: ``class``, or ``text`` for token files with captions. ``latent_frames``: the first ones of each token
-    file are modelled (0: all). ``tables``: of tokens, ``fsq`` for ones that are linear in features of the codes, or
-    ``whole``.
+    ``condition``: ``class``, or ``text`` for token files with captions and for ``named`` data. ``latent_frames``: the
+    first ones of each token file are modelled (0: all). ``tables``: of tokens, ``fsq`` for ones that are linear in
+    features of the codes, or ``whole``.
     """
 
     steps: int = 26000
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--condition", choices=CONDITIONS, default=defaults.condition,
-        help="class: motion family or subfolder; text: captions beside .vft files (default %(default)s)",
+        help="class: motion or subfolder; text: captions beside .vft files, or of named data (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--latent-frames", type=int, default=defaults.latent_frames,
@@ -153,16 +153,18 @@ class GeneratorTask:
         """The data, and the most latent frames that a clip of it has."""
         settings, tokenizer = self.settings, self.tokenizer
         text = settings.condition == "text"
-        if settings.data != data.PROCEDURAL and data.holds_tokens(settings.data):
+        folder = settings.data not in (data.PROCEDURAL, data.NAMED)
+        if folder and data.holds_tokens(settings.data):
             wanted = tokenizer.name, settings.tokens_per_frame
             files = data.TokenFiles(settings.data, *wanted, text, fingerprint=tokenizer.fingerprint)
             return files, min(files.longest, settings.latent_frames or files.longest)
-        if settings.data != data.PROCEDURAL and not text and shards.holds_shards(settings.data):
+        if folder and not text and shards.holds_shards(settings.data):
             rows = shards.TokenShards(settings.data, tokenizer, settings.tokens_per_frame)
             return rows, min(rows.longest, settings.latent_frames or rows.longest)
-        if text or settings.latent_frames:
+        if (text and settings.data != data.NAMED) or settings.latent_frames:
             raise ValueError(
-                "condition text and latent_frames need data to be a folder of .vft files (latent_frames: or shards)"
+                "condition text and latent_frames need data to be a folder of .vft files (text: or 'named', "
+                "latent_frames: or shards)"
             )
         config = tokenizer.config
         if tokenizer.size is None:

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import progress
-from . import optimizer, parallel, state
+from . import optimizer, parallel, procedural, state
 from .data import PROCEDURAL
 from .start import Start
 
@@ -61,7 +61,8 @@ class Settings:
     are. ``frames`` and ``sizes``: lengths and square sides in pixels, one of each drawn for each clip, empty for those
     that the model works at. ``optimizer``: ``muon`` for the matrices of blocks and AdamW for the rest, or ``adamw`` for
     all. ``bf16``: autocast, and the products of Muon. ``corruption``: share of tokens replaced by random ones where the
-    model reads them. ``start``: a checkpoint to continue, with ``lora`` by factors of that rank alone (0: all weights).
+    model reads them. ``recipe``: which procedural video, see :mod:`vft.train.procedural`. ``start``: a checkpoint to
+    continue, with ``lora`` by factors of that rank alone (0: all weights).
     """
 
     steps: int = 8500
@@ -79,6 +80,7 @@ class Settings:
     frames: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     corruption: float = 0.0
+    recipe: int = 1
     start: str = ""
     lora: int = 0
 
@@ -113,7 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
         "--from", dest="start", default="", metavar="MODEL", help="checkpoint to continue: name, folder, file, org/repo"
     )
     add("--lora", type=int, default=0, metavar="RANK", help="with --from: train low-rank factors of its matrices alone")
-    add("--data", default=defaults.data, help="'procedural' or a folder (default %(default)s)")
+    add("--data", default=defaults.data, help="'procedural', 'named' or a folder (default %(default)s)")
+    add(
+        "--recipe", type=int, choices=procedural.RECIPES, default=defaults.recipe,
+        help="of procedural video; 2: half of it as a camera films it (default %(default)s)",
+    )  # fmt: skip
     add("--steps", type=int, default=defaults.steps, help="optimiser steps (default %(default)s)")
     add("--batch", type=int, default=defaults.batch, help="clips a step over all processes (default %(default)s)")
     add("--clips", type=int, default=defaults.clips, help="different clips to draw from (default %(default)s)")
@@ -155,7 +161,7 @@ def common(args: argparse.Namespace) -> dict:
         "warmup": args.warmup, "weight_decay": args.weight_decay, "clip": args.clip, "ema": args.ema,
         "seed": args.seed, "optimizer": args.optimizer, "bf16": args.bf16, "data": args.data,
         "frames": tuple(args.frames), "sizes": tuple(args.sizes), "corruption": args.corruption,
-        "start": args.start, "lora": args.lora,
+        "recipe": args.recipe, "start": args.start, "lora": args.lora,
     }  # fmt: skip
 
 
@@ -169,6 +175,8 @@ def check(settings: Settings) -> None:
     for name in ("weight_decay", "ema", "corruption"):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(settings, name)}")
+    if settings.recipe not in procedural.RECIPES:
+        raise ValueError(f"recipe must be one of {procedural.RECIPES}, got {settings.recipe!r}")
     if settings.optimizer not in optimizer.OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(optimizer.OPTIMIZERS)}, got {settings.optimizer!r}")
     if not settings.clip > 0:

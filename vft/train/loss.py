@@ -47,6 +47,7 @@ def draw(
     uniform_probability: float = 0.15,
     full_probability: float = 0.25,
     null_probability: float = 0.1,
+    early_probability: float = 0.0,
     prefix_probability: float = 0.25,
     corruption: float = 0.0,
     codebook: int = 1,
@@ -56,7 +57,8 @@ def draw(
     """t = sigmoid(normal(time_mean, time_std)), above 0.5 on average: the codes matter most where noise is strong; with
     ``noise_probability`` t = 1, where sampling begins, and with ``uniform_probability`` any t, so that none is new to
     the sampler; all registers kept with ``full_probability``, else k uniform over 1..N for half of the samples and over
-    the powers of two for the others; the null condition and one conditioning frame with the given probabilities;
+    the powers of two for the others, and with ``early_probability`` in place of all that k with density 1 / k, so that
+    the first registers are asked for most; the null condition and one conditioning frame with the given probabilities;
     registers replaced by random ids of the codebook with probability ``corruption``.
 
     latents ``[C, T, H, W]`` are samples ``first, first + 1, ...`` of a batch of ``batch`` (by default all of it): what
@@ -67,6 +69,10 @@ def draw(
     powers = (2 ** torch.randint(0, registers.bit_length(), (batch,), generator=generator)).clamp(max=registers)
     pick = torch.rand(batch, generator=generator) < 0.5
     chance = torch.rand(5, batch, generator=generator)[:, part]
+    # at 0 nothing is drawn, so that older runs repeat
+    early = torch.rand(2, batch, generator=generator) if early_probability > 0 else torch.ones(2, batch)
+    density = ((registers + 1) ** early[1]).long().clamp(max=registers)
+    few = torch.where(early[0] < early_probability, density, torch.where(pick, uniform, powers))
     t = torch.sigmoid(time_mean + time_std * torch.randn(batch, generator=generator))
     prefix_t = PREFIX_NOISE * torch.rand(batch, generator=generator)
     seeds = torch.randint(2**62, (batch,), generator=generator)[part].tolist()
@@ -77,7 +83,7 @@ def draw(
     return Draw(
         t=_times(t[part], chance[2], chance[3], noise_probability, uniform_probability).to(device),
         noise=noise,
-        keep=torch.where(chance[4] < full_probability, registers, torch.where(pick, uniform, powers)[part]).tolist(),
+        keep=torch.where(chance[4] < full_probability, registers, few[part]).tolist(),
         prefix_frames=[int(c < prefix_probability and x.shape[1] > 1) for c, x in zip(chance[0], latents, strict=True)],
         null=(chance[1] < null_probability).tolist(),
         prefix_t=prefix_t[part].to(device),
@@ -101,8 +107,10 @@ def flow_loss(
     latents: Sequence[torch.Tensor],
     choices: Draw,
     weigh: Callable[[int], torch.Tensor | None] = lambda frames: None,
+    edges: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The mean over samples of each one's mean squared velocity error, conditioning frames left out, and range penalty.
+    With ``edges`` also what it makes of the velocity's error ``[C, T, H, W]``, see :func:`edge_error`.
 
     latents: one ``[C, T, H, W]`` a sample, of any shapes, in one packed batch. The loss of a batch is the mean of those
     of equal parts of it. ``weigh(T)`` gives what squared errors of T latent frames count, ``[C, T, 1, 1]``, or None.
@@ -117,9 +125,29 @@ def flow_loss(
     noised = [_mix(x, n, _frame_times(*each)) for each, x, n in zip(times, latents, choices.noise, strict=True)]
     velocity = model.decoder(noised, choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
     targets = zip(velocity, choices.noise, latents, choices.prefix_frames, strict=True)
-    error = torch.stack([_error(v - (n - x), weigh(x.shape[1]), frames) for v, n, x, frames in targets])
+    each = []
+    for v, n, x, frames in targets:
+        difference = v - (n - x)
+        each.append(_error(difference, weigh(x.shape[1]), frames))
+        if edges is not None:
+            each[-1] = each[-1] + edges(
+                torch.cat([torch.zeros_like(difference[:, :frames]), difference[:, frames:]], 1)
+            )
+    error = torch.stack(each)
     beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().split([x.shape[1] * model.registers for x in latents])
     return error.mean() + RANGE_WEIGHT * torch.stack([b.mean() for b in beyond]).mean()
+
+
+def edge_error(codec, difference: torch.Tensor) -> torch.Tensor:
+    """Mean squared step between neighbouring pixels, in both directions, of the picture that a linear codec makes of a
+    difference of latents ``[C, T, H, W]``.
+
+    A quadratic form of the difference: the best velocity stays the mean, and errors of fine structure count more.
+    """
+    both = torch.stack([difference.float(), torch.zeros_like(difference, dtype=torch.float32)])
+    picture, mean = codec.render(both)
+    steps = [(picture - mean).diff(dim=axis) for axis in (-1, -2)]
+    return sum(step.square().mean() for step in steps)
 
 
 def _error(difference: torch.Tensor, weight: torch.Tensor | None, prefix_frames: int) -> torch.Tensor:

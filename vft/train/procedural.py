@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# 1: what the embedded models have seen; 2: every second clip as vft.train.natural films it
+RECIPES = (1, 2)
 FAMILIES = ("pan", "zoom", "rotate", "translate", "orbit", "bounce", "pulse", "still")
 SHAPES = ("ellipse", "polygon", "leaf", "ring", "blob")
 TEXELS = 64
@@ -23,21 +25,23 @@ def label(seed: int, index: int) -> int:
     return int(_generator(seed, index).integers(len(FAMILIES)))
 
 
-def clip(seed: int, index: int, size: int = 64, frames: int = 17) -> torch.Tensor:
-    """Renders one clip: uint8 [frames, size, size, 3], the same for the same (seed, index, size, frames).
+def clip(seed: int, index: int, size: int = 64, frames: int = 17, recipe: int = 1) -> torch.Tensor:
+    """Renders one clip: uint8 [frames, size, size, 3], the same for the same (seed, index, size, frames, recipe).
 
-    Raises ValueError for a negative seed or index, or a size or frame count below 1.
+    Raises ValueError for a negative seed or index, a size or frame count below 1, or a recipe that is none of RECIPES.
     """
-    return torch.from_numpy(_render(seed, index, size, frames))
+    return torch.from_numpy(_render(seed, index, size, frames, recipe))
 
 
-def batch(seed: int, indices, size: int = 64, frames: int = 17, threads: int = 1) -> torch.Tensor:
+def batch(
+    seed: int, indices, size: int = 64, frames: int = 17, threads: int = 1, recipe: int = 1
+) -> torch.Tensor:  # fmt: skip
     """Renders `clip(seed, i)` for every i of indices: float32 [B, 3, frames, size, size] in [-1, 1]."""
     indices = [int(i) for i in indices]
     video = torch.empty(len(indices), 3, frames, size, size)
 
     def fill(slot):
-        pixels = clip(seed, indices[slot], size, frames).permute(3, 0, 1, 2)
+        pixels = clip(seed, indices[slot], size, frames, recipe).permute(3, 0, 1, 2)
         torch.sub(pixels * (1 / 127.5), 1.0, out=video[slot])
 
     if threads <= 1:
@@ -55,17 +59,27 @@ def _generator(seed, index):
     return np.random.default_rng((seed, index))
 
 
-def _render(seed, index, size, frames):
+def _render(seed, index, size, frames, recipe):
     if size < 1 or frames < 1:
         raise ValueError(f"size and frames must be >= 1, got {size} and {frames}")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {RECIPES}, got {recipe!r}")
     rng = _generator(seed, index)
     family = FAMILIES[rng.integers(len(FAMILIES))]
-    scene = _Scene(rng, family, size, frames)
+    scene = _kind_of_scene(recipe, index)(rng, family, size, frames)
     scene.draw_background()
     count = int(rng.integers(6, 17))
     for depth in np.sort(rng.uniform(0.35, 1.5, count)):
         scene.draw_object(depth)
     return scene.develop()
+
+
+def _kind_of_scene(recipe, index):
+    if recipe == 1 or index % 2 == 0:
+        return _Scene
+    from .natural import Filmed
+
+    return Filmed
 
 
 class _Scene:
@@ -126,6 +140,10 @@ class _Scene:
         paint -= region
         paint *= alpha
         region += paint
+        self._trace(region, distance)
+
+    def _trace(self, region, distance):
+        """What an object gets on top, in its part of the canvas; distance in pixels to its outline, [T, h, w]."""
 
     def develop(self):
         """The finished clip under one smooth light: uint8 [T, H, W, 3]."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..codec import LAPPED, LINEAR
 from ..config import make_config, parse_config
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
 from . import data, initial, loop, lora, start
 from .loop import Engine, Settings
-from .loss import draw, flow_loss
+from .loss import draw, edge_error, flow_loss
 
 # the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
 TINY = {
@@ -26,36 +28,65 @@ TINY = {
 STEPS = 1
 
 
+# codecs that a new tokenizer may be trained with from this command
+CODECS = (LINEAR, LAPPED)
+
+
 @dataclass(frozen=True)
 class TokenizerSettings(Settings):
-    """``registers`` of each latent frame; 0: as many as the config, or the checkpoint, has."""
+    """``registers`` of each latent frame; 0: as many as the config, or the checkpoint, has. ``edges``: weight of
+    :func:`vft.train.loss.edge_error`, for linear codecs. ``early``: share of the samples with few registers whose
+    number has density 1 / k, see :func:`vft.train.loss.draw`."""
 
     registers: int = 0
+    edges: float = 0.0
+    early: float = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train tokenizer`` beyond the common ones."""
-    loop.add_arguments(parser, TokenizerSettings())
-    parser.add_argument("--registers", type=int, default=0, help="of a latent frame (default 32, or the checkpoint's)")
+    defaults, add = TokenizerSettings(), parser.add_argument
+    loop.add_arguments(parser, defaults)
+    add("--registers", type=int, default=0, help="of a latent frame (default 32, or the checkpoint's)")
+    add("--codec", choices=CODECS, help=f"of the latents (default {TINY['codec']}, or the checkpoint's)")
+    add("--edges", type=float, default=defaults.edges, help="weight of errors in edges (default %(default)s)")
+    add(
+        "--early", type=float, default=defaults.early,
+        help="share of samples whose few registers are mostly the first ones (default %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
-    settings = TokenizerSettings(**loop.common(args), registers=args.registers)
-    config = make_config(**TINY | ({"registers": settings.registers} if settings.registers > 0 else {}))
-    return loop.run(args, settings, partial(train, config=config))
+    if args.start and args.codec:
+        raise ValueError(f"--codec must not be given with --from, whose codec stays, got {args.codec}")
+    settings = TokenizerSettings(**loop.common(args), registers=args.registers, edges=args.edges, early=args.early)
+    name = args.codec or TINY["codec"]
+    changes = {"codec": name, "channels": load_codec(name).channels}
+    if settings.registers > 0:
+        changes["registers"] = settings.registers
+    return loop.run(args, settings, partial(train, config=make_config(**TINY | changes)))
 
 
 def train(
-    folder: Path, settings: Settings, *, config: dict, minutes: float | None = None, engine: Engine | None = None
+    folder: Path,
+    settings: TokenizerSettings,
+    *,
+    config: dict,
+    minutes: float | None = None,
+    engine: Engine | None = None,
 ) -> None:
     """Trains or resumes the run in ``folder``, of a new model of ``config`` or of the checkpoint ``settings.start``.
 
     Errors are those of :func:`vft.train.loop.train`.
     """
     loop.check(settings)
-    if getattr(settings, "registers", 0) < 0:
+    if settings.registers < 0:
         raise ValueError(f"registers must be at least 0, got {settings.registers}")
+    if not 0 <= settings.edges < math.inf:
+        raise ValueError(f"edges must be at least 0 and finite, got {settings.edges}")
+    if not 0 <= settings.early <= 1:
+        raise ValueError(f"early must lie between 0 and 1, got {settings.early}")
     torch.manual_seed(settings.seed)
     loop.train(folder, settings, TokenizerTask(settings, config), minutes, engine)
 
@@ -65,10 +96,10 @@ class TokenizerTask:
 
     example = "vft reconstruct VIDEO -o out.mp4 --model {}"
 
-    def __init__(self, settings: Settings, config: dict) -> None:
+    def __init__(self, settings: TokenizerSettings, config: dict) -> None:
         self.settings, self.start = settings, None
         if settings.start:
-            sizes = getattr(settings, "registers", 0), max(settings.sizes, default=0), max(settings.frames, default=0)
+            sizes = settings.registers, max(settings.sizes, default=0), max(settings.frames, default=0)
             self.model, self.start = start.tokenizer(settings.start, *sizes)
             codec = self.model.codec
         else:
@@ -76,7 +107,12 @@ class TokenizerTask:
             # a model this small is closest to its source in one step
             self.model.steps, self.model.guidance = STEPS, None
             codec = load_codec(self.model.config.codec)
-        self.data = data.clips(codec.encode, settings, self.model.config.chunk_size, self.model.size)
+        config = self.model.config
+        if codec.channels != config.channels:
+            raise ValueError(f"the config must have the codec's {codec.channels} channels, got {config.channels}")
+        if settings.edges and not getattr(codec, "linear", False):
+            raise ValueError(f"edges must be 0 with {codec.name!r}, which is not linear, got {settings.edges}")
+        self.data = data.clips(codec.encode, settings, config.chunk_size, self.model.size)
         self.codec = codec.requires_grad_(False)
         if self.start is None:
             self._begin()
@@ -104,9 +140,14 @@ class TokenizerTask:
             latents = [x.to(device) for x in self.data.batch(indices)]
         choices = draw(
             latents, model.registers, generator, corruption=settings.corruption, codebook=model.config.codebook_size,
-            batch=settings.batch, first=part.start or 0,
+            batch=settings.batch, first=part.start or 0, early_probability=settings.early,
         )  # fmt: skip
-        return flow_loss(model, latents, choices, self._weigh)
+        return flow_loss(model, latents, choices, self._weigh, self._edges if settings.edges else None)
+
+    def _edges(self, difference: torch.Tensor) -> torch.Tensor:
+        codec = self.codec.to(difference.device)
+        with torch.autocast(difference.device.type, enabled=False):
+            return self.settings.edges * edge_error(codec, difference)
 
     def _weigh(self, frames: int) -> torch.Tensor | None:
         weight = self.codec.pixel_weight(frames)

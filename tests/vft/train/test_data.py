@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from train_worker import SETTINGS, SMALL
+from train_worker import COMMON, SETTINGS, SMALL
 
 import vft
 from vft.config import parse_config
@@ -110,7 +110,7 @@ def token_files(tmp_path_factory):
 
 
 def token_settings(folder, **changes) -> GeneratorSettings:
-    common = {**vars(SETTINGS), "frames": (), "data": f"{folder}/set", "tokenizer": f"{folder}/small.safetensors"}
+    common = {**COMMON, "frames": (), "data": f"{folder}/set", "tokenizer": f"{folder}/small.safetensors"}
     return GeneratorSettings(**(common | {"depth": 1, "tokens_per_frame": 2} | changes))
 
 

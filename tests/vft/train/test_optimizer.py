@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from vft.config import make_config
-from vft.train.loop import Settings
 from vft.train.optimizer import Muon, make, orthogonal
-from vft.train.tokenizer import train
+from vft.train.tokenizer import TokenizerSettings, train
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 40), (2, 40, 6), (1, 1, 5)])
@@ -65,4 +64,4 @@ def test_vectors_are_refused():
 
 def test_an_unknown_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="optimizer must be one of muon, adamw, got 'sgd'"):
-        train(tmp_path, Settings(optimizer="sgd"), config=make_config())
+        train(tmp_path, TokenizerSettings(optimizer="sgd"), config=make_config())

@@ -102,3 +102,27 @@ def test_no_clip_divides_by_zero_or_overflows():
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="must be >="):
         clip(*arguments)
+
+
+def test_recipe_2_films_every_second_clip():
+    for i in (0, 2):
+        assert torch.equal(clip(3, i, recipe=2), clip(3, i))
+    for i in (1, 3):
+        filmed = clip(3, i, recipe=2)
+        assert filmed.shape == (17, 64, 64, 3) and torch.equal(filmed, clip(3, i, recipe=2))
+        assert not torch.equal(filmed, clip(3, i))
+    video = clip(3, 1, recipe=2).permute(3, 0, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(batch(3, [1], recipe=2)[0], video, rtol=0, atol=1e-6)
+    assert clip(3, 1, size=1, frames=1, recipe=2).shape == (1, 1, 1, 3)
+    with pytest.raises(ValueError, match="recipe must be one of"):
+        clip(3, 1, recipe=3)
+
+
+def test_filmed_clips_are_lens_blurred_and_noisy():
+    """Less of fine structure in the smooth ones, more change from frame to frame in the noisy ones."""
+    some = list(range(1, 60, 2))
+    filmed = torch.stack([clip(5, i, recipe=2) for i in some]).float()
+    plain = torch.stack([clip(5, i) for i in some]).float()
+    steps = [x.diff(dim=3).abs().flatten(1).mean(1) for x in (filmed, plain)]
+    assert (steps[0] < 0.8 * steps[1]).sum() >= 5 and (steps[0] > 1.1 * steps[1]).sum() >= 3
+    assert filmed.std() > 0.7 * plain.std()

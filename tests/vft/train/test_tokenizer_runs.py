@@ -11,9 +11,10 @@ import flexkernels
 import vft
 from vft.config import make_config, parse_config
 from vft.train import tokenizer as trainer
-from vft.train.loop import Settings, learning_rate
-from vft.train.loss import draw, flow_loss
-from vft.train.tokenizer import train
+from vft.train.loop import learning_rate
+from vft.train.loss import draw, edge_error, flow_loss
+from vft.train.tokenizer import TokenizerSettings, train
+from vft.vae import load_codec
 
 SMALL = make_config(
     encoder_width=32,
@@ -25,7 +26,7 @@ SMALL = make_config(
     codec="linear",
     size=16,
 )
-SETTINGS = Settings(steps=4, batch=3, clips=7, warmup=2, bf16=False)
+SETTINGS = TokenizerSettings(steps=4, batch=3, clips=7, warmup=2, bf16=False)
 
 
 def test_a_resumed_run_repeats_an_unbroken_one(tmp_path):
@@ -51,9 +52,9 @@ def test_a_run_is_a_model(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    train(tmp_path, Settings(steps=1, batch=2, clips=3), config=SMALL)
+    train(tmp_path, TokenizerSettings(steps=1, batch=2, clips=3), config=SMALL)
     with pytest.raises(ValueError, match="resume it with the same settings"):
-        train(tmp_path, Settings(steps=1, batch=3, clips=3), config=SMALL)
+        train(tmp_path, TokenizerSettings(steps=1, batch=3, clips=3), config=SMALL)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -66,11 +67,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("field", ["steps", "batch", "clips", "warmup"])
 def test_settings_are_checked(tmp_path, field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1"):
-        train(tmp_path, Settings(**{field: 0}), config=SMALL)
+        train(tmp_path, TokenizerSettings(**{field: 0}), config=SMALL)
 
 
 def test_learning_rate():
-    settings = Settings(steps=100, warmup=10, learning_rate=1.0 - 1e-9)
+    settings = TokenizerSettings(steps=100, warmup=10, learning_rate=1.0 - 1e-9)
     rates = [learning_rate(settings, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(rates[10])
@@ -185,3 +186,62 @@ def test_backends_learn_the_same(tmp_path):
     torch.testing.assert_close(curves[0][:20], curves[1][:20], rtol=1e-4, atol=0)
     means = [curve.view(10, 20).mean(1) for curve in curves]
     torch.testing.assert_close(means[0], means[1], rtol=2e-2, atol=0)
+
+
+def test_edges_count_what_steps_between_pixels_differ(tmp_path):
+    codec = load_codec("linear")
+    difference = torch.randn(16, 2, 2, 2, requires_grad=True)
+    picture = codec.decode(difference.detach()[None]) - codec.decode(torch.zeros(1, 16, 2, 2, 2))
+    across, down = picture[..., 1:] - picture[..., :-1], picture[..., 1:, :] - picture[..., :-1, :]
+    error = edge_error(codec, difference)
+    torch.testing.assert_close(error.detach(), across.square().mean() + down.square().mean())
+    error.backward()
+    assert difference.grad.abs().min() > 0
+    # all latents of one even picture but the first coefficient: a step of 0 inside blocks and between them
+    plain = torch.zeros(16, 1, 2, 2)
+    assert edge_error(codec, plain) == 0
+
+
+def test_with_edges_the_loss_is_larger_by_their_weight(tmp_path):
+    def first_loss(folder, **changes):
+        settings = TokenizerSettings(steps=1, batch=3, clips=7, **changes)
+        train(tmp_path / folder, settings, config=SMALL)
+        return json.loads((tmp_path / folder / "log.jsonl").read_text())["loss"]
+
+    none, one, two = (first_loss(str(edges), edges=edges) for edges in (0.0, 1.0, 2.0))
+    assert one > none and two - one == pytest.approx(one - none, rel=1e-3)
+    assert first_loss("plain") == none
+    vidtok = make_config(codec="vidtok_kl_causal_488_16chn", size=16)
+    with pytest.raises(ValueError, match="edges must be at least 0 and finite, got -1"):
+        train(tmp_path / "a", TokenizerSettings(edges=-1.0), config=vidtok)
+    with pytest.raises(ValueError, match="early must lie between 0 and 1, got 2"):
+        train(tmp_path / "a", TokenizerSettings(early=2.0), config=vidtok)
+
+
+def test_early_registers_are_asked_for_most():
+    latents = [torch.zeros(1, 1, 1, 1)] * 4000
+
+    def shares(**options):
+        keep = torch.tensor(draw(latents, 32, torch.Generator().manual_seed(0), full_probability=0, **options).keep)
+        assert keep.min() == 1 and keep.max() == 32
+        return [float((keep == k).float().mean()) for k in (1, 2, 31)], float((keep <= 4).float().mean())
+
+    (one, two, many), few = shares(early_probability=1.0)
+    # log(1 + 1 / k) / log(33)
+    assert one == pytest.approx(0.198, abs=0.02) and two == pytest.approx(0.116, abs=0.02)
+    assert many < 0.02 and few == pytest.approx(0.46, abs=0.03)
+    assert shares()[1] < 0.36
+
+
+def test_the_codec_decides_the_channels(tmp_path):
+    with pytest.raises(ValueError, match="the config must have the codec's 44 channels, got 16"):
+        train(tmp_path, SETTINGS, config=make_config(codec="lapped", size=16))
+    small = make_config(
+        encoder_width=64, encoder_depth=1, decoder_width=64, decoder_depth=1, head_dim=32, registers=4, size=16,
+        codec="lapped", channels=44,
+    )  # fmt: skip
+    train(tmp_path, TokenizerSettings(steps=1, batch=2, clips=3, edges=1.0, early=0.5, recipe=2), config=small)
+    model = vft.Tokenizer.from_pretrained(tmp_path)
+    assert model.codec.name == "lapped" and model.codec.channels == 44
+    tokens = model.encode(torch.zeros(5, 16, 16, 3, dtype=torch.uint8))
+    assert model.decode(tokens).shape == (1, 3, 5, 16, 16)

@@ -1,0 +1,157 @@
+"""Fits a :class:`vft.lapped.LappedCodec` to procedural video: analysis and synthesis together, by least squares.
+
+Blocks are first turned into their principal components (all of a first frame's, ``COMPONENTS`` of a group's), which
+start the analysis. What is lowered is the squared error, and that of steps between pixels on both sides of a block's
+border, so that no border shows: quadratic in analysis and in synthesis, which are solved for in turn.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..blocks import FIRST, GROUP, to_blocks
+from ..lapped import AROUND, LappedCodec, around
+from .procedural import batch
+
+COMPONENTS = {FIRST: 192, GROUP: 192}
+# conjugate gradients each time
+ITERATIONS = 8
+# of a squared step across a border, beside 1 of a squared pixel
+BORDER = 8.0
+# of the ridge, relative to the mean of the diagonal
+RIDGE = 1e-5
+
+
+def fit(seed: int, clips: int, channels: int = 44, size: int = 64, rounds: int = 3, threads: int = 1) -> LappedCodec:
+    """Fits to ``clips`` procedural clips of 17 x size x size pixels.
+
+    The embedded one is ``fit(seed=1_000_000, clips=128).save(ASSET)``. Raises ValueError for settings out of range.
+    """
+    if not 1 <= channels <= FIRST:
+        raise ValueError(f"channels must be in 1..{FIRST}, got {channels}")
+    for name, value in (("clips", clips), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    parts = [to_blocks(batch(seed, range(i, min(i + 16, clips)), size, 17, threads)) for i in range(0, clips, 16)]
+    first, groups = (torch.cat(blocks) for blocks in zip(*parts, strict=True))
+    weights, before = _fit_part("first", first, None, channels, rounds)
+    more, _ = _fit_part("group", groups, before, channels, rounds)
+    facts = {"format": "vft.lapped_codec", "channels": channels, "seed": seed, "clips": clips, "size": size}
+    return LappedCodec(weights | more, {key: str(value) for key, value in (facts | {"rounds": rounds}).items()})
+
+
+def _fit_part(part: str, blocks: torch.Tensor, before: torch.Tensor | None, channels: int, rounds: int):
+    """Tensors of one part from its blocks ``[B, k, h, w, n]`` and the first frame's latents ``[B, 1, h, w, C]`` (None
+    for the first frame itself); and the latents."""
+    mean = blocks.flatten(0, 3).mean(0)
+    centred = (blocks - mean).flatten(0, 3)
+    basis = torch.linalg.eigh((centred.T @ centred / len(centred)).double()).eigenvectors
+    basis = basis.flip(1)[:, : COMPONENTS[blocks.shape[4]]].float()
+    x = (blocks - mean) @ basis
+    analysis, synthesis = _alternate(x, before, basis, channels, rounds)
+    # the gauge in which latents are uncorrelated and their pictures orthogonal
+    z = around(x) @ analysis.T
+    rows = z.flatten(0, 3).double()
+    covariance = rows.T @ rows / len(rows)
+    half = _power(covariance, 0.5)
+    pictures = synthesis.double()[:, : AROUND * channels].reshape(-1, channels)
+    energy, turn = torch.linalg.eigh(half @ pictures.T @ pictures @ half)
+    energy, turn = energy.flip(0).clamp(min=1e-12), turn.flip(1)
+    # standard deviations in pixels are energy**0.5: the latents' follow its root
+    scale = energy**0.25 / (energy**0.5).mean() ** 0.5
+    gauge = scale[:, None] * (turn.T @ _power(covariance, -0.5))
+    analysis = (gauge @ analysis.double()).float()
+    z, back = around(x) @ analysis.T, torch.linalg.inv(gauge)
+    near, *further = synthesis.double().split([AROUND * channels] + [channels] * (2 * (before is not None)), 1)
+    near = (near.unflatten(1, (AROUND, channels)) @ back).flatten(1).float()
+    weights = {
+        f"{part}_analysis": torch.einsum("cjp,np->cjn", analysis.unflatten(1, (AROUND, -1)), basis).flatten(1),
+        f"{part}_mean": mean,
+        f"{part}_synthesis": basis @ near,
+        f"{part}_weight": (energy / scale**2).float(),
+    }
+    if before is not None:
+        # what comes before has its own gauge; that of later groups is this part's
+        first, later = further
+        weights |= {"after_first": basis @ first.float(), "after_group": basis @ (later @ back).float()}
+    return weights, z
+
+
+def _alternate(x: torch.Tensor, before: torch.Tensor | None, basis: torch.Tensor, channels: int, rounds: int):
+    """Analysis ``[C, 9 n]`` and synthesis ``[n, r]`` of components x ``[B, k, h, w, n]``: each is the best there is for
+    the other, nearly, when it is solved for."""
+    n, wide = x.shape[4], around(x)
+    analysis = torch.zeros(channels, AROUND, n)
+    # the block itself
+    analysis[:, AROUND // 2, :channels] = torch.eye(channels)
+    analysis, synthesis = analysis.flatten(1), torch.zeros(n, channels * (AROUND + 2 * (before is not None)))
+    wide_inverse = _inverse_gram(wide)
+    for _ in range(rounds):
+        read = _regressors(wide @ analysis.T, before)
+        inverse = _inverse_gram(read)
+        synthesis = _minimise(
+            lambda s, read=read: _loss(read @ s.T - x, basis), synthesis, lambda g, inverse=inverse: g @ inverse
+        )
+        analysis = _minimise(
+            lambda a, s=synthesis: _loss(_regressors(wide @ a.T, before) @ s.T - x, basis), analysis,
+            lambda g: g @ wide_inverse,
+        )  # fmt: skip
+    read = _regressors(wide @ analysis.T, before)
+    inverse = _inverse_gram(read)
+    return analysis, _minimise(lambda s: _loss(read @ s.T - x, basis), synthesis, lambda g: g @ inverse)
+
+
+def _loss(error: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The mean over blocks of an error's square, and ``BORDER`` of that of its steps across borders; a block's sums."""
+    return error.square().sum(-1).mean() + BORDER * _border(error, basis)
+
+
+def _minimise(loss, start: torch.Tensor, precondition) -> torch.Tensor:
+    """``ITERATIONS`` of preconditioned conjugate gradients on a quadratic loss of one tensor."""
+
+    def slope(p):
+        p = p.detach().requires_grad_()
+        return torch.autograd.grad(loss(p), p)[0]
+
+    p, constant = start, slope(torch.zeros_like(start))
+    residual = -slope(p)
+    direction = z = precondition(residual)
+    square = (residual * z).sum()
+    for _ in range(ITERATIONS):
+        curved = slope(direction) - constant
+        step = square / (direction * curved).sum()
+        p, residual = p + step * direction, residual - step * curved
+        z = precondition(residual)
+        before, square = square, (residual * z).sum()
+        direction = z + square / before * direction
+    return p
+
+
+def _inverse_gram(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.flatten(0, 3)
+    gram = (rows.T @ rows).double()
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.inv(gram).float() * len(rows)
+
+
+def _regressors(z: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """What synthesis reads: the latents around, then those before of the first and of later groups."""
+    if before is None:
+        return around(z)
+    after_first = torch.cat([before, torch.zeros_like(z[:, 1:])], 1)
+    after_group = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], 1)
+    return torch.cat([around(z), after_first, after_group], -1)
+
+
+def _border(error: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Mean squared step of an error ``[B, k, h, w, components]`` across the borders of its blocks, a block's sum."""
+    pixels = basis.unflatten(0, (-1, 8, 8))
+    edges = (pixels[:, :, 0], pixels[:, :, 7], pixels[:, 0], pixels[:, 7])
+    left, right, top, bottom = (error @ edge.flatten(0, 1).T for edge in edges)
+    across, down = right[:, :, :, :-1] - left[:, :, :, 1:], bottom[:, :, :-1] - top[:, :, 1:]
+    return (across.square().sum() + down.square().sum()) / error[..., 0].numel()
+
+
+def _power(matrix: torch.Tensor, power: float) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=1e-10) ** power) @ vectors.T
