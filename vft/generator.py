@@ -25,7 +25,7 @@ from . import checkpoint, codebook, decoding, generation, speculation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
-from .generator_layers import FP8, PARTS, Block, Linear, RMSNorm, parts
+from .generator_layers import FP8, PARTS, SKINNY_ROWS, Block, Linear, RMSNorm, parts
 from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
@@ -229,22 +229,25 @@ class Generator(nn.Module):
         """Normed outputs ``[rows, width]`` of one step on each row of the view, whose length grows by the new token."""
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        if stack is not None and x.device.type == "cpu" and len(x) <= PARTS["cpu"]:
-            for part in parts(len(x)):
-                self._stack_step(x[part], view, stack, part)
-        else:
+        if stack is None or x.device.type != "cpu" or len(x) > PARTS["cpu"]:
             x = self.blocks_step(x, view)
+        elif len(x) <= SKINNY_ROWS:
+            self._stack_step(x, stack, view.k, view.v, view.length, view.cross)
+        else:
+            for part in parts(len(x)):
+                cross = view.cross
+                # rows that share contexts cycle through them, and parts are of even length
+                if self.ctx_in is not None and len(cross[0][2]) == len(x):
+                    cross = [tuple(t[part] for t in c) for c in cross]
+                self._stack_step(x[part], stack, view.k[:, part], view.v[:, part], view.length[part], cross)
         return self.norm(x)
 
-    def _stack_step(self, x: torch.Tensor, view: decoding.View, stack, part: slice) -> None:
-        """x: the rows ``part`` of the view, at most ``SKINNY_ROWS``, in place through all blocks in one call."""
-        cross = {}
+    def _stack_step(self, x: torch.Tensor, stack, k, v, length, cross: list) -> None:
+        """x: at most ``SKINNY_ROWS`` rows, in place through all blocks in one call."""
+        context = {}
         if self.ctx_in is not None:
-            # rows that share contexts cycle through them, and parts are of even length
-            contexts = part if len(view.cross[0][2]) == len(view.ids) else slice(None)
-            k_v = [tuple(t[contexts] for t in c[:2]) for c in view.cross]
-            cross = {"cross": k_v, "cross_len": view.cross[0][2][contexts]}
-        transformer_step_(x, stack, view.k[:, part], view.v[:, part], view.length[part], **cross)
+            context = {"cross": [c[:2] for c in cross], "cross_len": cross[0][2]}
+        transformer_step_(x, stack, k, v, length, **context)
 
     def blocks_step(self, x: torch.Tensor, view: decoding.View) -> torch.Tensor:
         """x ``[rows * n, width]``, n tokens a row, through all blocks, op by op: for a CUDA graph, for several tokens,

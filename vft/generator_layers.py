@@ -71,14 +71,15 @@ class Linear(nn.Module):
     def _skinny(self, x, residual, activation) -> torch.Tensor:
         # fp8 is widened to what the kernel takes
         weight, scale = (self.dense(x.dtype), None) if self.weight.dtype == FP8 else (self.weight, self.scale)
-        outs = [
+        if len(x) <= SKINNY_ROWS:
+            return skinny_linear(x, weight, self.bias, residual=residual, activation=activation, weight_scale=scale)
+        return torch.cat([
             skinny_linear(
                 x[part], weight, self.bias, residual=residual if residual is None else residual[part],
                 activation=activation, weight_scale=scale,
             )
             for part in parts(len(x))
-        ]  # fmt: skip
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        ])  # fmt: skip
 
     def _fp8(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x rounded to fp8 with a scale a row, and x W^T + bias where the device multiplies fp8."""
