@@ -27,6 +27,7 @@ from .sampling import sample_logits, sample_logits_ref
 from .transformer import (
     BlockWeights,
     StackWeights,
+    prefers_persistent_step,
     transformer_step_,
     transformer_step_ref_,
     transformer_step_refusal,
@@ -73,6 +74,7 @@ __all__ = [
     "gated_residual_ref",
     "kv_append_",
     "kv_append_ref_",
+    "prefers_persistent_step",
     "qk_norm",
     "qk_norm_ref",
     "quantize_rows",

@@ -353,7 +353,8 @@ class Generator(nn.Module):
         view = state.view(samples, limit)
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        if x.device.type == "cpu" and len(x) <= SKINNY_ROWS:
+        in_one_call = x.device.type == "cpu" or flexkernels.prefers_persistent_step()
+        if in_one_call and len(x) <= SKINNY_ROWS:
             cross = (
                 None if self.ctx_in is None else {"cross": [c[:2] for c in view.cross], "cross_len": view.cross[0][2]}
             )
