@@ -1,6 +1,7 @@
 """A step through a stack of blocks: its own parts bit by bit, its reference, and clear errors."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -222,3 +223,37 @@ def test_on_a_gpu():
         with flexkernels.backend(backend):
             got, want = (case.run(step, torch.Tensor.cuda)[0] for step in (transformer_step_, by_parts))
         assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_one_kernel_on_a_gpu(rows):
+    """Accurate; the same bits again, in a CUDA graph, and beside another stream's step."""
+    case = Case(rows, 4, 64, torch.bfloat16, layers=3, hidden=192)
+    case.cache_len = case.cache_len.cuda()
+    one = partial(transformer_step_, persistent=True)
+    with flexkernels.backend("cuda"):
+        got = case.run(one, torch.Tensor.cuda)
+    formula = case.run(transformer_step_ref_, torch.Tensor.cuda)[0]
+    assert_accurate(got[0], formula, case.run(transformer_step_ref_, lambda t: t.cuda().double())[0])
+    x, caches = case.x.cuda(), case.caches.cuda()[:, :, :rows]
+    weights = StackWeights(
+        [replace(b, **{n: None if t is None else t.cuda() for n, t in vars(b).items()}) for b in case.blocks]
+    )
+    inputs = [x.clone() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for y, stream in zip(inputs, streams, strict=True):
+        with torch.cuda.stream(stream):
+            # both write the same into the caches
+            one(y, weights, *caches, case.cache_len)
+    torch.cuda.synchronize()
+    graph, y = torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        y.copy_(x)
+        one(y, weights, *caches, case.cache_len)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for each in (*inputs, y):
+        assert torch.equal(each, got[0])
