@@ -32,7 +32,8 @@ using namespace step;
 template <typename T, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 1)
     transformer_step_kernel(const __grid_constant__ TransformerStep p, const int slots) {
-#if __CUDA_ARCH__ >= 900
+// newer GPUs run it in more registers than a lane has
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
   const Shared s = carve(p, slots);
   if (threadIdx.x == 0) {
     for (int i = 0; i < slots; ++i) {
@@ -93,7 +94,7 @@ const char* transformer_step_refusal(const TransformerStep& p) {
     return "it takes hidden widths up to 3072 that are multiples of 64";
   }
   if (p.head_dim != 64 && p.head_dim != 128) return "it takes a head_dim of 64 or 128";
-  if (attribute(cudaDevAttrComputeCapabilityMajor) < 9) return "it needs compute capability 9.0";
+  if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "it needs compute capability 9.0";
   if (!attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
   const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
   const int widest = p.width > p.hidden ? p.width : p.hidden;
