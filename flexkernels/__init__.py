@@ -28,6 +28,7 @@ from .sampling import sample_logits, sample_logits_ref
 from .transformer import (
     BlockWeights,
     StackWeights,
+    prefers_persistent_step,
     transformer_step_,
     transformer_step_ref_,
     transformer_step_refusal,
@@ -79,6 +80,7 @@ __all__ = [
     "kv_append_ref_",
     "norm_silu",
     "norm_silu_ref",
+    "prefers_persistent_step",
     "prepare_conv",
     "qk_norm",
     "qk_norm_ref",

@@ -136,7 +136,7 @@ def transformer_step_(
     cross_len outside 0 .. c raises ValueError on the CPU and is not looked for elsewhere. RuntimeError where autograd
     would need a gradient, and where `persistent` is True and cannot be.
     """
-    if persistent is None and not prefers_persistent():
+    if persistent is None and not prefers_persistent_step():
         persistent = False
     _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps, persistent)
 
@@ -144,9 +144,9 @@ def transformer_step_(
 def transformer_step_refusal(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None) -> str | None:
     """Why `transformer_step_` of these arguments cannot be one kernel (`persistent=True`), or None where it can.
 
-    The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 2,048 that are multiples of 128, hidden widths up
-    to 6,144 that are multiples of 64, a head_dim of 64 or 128, and tensors that lie on 16 bytes, on GPUs from compute
-    capability 9.0 on whose multiprocessors have room for a block of it.
+    The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 1,024 that are multiples of 64, hidden widths up
+    to 3,072 that are multiples of 64, a head_dim of 64 or 128, and tensors that lie on 16 bytes, on GPUs of compute
+    capability 9.0 whose multiprocessors have room for a block of it.
     Raises what `transformer_step_` does for wrong arguments.
     """
     arguments = _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len)
@@ -154,7 +154,7 @@ def transformer_step_refusal(x, weights, k_cache, v_cache, cache_len, *, cross=N
     return _refusal(*arguments) or None
 
 
-def prefers_persistent() -> bool:
+def prefers_persistent_step() -> bool:
     """Whether FLEXKERNELS_PERSISTENT_STEP=1 asks for one kernel a step wherever it can be."""
     return os.environ.get(ENVIRONMENT) == "1"
 
@@ -180,7 +180,9 @@ def _arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len):
     return x, k_cache, v_cache, cache_len, *lists, cross_len
 
 
-def _check_transformer_step_(x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps, persistent):
+def _check_transformer_step_(
+    x, k_cache, v_cache, cache_len, norms, weights, scales, cross, cross_len, eps, persistent=False
+):
     checks.tensor("x", x, checks.FLOATS, 2)
     like, layers = norms[0], len(norms) // (2 if cross_len is None else 3)
     if x.dtype != like.dtype or x.device != like.device:
@@ -236,7 +238,8 @@ _REFERENCES = Parts(
 
 
 def _in_parts_only(*args):
-    return "it has no kernel of a whole step, which persistent=True asks for" if args[-1] else None
+    persistent = args[10:] == (True,)
+    return "it has no kernel of a whole step, which persistent=True asks for" if persistent else None
 
 
 _step_op = library.Op(

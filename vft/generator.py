@@ -229,7 +229,8 @@ class Generator(nn.Module):
         """Normed outputs ``[rows, width]`` of one step on each row of the view, whose length grows by the new token."""
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        if stack is None or x.device.type != "cpu" or len(x) > PARTS["cpu"]:
+        most = PARTS["cpu"] if x.device.type == "cpu" else SKINNY_ROWS if flexkernels.prefers_persistent_step() else 0
+        if stack is None or len(x) > most:
             x = self.blocks_step(x, view)
         elif len(x) <= SKINNY_ROWS:
             self._stack_step(x, stack, view.k, view.v, view.length, view.cross)

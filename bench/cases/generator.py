@@ -1,6 +1,9 @@
 """One token of the generator, depth 10 (on GPUs 16) and vocabulary 64,000, against the plain PyTorch loop on the same
 weights."""
 
+import contextlib
+import os
+
 import torch
 from peers import generator as generator_peers
 
@@ -18,10 +21,22 @@ def random_generator(device: str, dtype: torch.dtype, depth: int) -> Generator:
         return Generator(parse_generator_config(raw)).to(dtype).eval().requires_grad_(False)
 
 
+@contextlib.contextmanager
+def blocks_in(one_kernel: bool):
+    """Steps and captures inside of this take one kernel for all blocks, or one for each part."""
+    before = os.environ.get("FLEXKERNELS_PERSISTENT_STEP", "0")
+    os.environ["FLEXKERNELS_PERSISTENT_STEP"] = str(int(one_kernel))
+    try:
+        yield
+    finally:
+        os.environ["FLEXKERNELS_PERSISTENT_STEP"] = before
+
+
 class Ours:
     """The step over and over at one cache length, from the same token."""
 
-    def __init__(self, model: Generator, samples: int, cuda_graph: bool):
+    def __init__(self, model: Generator, samples: int, cuda_graph: bool, one_kernel: bool):
+        self.one_kernel = one_kernel
         request = decoding.Request.checked(
             model.config, [0] * samples, frames=5, tokens_per_frame=MAX_LEN // 5, prompt=None, guided=True
         )
@@ -31,7 +46,8 @@ class Ours:
         self.step = decoding.Graphs(model, self.state).step if cuda_graph else self.plain
 
     def plain(self, samples: int, limit: int):
-        self.model.step(self.state, samples, limit)
+        with blocks_in(self.one_kernel):
+            self.model.step(self.state, samples, limit)
 
     def rewind(self, position: int):
         self.state.position.fill_(position)
@@ -41,7 +57,8 @@ class Ours:
     @torch.no_grad()
     def __call__(self, step=None):
         self.rewind(LENGTH)
-        (step or self.step)(self.samples, MAX_LEN)
+        with blocks_in(self.one_kernel):
+            (step or self.step)(self.samples, MAX_LEN)
         return self.state.out[:, LENGTH]
 
     def once(self):
@@ -49,11 +66,11 @@ class Ours:
         return self(self.plain)
 
 
-def generator_step(device: str, dtype: torch.dtype, samples: int) -> Case:
+def generator_step(device: str, dtype: torch.dtype, samples: int, one_kernel: bool = False) -> Case:
     depth = 16 if device == "cuda" else 10
     model = random_generator(device, dtype, depth)
     rows = 2 * samples
-    ours = Ours(model, samples, device == "cuda")
+    ours = Ours(model, samples, device == "cuda", one_kernel)
     loop = generator_peers.Loop(model.published(), depth, rows, MAX_LEN)
     # both caches hold the same: rows of ours are [cond, uncond] of each sample, of the loop all cond, then all uncond
     filled = 0.5 * torch.randn(2, depth, 2, samples, depth, MAX_LEN, 64, device=device)
@@ -113,3 +130,13 @@ def generator_step_batch8_fp32(device: str) -> Case:
 @case("generator_step_batch8_bf16")
 def generator_step_batch8_bf16(device: str) -> Case:
     return generator_step(device, torch.bfloat16, 8)
+
+
+@case("generator_step_one_kernel_bf16", gpu_only=True)
+def generator_step_one_kernel_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 1, one_kernel=True)
+
+
+@case("generator_step_one_kernel_batch4_bf16", gpu_only=True)
+def generator_step_one_kernel_batch4_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 4, one_kernel=True)

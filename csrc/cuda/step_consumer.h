@@ -5,11 +5,12 @@
 
 namespace flexkernels::cuda::step {
 
-// kWide: blocks of the width, kDeep: of the hidden width, that a warp has at most
-template <typename T, bool kInt8, int kWide, int kDeep>
+template <typename T, bool kInt8>
 struct Consumer {
+  // blocks of the width, and of the hidden width, that a warp has at most
+  static constexpr int kWide = kStepMaxWidth / (kWarps * kBlock), kDeep = kStepMaxHidden / (kWarps * kBlock);
   // runs in registers ahead of the activations, as many as the 96 registers of a lane allow
-  static constexpr int kAhead = kWide == 1 ? 2 : 0, kAheadProj = kWide == 1 ? 1 : 0, kAheadDeep = 0;
+  static constexpr int kAhead = 2, kAheadProj = 1, kAheadDeep = 0;
 
   Lanes<T, kInt8> l;
   const TransformerStep& p;
@@ -165,24 +166,19 @@ struct Consumer {
       ptx::store_relaxed(places.hidden + row * p.hidden + n, word<T>(gate * sigmoid * up, phase + 1));
     });
     const auto fetch = [&](uint32_t (&x)[kDeep][kValues]) {
-      constexpr int kAtATime = kDeep == 3 ? 3 : 2;
-      static_assert(kDeep % kAtATime == 0, "blocks are fetched in twos or threes");
       l.sync();
+      uint4 v[4 * kDeep] = {};
+      if (l.g < p.rows && l.warp * kBlock < p.hidden) {
+        const uint32_t* words[4 * kDeep];
 #pragma unroll
-      for (int from = 0; from < kDeep; from += kAtATime) {
-        uint4 v[4 * kAtATime] = {};
-        if (l.g < p.rows && (l.warp + kWarps * from) * kBlock < p.hidden) {
-          const uint32_t* words[4 * kAtATime];
-#pragma unroll
-          for (int i = 0; i < 4 * kAtATime; ++i) {
-            const int block = l.warp + kWarps * (from + i / 4), there = block * kBlock < p.hidden ? block : l.warp;
-            words[i] = places.hidden + l.g * p.hidden + there * kBlock + quarter<kInt8>(l.t, i % 4);
-          }
-          await<4 * kAtATime>(words, phase, v);
+        for (int i = 0; i < 4 * kDeep; ++i) {
+          const int block = l.warp + kWarps * (i / 4), there = block * kBlock < p.hidden ? block : l.warp;
+          words[i] = places.hidden + l.g * p.hidden + there * kBlock + quarter<kInt8>(l.t, i % 4);
         }
-#pragma unroll
-        for (int i = 0; i < 4 * kAtATime; ++i) pack_quarter<kInt8>(v[i], x[from + i / 4] + 2 * (i % 4));
+        await<4 * kDeep>(words, phase, v);
       }
+#pragma unroll
+      for (int i = 0; i < 4 * kDeep; ++i) pack_quarter<kInt8>(v[i], x[i / 4] + 2 * (i % 4));
       __syncwarp();
     };
     const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, false, last); };

@@ -29,10 +29,11 @@ namespace {
 
 using namespace step;
 
-template <typename T, bool kInt8, int kWide, int kDeep>
+template <typename T, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 1)
     transformer_step_kernel(const __grid_constant__ TransformerStep p, const int slots) {
-#if __CUDA_ARCH__ >= 900
+// newer GPUs run it in more registers than a lane has
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
   const Shared s = carve(p, slots);
   if (threadIdx.x == 0) {
     for (int i = 0; i < slots; ++i) {
@@ -48,22 +49,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     producer.at.slots = slots;
     return producer.step();
   }
-  Consumer<T, kInt8, kWide, kDeep>(p, s, slots).step();
+  Consumer<T, kInt8>(p, s, slots).step();
 #endif
 }
 
 typedef void (*Kernel)(TransformerStep, int);
 
-template <typename T, bool kInt8>
 Kernel kernel_of(const TransformerStep& p) {
-  constexpr int kOne = kWarps * kBlock;
-  return p.width <= kOne && p.hidden <= 3 * kOne ? transformer_step_kernel<T, kInt8, 1, 3>
-                                                 : transformer_step_kernel<T, kInt8, 2, 6>;
-}
-
-Kernel kernel_of(const TransformerStep& p) {
-  if (p.dtype == Dtype::bf16) return p.int8 ? kernel_of<bf16, true>(p) : kernel_of<bf16, false>(p);
-  return p.int8 ? kernel_of<f16, true>(p) : kernel_of<f16, false>(p);
+  if (p.dtype == Dtype::bf16) {
+    return p.int8 ? transformer_step_kernel<bf16, true> : transformer_step_kernel<bf16, false>;
+  }
+  return p.int8 ? transformer_step_kernel<f16, true> : transformer_step_kernel<f16, false>;
 }
 
 int attribute(cudaDeviceAttr which) {
@@ -93,12 +89,12 @@ unsigned shared_bytes(const TransformerStep& p, int blocks, int slots) {
 const char* transformer_step_refusal(const TransformerStep& p) {
   if (p.dtype == Dtype::f32) return "it takes bfloat16 and float16";
   if (p.rows > kStepMaxRows) return "it takes at most 8 rows";
-  if (p.width % 128 || p.width > kStepMaxWidth) return "it takes widths up to 2048 that are multiples of 128";
+  if (p.width % kBlock || p.width > kStepMaxWidth) return "it takes widths up to 1024 that are multiples of 64";
   if (p.hidden % kBlock || p.hidden < kBlock || p.hidden > kStepMaxHidden) {
-    return "it takes hidden widths up to 6144 that are multiples of 64";
+    return "it takes hidden widths up to 3072 that are multiples of 64";
   }
   if (p.head_dim != 64 && p.head_dim != 128) return "it takes a head_dim of 64 or 128";
-  if (attribute(cudaDevAttrComputeCapabilityMajor) < 9) return "it needs compute capability 9.0";
+  if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "it needs compute capability 9.0";
   if (!attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
   const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
   const int widest = p.width > p.hidden ? p.width : p.hidden;

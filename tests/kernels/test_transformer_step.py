@@ -1,93 +1,19 @@
 """A step through a stack of blocks: its own parts bit by bit, its reference, and clear errors."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers import DEVICE, FLOATS, assert_accurate, repeat_at_level
+from step_cases import Case, by_parts, draw_blocks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
-from flexkernels import BlockWeights, StackWeights, _native, transformer_step_, transformer_step_ref_
+from flexkernels import StackWeights, _native, transformer_step_, transformer_step_ref_
 
 needs_native = pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {_native.cpu_unavailable}")
 EPS = 1e-6
-
-
-def draw_blocks(layers, width, hidden, dtype, *, int8=False, cross=False):
-    def matrix(n, k):
-        weight = torch.randn(n, k).to(dtype) / k**0.5
-        return flexkernels.quantize_rows(weight) if int8 else weight
-
-    def norm():
-        return (1 + 0.1 * torch.randn(width)).to(dtype)
-
-    return [
-        BlockWeights(
-            norm(), matrix(3 * width, width), matrix(width, width), norm(), matrix(2 * hidden, width),
-            matrix(width, hidden), *((norm(), matrix(width, width), matrix(width, width)) if cross else ()),
-        )
-        for _ in range(layers)
-    ]  # fmt: skip
-
-
-class Case:
-    """Blocks and the arguments of one step, every tensor drawn in its own dtype; caches are views of longer ones."""
-
-    def __init__(self, rows, heads, head_dim, dtype, *, layers=2, hidden=70, contexts=0, **options):
-        width = heads * head_dim
-        self.blocks = draw_blocks(layers, width, hidden, dtype, cross=contexts > 0, **options)
-        self.weights = StackWeights(self.blocks)
-        self.x = torch.randn(rows, width).to(dtype)
-        self.caches = torch.randn(2, layers, rows + 1, heads, 310, head_dim).to(dtype)
-        self.cache_len = torch.randint(1, 300, (rows,), dtype=torch.int32)
-        self.cross = {}
-        if contexts:
-            # keys and values as a transposed projection leaves them
-            pairs = torch.randn(layers, contexts, 9, 2, heads, head_dim).to(dtype).permute(0, 3, 1, 4, 2, 5)
-            self.cross = {"cross": [tuple(p) for p in pairs], "cross_len": torch.randint(0, 10, (contexts,)).int()}
-
-    def run(self, step, change=lambda t: t):
-        """x and both caches after a step."""
-        x, (k, v) = change(self.x.clone()), change(self.caches.clone())
-        rows, cross = len(x), dict(self.cross)
-        if cross:
-            cross["cross"] = [(change(k), change(v)) for k, v in cross["cross"]]
-        blocks = [replace(b, **{n: widen(t, change) for n, t in vars(b).items()}) for b in self.blocks]
-        step(x, StackWeights(blocks), k[:, :rows, :, :300], v[:, :rows, :, :300], self.cache_len, **cross, eps=EPS)
-        return x, k, v
-
-
-def widen(value, change):
-    if isinstance(value, tuple):
-        return value
-    return None if value is None else change(value)
-
-
-def by_parts(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None, eps):
-    """The step as a caller of the single ops writes it."""
-    norms, scales = iter(weights.norms), weights.scales or [None] * len(weights.weights)
-    matrices = zip(weights.weights, scales, strict=True)
-    heads = k_cache.shape[2]
-
-    def linear(y, **options):
-        weight, scale = next(matrices)
-        return flexkernels.skinny_linear(y, weight, weight_scale=scale, **options)
-
-    y = x
-    for layer, (k, v) in enumerate(zip(k_cache, v_cache, strict=True)):
-        normed = flexkernels.rms_norm(y, next(norms)[0], eps=eps)
-        q = flexkernels.kv_append_(linear(normed)[:, None], k, v, cache_len, heads=heads)
-        y = linear(flexkernels.decode_attention(q, k, v, cache_len).flatten(1), residual=y)
-        if cross is not None:
-            contexts = len(cross_len)
-            q = linear(flexkernels.rms_norm(y, next(norms)[0], eps=eps))
-            q = q.view(len(x) // contexts, contexts, heads, -1).transpose(0, 1)
-            out = flexkernels.decode_attention(q, *cross[layer], cross_len, causal=False)
-            y = linear(out.transpose(0, 1).reshape(x.shape), residual=y)
-        normed = flexkernels.rms_norm(y, next(norms)[0], eps=eps)
-        y = linear(linear(normed, activation="swiglu"), residual=y)
-    x.copy_(y)
 
 
 CASES = {
@@ -297,3 +223,37 @@ def test_on_a_gpu():
         with flexkernels.backend(backend):
             got, want = (case.run(step, torch.Tensor.cuda)[0] for step in (transformer_step_, by_parts))
         assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_one_kernel_on_a_gpu(rows):
+    """Accurate; the same bits again, in a CUDA graph, and beside another stream's step."""
+    case = Case(rows, 4, 64, torch.bfloat16, layers=3, hidden=192)
+    case.cache_len = case.cache_len.cuda()
+    one = partial(transformer_step_, persistent=True)
+    with flexkernels.backend("cuda"):
+        got = case.run(one, torch.Tensor.cuda)
+    formula = case.run(transformer_step_ref_, torch.Tensor.cuda)[0]
+    assert_accurate(got[0], formula, case.run(transformer_step_ref_, lambda t: t.cuda().double())[0])
+    x, caches = case.x.cuda(), case.caches.cuda()[:, :, :rows]
+    weights = StackWeights(
+        [replace(b, **{n: None if t is None else t.cuda() for n, t in vars(b).items()}) for b in case.blocks]
+    )
+    inputs = [x.clone() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for y, stream in zip(inputs, streams, strict=True):
+        with torch.cuda.stream(stream):
+            # both write the same into the caches
+            one(y, weights, *caches, case.cache_len)
+    torch.cuda.synchronize()
+    graph, y = torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        y.copy_(x)
+        one(y, weights, *caches, case.cache_len)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for each in (*inputs, y):
+        assert torch.equal(each, got[0])

@@ -172,6 +172,10 @@ class Library(ctypes.CDLL):
         """Another order of warps and blocks."""
         self.emu_seed(ctypes.c_uint64(seed))
 
+    def late(self, blocks: int) -> None:
+        """So many blocks at a time, which change, stand still as long as the others get on."""
+        self.emu_late(ctypes.c_uint(blocks))
+
     def region(self, address: int, size: int, name: str, output: bool = False) -> None:
         self.emu_region(ctypes.c_void_p(address), ctypes.c_size_t(size), name.encode(), int(output))
 

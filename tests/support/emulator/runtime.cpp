@@ -49,6 +49,7 @@ void (*kernel_body)(void*);
 void* kernel_context;
 std::string failure;
 uint64_t random_state = 1;
+unsigned late_blocks = 0;
 std::vector<char*> free_stacks;
 
 std::string command(const std::string& line) {
@@ -537,6 +538,14 @@ static bool run_lanes(Warp& warp) {
   fail(at, "deadlock: threads wait %s", text.c_str());
 }
 
+// some resident clusters that stand still while the others get on; others from time to time
+static std::set<const Cluster*> choose_late(const std::vector<std::unique_ptr<Cluster>>& resident) {
+  std::set<const Cluster*> late;
+  const size_t most = std::min<size_t>(late_blocks, resident.empty() ? 0 : resident.size() - 1);
+  while (late.size() < most) late.insert(resident[dice() % resident.size()].get());
+  return late;
+}
+
 static void run_all() {
   std::vector<uint32_t> queue(machine->clusters);
   for (uint32_t i = 0; i < machine->clusters; ++i) queue[i] = machine->clusters - 1 - i;
@@ -545,14 +554,19 @@ static void run_all() {
     if (dice() % 4 == 0) std::swap(queue[i - 1], queue[dice() % i]);
   }
   std::vector<std::unique_ptr<Cluster>> resident;
-  for (int idle = 0;;) {
+  std::set<const Cluster*> late;
+  for (int idle = 0, rounds = 0;; ++rounds) {
     while (!queue.empty() && (resident.empty() || (resident.size() + 1) * machine->cluster_blocks <= kWindow)) {
       resident.push_back(admit(queue.back()));
       queue.pop_back();
     }
     if (resident.empty()) return;
+    // when nobody else can get on, the late ones must
+    if (rounds % 64 == 0) late = choose_late(resident);
+    if (idle) late.clear();
     std::vector<Warp*> order;
     for (const auto& cluster : resident) {
+      if (late.count(cluster.get())) continue;
       for (const auto& block : cluster->blocks) {
         for (Warp& warp : block->warps) order.push_back(&warp);
       }
@@ -619,6 +633,7 @@ const char* run(const Grid& grid, void (*body)(void*), void* context) {
   return message.empty() ? nullptr : message.c_str();
 }
 
+extern "C" void emu_late(unsigned blocks) { late_blocks = blocks; }
 extern "C" void emu_seed(uint64_t seed) { random_state = seed * 0x9e3779b97f4a7c15u + 1; }
 
 }  // namespace emu
