@@ -111,9 +111,9 @@ def test_ragged_rows(place, guidance):
 @on_every_backend
 @every_guidance
 def test_rows_of_several_blocks(place, guidance):
-    """A prefix that ends inside a block of its row, beside a row shorter than a pack and one without a prefix."""
-    prefix = Prefix(torch.randn(1504), torch.tensor([0, 2, 1504, 1504]), torch.randn(1504), 0.3)
-    offsets = torch.tensor([0, 3, 4104, 9000])
+    """A prefix that ends inside a pack and a block of its row, beside a row shorter than a pack and one without any."""
+    prefix = Prefix(torch.randn(1504), torch.tensor([0, 1502, 1504, 1504]), torch.randn(1504), 0.3)
+    offsets = torch.tensor([0, 4104, 4107, 9000])
     check(place, draw(guidance, 9000, row_offsets=offsets) | {"prefix": prefix})
 
 
