@@ -6,9 +6,8 @@
 //
 // A layer has the phases qkv, attention, proj, (cross q, cross attention, cross proj,) gate and up, down. Why no word
 // is overwritten before all who need it have read it, and why nobody waits for ever:
-//  1. Phases have the numbers 1, 2, ... of the launch, below 2^16; the words are zero when it starts. So a word that
-//  has
-//     the number a reader waits for is of that phase.
+//  1. Phases have the numbers 1, 2, ... of the launch, below 2^16; the words are zero when it starts. So a word with
+//     the number that a reader waits for is of that phase.
 //  2. A block stores words of phase n only after all its warps have read all they need of phase n - 1: the reads are
 //     before, the stores behind, a barrier of the block. It stores all of its words of phase n, then goes on.
 //  3. Together the readers of phase n - 1 read each of its words, and who has no words of phase n reads none. So when

@@ -29,7 +29,7 @@ def test_python_example(tmp_path, monkeypatch):
 
 def test_commands_exist(capsys):
     names = set(re.findall(r"^    vft (\w+)", README, re.MULTILINE)) | {"demo"}
-    assert names == {"encode", "decode", "reconstruct", "generate", "info", "train", "eval", "bench", "demo"}
+    assert names == {"encode", "decode", "reconstruct", "generate", "info", "train", "eval", "bench", "demo", "view"}
     for name in names:
         assert cli.main([name, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: vft {name}")
