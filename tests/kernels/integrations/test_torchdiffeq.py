@@ -179,7 +179,7 @@ def test_a_gradient_to_the_times():
         dict(method="euler2"),
         dict(options=dict(step_size=0.1, grid_constructor=lambda func, y0, t: t)),
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_what_is_malformed_gets_torchdiffeqs_error(change):
     settings = dict(y0=torch.ones(2), t=torch.linspace(0, 1, 3), method="rk4") | change
