@@ -191,10 +191,10 @@ class SequenceLayout:
         self.batch, self.max_seqlen = len(frames), self.queries.max_seqlen
 
         made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
-        own = [torch.from_numpy(x).to(self.device) for x in self.queries.tokens]
-        keys = own if self.keys is self.queries else [torch.from_numpy(x).to(self.device) for x in self.keys.tokens]
+        own = [torch.tensor(x, device=self.device) for x in self.queries.tokens]
+        keys = own if self.keys is self.queries else [torch.tensor(x, device=self.device) for x in self.keys.tokens]
         made = *made, listed(weighted_keys, self.keys)
-        self.tensors = LayoutTensors(*own, *keys, *(torch.from_numpy(x).to(self.device) for x in made))
+        self.tensors = LayoutTensors(*own, *keys, *(torch.tensor(x, device=self.device) for x in made))
         self.cu_seqlens, self.frame, self.rank = own
         self.arguments = list(self.tensors), MASKS.index(mask), list(cross)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..words import COLOURS, MOTIONS, SHAPES
-from .procedural import TAU, _generator, _plane, _Scene
+from .scene import TAU, Scene, generator, plane
 
 RGB = dict(
     zip(
@@ -25,7 +25,7 @@ TRIANGLE, SQUARE = np.float32(0.5), np.float32(0.5**0.5)
 
 def facts(seed: int, index: int) -> tuple[str, str, str]:
     """Colour, shape and motion of clip (seed, index)."""
-    return _facts(_generator(seed, index))
+    return _facts(generator(seed, index))
 
 
 def caption(seed: int, index: int) -> str:
@@ -37,9 +37,9 @@ def clip(seed: int, index: int, size: int = 64, frames: int = 17) -> torch.Tenso
     """Renders one clip: uint8 ``[frames, size, size, 3]``. Raises ValueError as :func:`vft.train.procedural.clip`."""
     if size < 1 or frames < 1:
         raise ValueError(f"size and frames must be >= 1, got {size} and {frames}")
-    rng = _generator(seed, index)
+    rng = generator(seed, index)
     colour, shape, motion = _facts(rng)
-    scene = _Scene(rng, "still", size, frames)
+    scene = Scene(rng, "still", size, frames)
     scene.draw_background()
     # the background steps back behind what is named
     scene.canvas *= 0.5
@@ -52,7 +52,7 @@ def _facts(rng) -> tuple[str, str, str]:
     return tuple(str(words[rng.integers(len(words))]) for words in (COLOURS, SHAPES, MOTIONS))
 
 
-def _draw(scene: _Scene, rng, colour: str, shape: str, motion: str) -> None:
+def _draw(scene: Scene, rng, colour: str, shape: str, motion: str) -> None:
     time = np.arange(scene.canvas.shape[1]) / 16
     radius, speed = rng.uniform(0.3, 0.5), rng.uniform(0.6, 1.1)
     centre = rng.uniform(-0.35, 0.35, (2, 1)) + np.zeros((2, len(time)))
@@ -74,7 +74,7 @@ def _draw(scene: _Scene, rng, colour: str, shape: str, motion: str) -> None:
         ],
         1,
     )
-    u, v = _plane(to_local, scene.axis, scene.axis)
+    u, v = plane(to_local, scene.axis, scene.axis)
     pixels = np.exp(log_scale).astype(np.float32)[:, None, None] * np.float32(scene.size / 2)
     alpha = np.clip(0.5 - _distance(shape, u, v) * pixels, 0, 1)
     # shading across the thing shows that it turns

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .procedural import TAU, _Scene
+from .scene import TAU, Scene
 
 
-class Filmed(_Scene):
+class Filmed(Scene):
     """A scene with the traces of drawing and filming. Widths are in pixels of a frame of 64, and scale with it."""
 
     def __init__(self, rng, family, size, frames):

@@ -12,7 +12,6 @@ from vft.config import make_config, parse_config
 from vft.evaluate import held_out
 from vft.train import generator, start, tokenizer
 from vft.train.generator import GeneratorSettings
-from vft.train.loop import Settings
 from vft.train.tokenizer import TINY, TokenizerSettings
 
 SMALL = make_config(
@@ -201,7 +200,7 @@ def test_weights_that_change_have_no_fingerprint_of_a_file(old):
 
 def test_a_few_steps_from_a_checkpoint_beat_as_many_from_nothing(tmp_path):
     """3 dB, see docs/models.md for more steps."""
-    settings = Settings(steps=3, batch=2, clips=6, warmup=1, learning_rate=5e-4)
+    settings = TokenizerSettings(steps=3, batch=2, clips=6, warmup=1, learning_rate=5e-4)
     tokenizer.train(tmp_path / "from", replace(settings, start="tiny"), config=make_config(**TINY))
     tokenizer.train(tmp_path / "new", settings, config=make_config(**TINY))
     continued, new = (
