@@ -88,8 +88,16 @@ def test_prompts_stops_and_levels(case):
     assert gen.generate(**one, n=0, frames=1, tokens_per_frame=2, draft=gen).shape == (0, 1, 2)
 
 
-@pytest.mark.parametrize("options", [{"weights": "int8"}, {"dtype": torch.bfloat16}], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("ar_class", {"weights": "int8"}),
+        ("ar_text", {"dtype": torch.bfloat16}),
+        pytest.param("ar_text", {"weights": "int8"}, marks=pytest.mark.slow),
+        pytest.param("ar_class", {"dtype": torch.bfloat16}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_model_of_fewer_bytes_is_a_draft_of_its_own(case, options, monkeypatch):
     gen, seen = load(case), rounds(monkeypatch)
     run = dict(frames=5, tokens_per_frame=5, seed=3, guidance=2.0)
