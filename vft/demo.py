@@ -33,7 +33,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        return f"k = {self.tokens.registers}"
+        return f"{self.tokens.registers} token{'s' if self.tokens.registers > 1 else ''} a frame"
 
 
 def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
@@ -60,7 +60,7 @@ def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
     panels = [("source", source)] + [(f"{r.label}, {r.psnr:.1f} dB", r.frames) for r in results]
     write_video(movie, side_by_side(panels, CREDIT), video.fps)
     rows = [(f"source\n{source.shape[2]}x{source.shape[1]}", source)]
-    rows += [(f"{r.label}\n{r.tokens.ids.numel()} tokens\n{r.psnr:.1f} dB", r.frames) for r in results]
+    rows += [(f"{r.label}\n{r.psnr:.1f} dB", r.frames) for r in results]
     with replacing(picture) as temporary:
         contact_sheet(rows, footer=CREDIT).save(temporary, format="png")
     clip = view.describe(tokenizer, tokens, source, name=CLIP.name, **options)
