@@ -3,7 +3,7 @@
 #include "../core/conv.h"
 
 #include "kernels.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace flexkernels::FLEXKERNELS_ISA {
 namespace {
@@ -13,16 +13,6 @@ namespace {
 constexpr int kGroups = kConvPanel / W;
 // rows of a product whose sums stay in registers
 constexpr int kRows = W == 16 ? 12 : W == 8 ? 6 : 2;
-
-ALWAYS_INLINE vf spread(float x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (vf)_mm256_set1_ps(x);
-#else
-  return vf{x, x, x, x};
-#endif
-}
 
 // m [R, 16] = v [R, depth] u [depth, 16]
 template <int R>
@@ -34,7 +24,7 @@ ALWAYS_INLINE void multiply(const float* v, const float* u, int64_t depth, float
     for (int g = 0; g < kGroups; ++g) b[g] = load(u + k * kConvPanel + g * W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const vf a = spread(v[r * depth + k]);
+      const vf a = splat(v[r * depth + k]);
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) sum[r][g] = fma(a, b[g], sum[r][g]);
     }

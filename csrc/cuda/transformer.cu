@@ -61,20 +61,13 @@ Kernel kernel_of(const TransformerStep& p) {
   return p.int8 ? transformer_step_kernel<f16, true> : transformer_step_kernel<f16, false>;
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_launch("transformer_step", cudaGetDevice(&device));
-  check_launch("transformer_step", cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 // tiles that a pair of runs of a matrix takes, all of which must be in the ring together
 int pair_of_runs(const TransformerStep& p, int k) { return 2 * ((kRun * k * (p.int8 ? 1 : 2) + kTile - 1) / kTile); }
 
 // tiles of the ring; more than 16 keep nothing busy that 16 do not
 int ring_slots(const TransformerStep& p, int blocks) {
   constexpr int kMost = 16;
-  const int64_t room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - shared_beside_ring(p, blocks, kMost);
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - shared_beside_ring(p, blocks, kMost);
   const int64_t slots = room / kTile;
   return static_cast<int>(slots < kMost ? slots : kMost);
 }
@@ -93,8 +86,8 @@ const char* transformer_step_refusal(const TransformerStep& p) {
     return "it takes hidden widths up to 3072 that are multiples of 64";
   }
   if (p.head_dim != 64 && p.head_dim != 128) return "it takes a head_dim of 64 or 128";
-  if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "it needs compute capability 9.0";
-  if (!attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "it needs compute capability 9.0";
+  if (!device_attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
   const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
   const int widest = p.width > p.hidden ? p.width : p.hidden;
   if (slots < 4 || slots < pair_of_runs(p, widest)) return "the device has too little shared memory for its ring";
