@@ -62,6 +62,20 @@ class LappedCodec(Codec):
         with replacing(path) as temporary:
             temporary.write_bytes(save(weights, metadata=self.metadata))
 
+    def first(self, channels: int) -> LappedCodec:
+        """The codec of the first ``channels`` alone. Raises ValueError unless there are 1 to all of them."""
+        if not 1 <= channels <= self.channels:
+            raise ValueError(f"channels must be in 1..{self.channels} of a lapped codec, got {channels}")
+        weights = self.state_dict()
+        for key, tensor in weights.items():
+            if key.endswith("_synthesis"):
+                weights[key] = tensor.unflatten(1, (AROUND, self.channels))[..., :channels].flatten(1)
+            elif key.startswith("after_"):
+                weights[key] = tensor[:, :channels]
+            elif not key.endswith("_mean"):
+                weights[key] = tensor[:channels]
+        return LappedCodec(weights, self.metadata)
+
     def pixel_weight(self, latent_frames: int) -> torch.Tensor:
         weight = torch.stack([self.first_weight] + [self.group_weight] * (latent_frames - 1), 1)
         return (weight / weight.mean())[:, :, None, None]

@@ -155,7 +155,8 @@ class Tokenizer(nn.Module):
     def codec(self):
         """The latent codec (frames <-> latents), loaded on first use."""
         if self._codec is None:
-            self._codec = load_codec(self.config.codec, self._codec_state or None).to(self.device)
+            config = self.config
+            self._codec = load_codec(config.codec, self._codec_state or None, config.channels).to(self.device)
         return self._codec
 
     @torch.no_grad()

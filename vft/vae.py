@@ -82,15 +82,19 @@ class LinearCodec(Codec):
         return torch.cat([to_frames(first, 1), to_frames(groups, 4)], 2)
 
 
-def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None) -> Codec:
+def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None, channels: int | None = None) -> Codec:
     """The codec called `name`: "lapped" or "linear" (embedded), or VidTok from its published `state_dict`.
 
-    Raises ValueError for an unknown name, or a state_dict that is missing, unwanted or does not fit.
+    Of "lapped", the first `channels` (None: all). Raises ValueError for an unknown name, a state_dict that is missing,
+    unwanted or does not fit, or channels that the codec does not have.
     """
     if name in (LINEAR, LAPPED):
         if state_dict is not None:
             raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
-        return LinearCodec.load() if name == LINEAR else LappedCodec.load()
+        if name == LINEAR:
+            return LinearCodec.load()
+        codec = LappedCodec.load()
+        return codec if channels in (None, codec.channels) else codec.first(channels)
     if name == VIDTOK:
         if state_dict is None:
             raise ValueError(f"state_dict must hold the weights of {name!r}, got None")

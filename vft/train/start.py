@@ -15,10 +15,13 @@ from typing import NamedTuple
 import torch
 
 from .. import checkpoint
+from ..codec import LAPPED, LINEAR
 from ..config import GeneratorConfig, TokenizerConfig, parse_config, parse_generator_config
 from ..fingerprint import add_tensors
 from ..generator import Generator
+from ..layers import patchify
 from ..tokenizer import Tokenizer
+from . import loss
 
 # of learned positions: dictionary entries in the published config
 _TABLES = {
@@ -26,6 +29,12 @@ _TABLES = {
     "decoder.patch_posemb.table": "patches",
     "decoder.register_posemb.table": "registers",
 }
+# axes in which the channels of a patch lie, the fastest of its values
+_CHANNELS = {
+    "encoder.patch_embed.weight": 1, "decoder.patch_embed.weight": 1, "decoder.head.weight": 0, "decoder.head.bias": 0,
+}  # fmt: skip
+# (before, after): codecs whose first channels are those of another, see :func:`vft.train.codec.follow`
+_FOLLOWS = {(LINEAR, LAPPED)}
 
 
 @dataclass(frozen=True)
@@ -46,29 +55,70 @@ class Start:
         )
 
 
-def tokenizer(reference: str, registers: int = 0, size: int = 0, frames: int = 0) -> tuple[Tokenizer, Start]:
-    """A tokenizer in training with the weights of a checkpoint; registers, working size and frames of a chunk as given,
-    0 for those of the checkpoint.
+def tokenizer(
+    reference: str, registers: int = 0, size: int = 0, frames: int = 0, codec: str = "", channels: int = 0
+) -> tuple[Tokenizer, Start]:
+    """A tokenizer in training with the weights of a checkpoint; registers, working size, frames of a chunk and latent
+    codec as given, 0 and "" for those of the checkpoint.
+
+    The first ``channels`` of another codec must begin with those of the checkpoint's, as "lapped" does with "linear":
+    the encoder starts blind to new ones, and the decoder without a velocity for them, see :func:`fit_new_channels`.
 
     Raises:
-        ValueError: a size that the checkpoint's stored (sincos) tables do not cover.
+        ValueError: a size that the checkpoint's stored (sincos) tables do not cover; a codec that does not follow its.
         CheckpointError, ConfigError (both ValueError): the checkpoint cannot be read.
     """
     old = Tokenizer.from_pretrained(reference)
-    model = Tokenizer(parse_config(_resized(old, registers, size, frames)), old.name)
+    model = Tokenizer(parse_config(_resized(old, registers, size, frames, codec, channels)), old.name)
     model.steps, model.guidance, model._codec_state = old.steps, old.guidance, old.codec_state
     new = {}
     for (name, parameter), before in zip(model.named_parameters(), old.parameters(), strict=True):
-        both = tuple(slice(min(a, b)) for a, b in zip(parameter.shape, before.shape, strict=True))
-        parameter.data[both] = before[both]
-        if added := parameter.numel() - parameter[both].numel():
+        now, before = _by_channel(name, parameter.data, model.config), _by_channel(name, before.data, old.config)
+        both = tuple(slice(min(a, b)) for a, b in zip(now.shape, before.shape, strict=True))
+        if name in _CHANNELS and now.shape != before.shape and not name.startswith("decoder.patch"):
+            now.zero_()
+        now[both] = before[both]
+        if added := now.numel() - now[both].numel():
             new[name] = added
     return model.train(), Start(
         reference, digest(old.named_parameters()), new, sum(p.numel() for p in model.parameters())
     )
 
 
-def _resized(old: Tokenizer, registers: int, size: int, frames: int) -> dict:
+@torch.no_grad()
+def fit_new_channels(model: Tokenizer, latents: list[torch.Tensor], seed: int = 0) -> None:
+    """Gives the decoder a head for channels that it has none for: the velocity of noised ``latents``, each
+    ``[C, T, H, W]``, by least squares from what the head reads.
+    """
+    decoder, read = model.decoder, []
+    hook = decoder.head.register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
+    choices = loss.draw(latents, model.registers, torch.Generator().manual_seed(seed))
+    try:
+        loss.flow_loss(model, latents, choices)
+    finally:
+        hook.remove()
+    wanted = [patchify(n - x, model.config.patch) for n, x in zip(choices.noise, latents, strict=True)]
+    found = _ridge(read[0], torch.cat(wanted).double()).to(decoder.head.weight)
+    new = (decoder.head.weight == 0).all(1)
+    decoder.head.weight[new] = found[:-1].T[new]
+    if decoder.head.bias is not None:
+        decoder.head.bias[new] = found[-1][new]
+
+
+def _ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The matrix ``[n + 1, m]``, its last row a constant, that makes most of y ``[rows, m]`` of x ``[rows, n]``."""
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    gram = x.T @ x
+    return torch.linalg.solve(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), x.T @ y)
+
+
+def _by_channel(name: str, tensor: torch.Tensor, config: TokenizerConfig) -> torch.Tensor:
+    """A view of a parameter in which the latents' channels have an axis of their own, where it has them."""
+    axis = _CHANNELS.get(name)
+    return tensor if axis is None else tensor.unflatten(axis, (-1, config.channels))
+
+
+def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str, channels: int) -> dict:
     """The checkpoint's config with other sizes; what its tables cover already stays."""
     config, raw = old.config, copy.deepcopy(old.config.raw)
     registers, size, frames = registers or config.registers, size or config.size, frames or config.chunk_size
@@ -76,6 +126,17 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int) -> dict:
     latent = (1 + (frames - 1) // 4) // config.patch[0], *((size or 0) // 8 // p for p in config.patch[1:])
     tree = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
     entry = _entry(tree, config, "encoder.registers")
+    if codec and codec != config.codec:
+        if (config.codec, codec) not in _FOLLOWS or channels < config.channels:
+            raise ValueError(
+                f"codec must be one whose first channels are those of {config.codec!r}, got {codec!r} of {channels}"
+            )
+        for name, field in (
+            ("encoder.patch_embed", "channels_in"), ("decoder.patch_embed", "channels_in"),
+            ("decoder.head", "channels_out"),
+        ):  # fmt: skip
+            _entry(tree, config, name)[field] = channels
+        tree["vae"]["tokenizer_id"] = codec
     if registers != config.registers:
         entry.pop("n_eval", None)
         entry["n_max"] = registers

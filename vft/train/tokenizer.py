@@ -28,17 +28,21 @@ TINY = {
 STEPS = 1
 
 
-# codecs that a new tokenizer may be trained with from this command
-CODECS = (LINEAR, LAPPED)
+# codecs that a tokenizer may be trained with from this command, and how many of their channels it takes: those of a
+# patch must fit into the width beside the codes of :mod:`vft.train.initial`
+CODECS = {LINEAR: 16, LAPPED: 24}
 
 
 @dataclass(frozen=True)
 class TokenizerSettings(Settings):
     """``registers`` of each latent frame; 0: as many as the config, or the checkpoint, has. ``edges``: weight of
     :func:`vft.train.loss.edge_error`, for linear codecs. ``early``: share of the samples with few registers whose
-    number has density 1 / k, see :func:`vft.train.loss.draw`."""
+    number has density 1 / k, see :func:`vft.train.loss.draw`. ``codec`` and its ``channels``: of a checkpoint that goes
+    on with another codec, see :func:`vft.train.start.tokenizer`; empty and 0 for its own."""
 
     registers: int = 0
+    codec: str = ""
+    channels: int = 0
     edges: float = 0.0
     early: float = 0.0
 
@@ -49,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_arguments(parser, defaults)
     add("--registers", type=int, default=0, help="of a latent frame (default 32, or the checkpoint's)")
     add("--codec", choices=CODECS, help=f"of the latents (default {TINY['codec']}, or the checkpoint's)")
+    add("--channels", type=int, default=0, help=f"of the codec lapped (default {CODECS[LAPPED]})")
     add("--edges", type=float, default=defaults.edges, help="weight of errors in edges (default %(default)s)")
     add(
         "--early", type=float, default=defaults.early,
@@ -58,11 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains as the parsed arguments say; returns the exit code."""
-    if args.start and args.codec:
-        raise ValueError(f"--codec must not be given with --from, whose codec stays, got {args.codec}")
-    settings = TokenizerSettings(**loop.common(args), registers=args.registers, edges=args.edges, early=args.early)
+    if args.channels and args.codec != LAPPED:
+        raise ValueError(f"--channels must come with --codec {LAPPED}, got {args.channels}")
     name = args.codec or TINY["codec"]
-    changes = {"codec": name, "channels": load_codec(name).channels}
+    changes = {"codec": name, "channels": args.channels or CODECS[name]}
+    # a checkpoint keeps its codec unless another is asked for
+    codec = changes if args.start and args.codec else {}
+    settings = TokenizerSettings(
+        **loop.common(args), registers=args.registers, edges=args.edges, early=args.early, **codec
+    )
     if settings.registers > 0:
         changes["registers"] = settings.registers
     return loop.run(args, settings, partial(train, config=make_config(**TINY | changes)))
@@ -100,13 +109,13 @@ class TokenizerTask:
         self.settings, self.start = settings, None
         if settings.start:
             sizes = settings.registers, max(settings.sizes, default=0), max(settings.frames, default=0)
-            self.model, self.start = start.tokenizer(settings.start, *sizes)
+            self.model, self.start = start.tokenizer(settings.start, *sizes, settings.codec, settings.channels)
             codec = self.model.codec
         else:
             self.model = Tokenizer(parse_config(config), "tiny").train()
             # a model this small is closest to its source in one step
             self.model.steps, self.model.guidance = STEPS, None
-            codec = load_codec(self.model.config.codec)
+            codec = load_codec(self.model.config.codec, channels=self.model.config.channels)
         config = self.model.config
         if codec.channels != config.channels:
             raise ValueError(f"the config must have the codec's {codec.channels} channels, got {config.channels}")
@@ -116,7 +125,10 @@ class TokenizerTask:
         self.codec = codec.requires_grad_(False)
         if self.start is None:
             self._begin()
-        elif settings.lora:
+        elif settings.codec:
+            first = [x.to(self.model.device) for x in self.data.batch(range(min(64, settings.clips)))]
+            start.fit_new_channels(self.model, first)
+        if settings.lora:
             lora.add(self.model, settings.lora, set(self.start.new))
 
     def _begin(self) -> None:
