@@ -63,7 +63,7 @@ def read(reference: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Any]
 
 def embedded_models(suffix: str = "") -> list[str]:
     """Names of the models of one kind shipped in the package."""
-    stems = {p.stem for p in ASSETS.glob("*.safetensors")} - {"codec", "lapped"}
+    stems = {p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "codec" and not p.stem.startswith("lapped")}
     generators = {stem for stem in stems if stem.endswith(GENERATOR)}
     return sorted(stem.removesuffix(suffix) for stem in (generators if suffix else stems - generators))
 

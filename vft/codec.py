@@ -4,7 +4,10 @@ Every codec is causal and packs 1 + 4k frames into 1 + k latent frames at an eig
 alone, then groups of four.
 """
 
+import os
+
 import torch
+from safetensors import SafetensorError, safe_open
 
 # codecs that a config may name: the embedded ones of `vft.vae` and `vft.lapped`, and the published one of `vft.vidtok`
 LINEAR = "linear"
@@ -65,3 +68,12 @@ class Codec(torch.nn.Module):
     def render(self, latents: torch.Tensor) -> torch.Tensor:
         """:meth:`decode` with gradients, of latents that are not checked."""
         return self._decode(latents).float()
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises ValueError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .blocks import FIRST, GROUP, to_blocks, to_frames
-from .codec import LAPPED, Codec
+from .codec import LAPPED, Codec, read_weights
 from .files import replacing
 
-ASSET = Path(__file__).parent / "assets" / "lapped.safetensors"
+# channels of the embedded ones; the first ones of more are those of fewer
+CHANNELS = (24, 44)
 AROUND = 9
 
 
@@ -42,14 +42,16 @@ class LappedCodec(Codec):
             self.register_buffer(key, weights[key].float())
 
     @classmethod
-    def load(cls, path: str | os.PathLike = ASSET) -> LappedCodec:
-        """Reads a file that :meth:`save` wrote; the embedded one by default. Raises ValueError for any other file."""
-        try:
-            with safe_open(path, "pt") as file:
-                weights = {key: file.get_tensor(key) for key in file.keys()}
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
+    def embedded(cls, channels: int = CHANNELS[-1]) -> LappedCodec:
+        """Raises ValueError for other ``channels`` than ``CHANNELS``."""
+        if channels not in CHANNELS:
+            raise ValueError(f"channels of the codec {LAPPED!r} must be one of {CHANNELS}, got {channels}")
+        return cls.load(asset(channels))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LappedCodec:
+        """Reads a file that :meth:`save` wrote. Raises ValueError for any other file."""
+        weights, metadata = read_weights(path)
         found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         expected = shapes(len(weights.get("first_analysis", ())))
         if found != expected:
@@ -61,20 +63,6 @@ class LappedCodec(Codec):
         weights = {key: tensor.half().contiguous() for key, tensor in self.state_dict().items()}
         with replacing(path) as temporary:
             temporary.write_bytes(save(weights, metadata=self.metadata))
-
-    def first(self, channels: int) -> LappedCodec:
-        """The codec of the first ``channels`` alone. Raises ValueError unless there are 1 to all of them."""
-        if not 1 <= channels <= self.channels:
-            raise ValueError(f"channels must be in 1..{self.channels} of a lapped codec, got {channels}")
-        weights = self.state_dict()
-        for key, tensor in weights.items():
-            if key.endswith("_synthesis"):
-                weights[key] = tensor.unflatten(1, (AROUND, self.channels))[..., :channels].flatten(1)
-            elif key.startswith("after_"):
-                weights[key] = tensor[:, :channels]
-            elif not key.endswith("_mean"):
-                weights[key] = tensor[:channels]
-        return LappedCodec(weights, self.metadata)
 
     def pixel_weight(self, latent_frames: int) -> torch.Tensor:
         weight = torch.stack([self.first_weight] + [self.group_weight] * (latent_frames - 1), 1)
@@ -93,6 +81,11 @@ class LappedCodec(Codec):
         groups[:, :1] += z[:, :1][:, : groups.shape[1]] @ self.after_first.T
         groups[:, 1:] += z[:, 1:-1] @ self.after_group.T
         return torch.cat([to_frames(first, 1), to_frames(groups, 4)], 2)
+
+
+def asset(channels: int) -> Path:
+    """The file of an embedded codec."""
+    return Path(__file__).parent / "assets" / f"lapped_{channels}.safetensors"
 
 
 def shapes(channels: int) -> dict[str, tuple[int, ...]]:

@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .blocks import to_blocks, to_frames
-from .codec import LAPPED, LINEAR, VIDTOK, Codec
+from .codec import LAPPED, LINEAR, VIDTOK, Codec, read_weights
 from .files import replacing
 from .lapped import LappedCodec
 from .train.procedural import batch
@@ -45,12 +44,7 @@ class LinearCodec(Codec):
     @classmethod
     def load(cls, path: str | os.PathLike = ASSET) -> "LinearCodec":
         """Reads a file that `save` wrote; the embedded one by default. Raises ValueError for any other file."""
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
+        tensors, metadata = read_weights(path)
         channels = len(tensors.get("first_basis", ()))
         expected = _linear_shapes(channels)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -85,16 +79,13 @@ class LinearCodec(Codec):
 def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None, channels: int | None = None) -> Codec:
     """The codec called `name`: "lapped" or "linear" (embedded), or VidTok from its published `state_dict`.
 
-    Of "lapped", the first `channels` (None: all). Raises ValueError for an unknown name, a state_dict that is missing,
-    unwanted or does not fit, or channels that the codec does not have.
+    `channels` choose between those of "lapped" (None: the most). Raises ValueError for an unknown name, a state_dict
+    that is missing, unwanted or does not fit, or channels that the codec "lapped" does not come with.
     """
     if name in (LINEAR, LAPPED):
         if state_dict is not None:
             raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
-        if name == LINEAR:
-            return LinearCodec.load()
-        codec = LappedCodec.load()
-        return codec if channels in (None, codec.channels) else codec.first(channels)
+        return LinearCodec.load() if name == LINEAR else LappedCodec.embedded(*filter(None, [channels]))
     if name == VIDTOK:
         if state_dict is None:
             raise ValueError(f"state_dict must hold the weights of {name!r}, got None")

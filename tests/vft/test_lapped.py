@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from vft.evaluate import HELD_OUT_SEED
-from vft.lapped import AROUND, ASSET, LappedCodec, around, shapes
+from vft.lapped import AROUND, CHANNELS, LappedCodec, around, asset, shapes
 from vft.metrics import psnr
 from vft.train import procedural
-from vft.train.codec import fit
+from vft.train.codec import first, fit, follow
 from vft.vae import fit_linear_codec, load_codec
 
 
@@ -34,7 +34,7 @@ def border_ratio(video):
 
 def test_size_and_parameters(codec):
     assert codec.channels == 44 and sum(t.numel() for t in codec.state_dict().values()) < 1_000_000
-    assert ASSET.stat().st_size < 2_000_000
+    assert sum(asset(channels).stat().st_size for channels in CHANNELS) < 3_000_000
 
 
 def test_it_loses_less_than_the_block_transform_and_shows_no_blocks(codec, clips):
@@ -65,8 +65,52 @@ def test_latents_are_causal(codec):
     torch.testing.assert_close(c[:, :, :1], still, rtol=1e-4, atol=1e-4)
 
 
-def test_latents_suit_a_flow_model(codec, clips):
-    latents = codec.encode(clips).transpose(0, 1).flatten(1)
+def test_the_first_channels_are_a_codec_that_follows_the_linear_one(codec, clips):
+    linear = load_codec("linear")
+    fewer = load_codec("lapped", channels=24)
+    latents, wanted = fewer.encode(clips), linear.encode(clips)
+    torch.testing.assert_close(latents, codec.encode(clips)[:, :24], rtol=1e-4, atol=1e-4)
+    error = (latents[:, :16] - wanted).square().mean((0, 2, 3, 4)) / wanted.square().mean((0, 2, 3, 4))
+    assert error.max() < 0.06
+    lapped, blocks = (psnr(c.decode(z), clips).mean() for c, z in ((fewer, latents), (linear, wanted)))
+    assert lapped > blocks + 1
+    assert max(border_ratio(fewer.decode(latents))) < 1.25
+    with pytest.raises(ValueError, match=r"channels of the codec 'lapped' must be one of \(24, 44\), got 20"):
+        load_codec("lapped", channels=20)
+
+
+def test_following_turns_channels_and_keeps_pictures():
+    """A codec turned towards another decodes to the same pictures, its orthogonal channels costing what they say."""
+    few = {"seed": 3, "clips": 8, "size": 32}
+    codec, linear = fit(**few, channels=8, rounds=1), fit_linear_codec(**few, channels=4)
+    turned = follow(codec, linear, seed=3, clips=8, among=6)
+    clips = procedural.batch(3, range(8))
+    torch.testing.assert_close(
+        turned.decode(turned.encode(clips)), codec.decode(codec.encode(clips)), rtol=0, atol=2e-3
+    )
+    theirs, ours, before = linear.encode(clips), turned.encode(clips), codec.encode(clips)
+    far = lambda z: ((z[:, :4] - theirs).square().mean() / theirs.square().mean()).item()  # noqa: E731
+    assert far(ours) < 0.1 < far(before)
+    for among in (3, 9):
+        with pytest.raises(ValueError, match=f"among must be in 4..8, got {among}"):
+            follow(codec, linear, seed=3, clips=8, among=among)
+
+
+def test_first_channels_have_a_synthesis_of_their_own():
+    few = {"seed": 3, "clips": 8, "size": 32}
+    codec, clips = fit(**few, channels=8, rounds=1), procedural.batch(3, range(8), size=32)
+    latents, fewer = codec.encode(clips), first(codec, 5, **few)
+    torch.testing.assert_close(fewer.encode(clips), latents[:, :5], rtol=1e-4, atol=1e-4)
+    cut = torch.cat([latents[:, :5], torch.zeros_like(latents[:, 5:])], 1)
+    own, of_all = (psnr(x, clips).mean() for x in (fewer.decode(latents[:, :5]), codec.decode(cut)))
+    assert own > of_all + 0.02, (own, of_all)
+    for channels in (0, 9):
+        with pytest.raises(ValueError, match=f"channels must be in 1..8, got {channels}"):
+            first(codec, channels, **few)
+
+
+def test_latents_suit_a_flow_model(clips):
+    latents = load_codec("lapped", channels=24).encode(clips).transpose(0, 1).flatten(1)
     assert 0.6 < latents.var(1).mean() < 1.5
     assert latents.std(1).max() < 8 * latents.std(1).min()
 

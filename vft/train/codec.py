@@ -26,7 +26,8 @@ RIDGE = 1e-5
 def fit(seed: int, clips: int, channels: int = 44, size: int = 64, rounds: int = 3, threads: int = 1) -> LappedCodec:
     """Fits to ``clips`` procedural clips of 17 x size x size pixels.
 
-    The embedded one is :func:`follow` of ``fit(seed=1_000_000, clips=128)``. Raises ValueError for settings out of range.
+    The embedded one of 44 channels is ``fit(seed=1_000_000, clips=128)``, turned by :func:`follow`. Raises ValueError
+    for settings out of range.
     """
     if not 1 <= channels <= FIRST:
         raise ValueError(f"channels must be in 1..{FIRST}, got {channels}")
@@ -46,7 +47,7 @@ def follow(codec: LappedCodec, other: LinearCodec, seed: int, clips: int, among:
     the rest uncorrelated, so that a model of ``other`` can go on with it. Pictures of channels stay orthogonal.
 
     Measured on ``clips`` procedural clips of 17 x 64 x 64. The embedded codec is
-    ``follow(fit(seed=1_000_000, clips=128), LinearCodec.load(), seed=1_000_000, clips=128).save(ASSET)``.
+    ``follow(fit(seed=1_000_000, clips=128), LinearCodec.load(), seed=1_000_000, clips=128)``.
 
     Raises ValueError where ``among`` is less than the channels of ``other`` or more than the codec's.
     """
@@ -79,6 +80,45 @@ def follow(codec: LappedCodec, other: LinearCodec, seed: int, clips: int, among:
     return LappedCodec(weights, codec.metadata | {"follows": other.name, "among": str(among)})
 
 
+def first(codec: LappedCodec, channels: int, seed: int, clips: int, size: int = 64) -> LappedCodec:
+    """The codec of the first ``channels`` alone, with the best synthesis for these, on ``clips`` procedural clips of
+    17 x size x size pixels.
+
+    The embedded one of 24 is ``first(LappedCodec.embedded(44), 24, seed=1_000_000, clips=96)``.
+
+    Raises ValueError for more channels than the codec has, or none.
+    """
+    if not 1 <= channels <= codec.channels:
+        raise ValueError(f"channels must be in 1..{codec.channels}, got {channels}")
+    video = batch(seed, range(clips), size)
+    (blocks, groups), z = to_blocks(video), codec.encode(video)[:, :channels].permute(0, 2, 3, 4, 1)
+    weights = codec.state_dict()
+    for part, x, own, before in (("first", blocks, z[:, :1], None), ("group", groups, z[:, 1:], z[:, :1])):
+        x = x - weights[f"{part}_mean"]
+        basis, read = _components(x), _regressors(own, before)
+        synthesis = basis @ _synthesis(x @ basis, read, basis)
+        near, *after = synthesis.split([AROUND * channels] + [channels] * (2 * (before is not None)), 1)
+        weights[f"{part}_synthesis"] = near
+        weights |= dict(zip(("after_first", "after_group"), after, strict=False))
+        for name in (f"{part}_analysis", f"{part}_weight"):
+            weights[name] = weights[name][:channels]
+    return LappedCodec(weights, codec.metadata | {"channels": str(channels)})
+
+
+def _synthesis(x: torch.Tensor, read: torch.Tensor, basis: torch.Tensor, start: torch.Tensor | None = None):
+    """The best synthesis ``[n, r]`` of components ``[..., n]`` from latents ``[..., r]``."""
+    inverse = _inverse_gram(read)
+    start = torch.zeros(x.shape[-1], read.shape[-1]) if start is None else start
+    return _minimise(lambda s: _loss(read @ s.T - x, basis), start, lambda g: g @ inverse)
+
+
+def _components(centred: torch.Tensor) -> torch.Tensor:
+    """The principal components ``[n, COMPONENTS]`` of blocks ``[B, k, h, w, n]``, the largest first."""
+    rows = centred.flatten(0, 3)
+    basis = torch.linalg.eigh((rows.T @ rows / len(rows)).double()).eigenvectors
+    return basis.flip(1)[:, : COMPONENTS[centred.shape[4]]].float()
+
+
 def _rows(latents: torch.Tensor) -> torch.Tensor:
     """``[B, C, T, h, w]`` -> ``[B T h w, C]``, float64."""
     return latents.movedim(1, -1).flatten(0, -2).double()
@@ -88,9 +128,7 @@ def _fit_part(part: str, blocks: torch.Tensor, before: torch.Tensor | None, chan
     """Tensors of one part from its blocks ``[B, k, h, w, n]`` and the first frame's latents ``[B, 1, h, w, C]`` (None
     for the first frame itself); and the latents."""
     mean = blocks.flatten(0, 3).mean(0)
-    centred = (blocks - mean).flatten(0, 3)
-    basis = torch.linalg.eigh((centred.T @ centred / len(centred)).double()).eigenvectors
-    basis = basis.flip(1)[:, : COMPONENTS[blocks.shape[4]]].float()
+    basis = _components(blocks - mean)
     x = (blocks - mean) @ basis
     analysis, synthesis = _alternate(x, before, basis, channels, rounds)
     # the gauge in which latents are uncorrelated and their pictures orthogonal
@@ -131,18 +169,12 @@ def _alternate(x: torch.Tensor, before: torch.Tensor | None, basis: torch.Tensor
     analysis, synthesis = analysis.flatten(1), torch.zeros(n, channels * (AROUND + 2 * (before is not None)))
     wide_inverse = _inverse_gram(wide)
     for _ in range(rounds):
-        read = _regressors(wide @ analysis.T, before)
-        inverse = _inverse_gram(read)
-        synthesis = _minimise(
-            lambda s, read=read: _loss(read @ s.T - x, basis), synthesis, lambda g, inverse=inverse: g @ inverse
-        )
+        synthesis = _synthesis(x, _regressors(wide @ analysis.T, before), basis, synthesis)
         analysis = _minimise(
             lambda a, s=synthesis: _loss(_regressors(wide @ a.T, before) @ s.T - x, basis), analysis,
             lambda g: g @ wide_inverse,
         )  # fmt: skip
-    read = _regressors(wide @ analysis.T, before)
-    inverse = _inverse_gram(read)
-    return analysis, _minimise(lambda s: _loss(read @ s.T - x, basis), synthesis, lambda g: g @ inverse)
+    return analysis, _synthesis(x, _regressors(wide @ analysis.T, before), basis, synthesis)
 
 
 def _loss(error: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

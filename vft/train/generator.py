@@ -34,7 +34,8 @@ class GeneratorSettings(Settings):
 
     ``condition``: ``class``, or ``text`` for token files with captions and for ``named`` data. ``latent_frames``: the
     first ones of each token file are modelled (0: all). ``tables``: of tokens, ``fsq`` for ones that are linear in
-    features of the codes, or ``whole``.
+    features of the codes, or ``whole``. ``force``: the checkpoint that is continued may be of another tokenizer, of as
+    many ids, such as an earlier state of this one.
     """
 
     steps: int = 26000
@@ -48,6 +49,7 @@ class GeneratorSettings(Settings):
     tables: str = "fsq"
     condition: str = "class"
     latent_frames: int = 0
+    force: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tables", choices=TABLES, default=defaults.tables,
         help="of tokens: linear in features of their codes, or whole (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="with --from: of another tokenizer than the checkpoint's, of as many ids"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         **loop.common(args), tokenizer=args.tokenizer or defaults, depth=args.depth,
         tokens_per_frame=args.tokens_per_frame, class_dropout=args.class_dropout, tables=args.tables,
         condition=args.condition,
-        latent_frames=args.latent_frames,
+        latent_frames=args.latent_frames, force=args.force,
     )  # fmt: skip
     return loop.run(args, settings, train)
 
@@ -139,7 +144,7 @@ class GeneratorTask:
             raw |= {"n_classes": len(self.data.classes), "classes": list(self.data.classes)}
         self.tables = settings.tables
         if before:
-            raw = start.generator_config(before.config, raw)
+            raw = start.generator_config(before.config, raw, settings.force)
             self.tables = "fsq" if "fsq_levels" in before.config else "whole"
         self.model = self._build(parse_generator_config(raw)).train()
         if before:

@@ -34,7 +34,7 @@ _CHANNELS = {
     "encoder.patch_embed.weight": 1, "decoder.patch_embed.weight": 1, "decoder.head.weight": 0, "decoder.head.bias": 0,
 }  # fmt: skip
 # (before, after): codecs whose first channels are those of another, see :func:`vft.train.codec.follow`
-_FOLLOWS = {(LINEAR, LAPPED)}
+_FOLLOWS = {(LINEAR, LAPPED), (LAPPED, LAPPED)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str,
     latent = (1 + (frames - 1) // 4) // config.patch[0], *((size or 0) // 8 // p for p in config.patch[1:])
     tree = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
     entry = _entry(tree, config, "encoder.registers")
-    if codec and codec != config.codec:
+    if codec and (codec, channels) != (config.codec, config.channels):
         if (config.codec, codec) not in _FOLLOWS or channels < config.channels:
             raise ValueError(
                 f"codec must be one whose first channels are those of {config.codec!r}, got {codec!r} of {channels}"
@@ -188,20 +188,20 @@ def _config(raw: dict) -> GeneratorConfig:
     return parse_generator_config({key: value for key, value in raw.items() if key != "fsq_levels"})
 
 
-def generator_config(before: dict, now: dict) -> dict:
+def generator_config(before: dict, now: dict, force: bool = False) -> dict:
     """The config of a generator that continues one of config ``before`` on the data and tokenizer that ``now`` states.
 
-    Raises ValueError where these do not fit.
+    Raises ValueError where these do not fit; with ``force`` not where the tokenizer's weights alone are others.
     """
     old = _config(before)
     for name, value in (("condition", old.cond), ("vocab", old.vocab), ("ctx_dim", old.ctx_dim)):
         given = now.get("cond" if name == "condition" else name, 0)
         if given != value:
             raise ValueError(f"{name} must be that of the checkpoint, {value!r}, got {given!r}")
-    if old.fingerprint not in (None, now["fingerprint"]):
+    if not force and old.fingerprint not in (None, now["fingerprint"]):
         raise ValueError(
             f"the generator's tokens are those of a tokenizer of fingerprint {old.fingerprint}, got "
-            f"{now['tokenizer']!r} of {now['fingerprint']}"
+            f"{now['tokenizer']!r} of {now['fingerprint']}; --force goes on all the same"
         )
     kept = {name: getattr(old, name) for name in ("depth", "head_bias", "n_ctx_null")}
     return now | {name: value for name, value in kept.items() if name in before}

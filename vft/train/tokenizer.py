@@ -12,6 +12,7 @@ import torch
 
 from ..codec import LAPPED, LINEAR
 from ..config import make_config, parse_config
+from ..lapped import CHANNELS
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
 from . import data, initial, loop, lora, start
@@ -28,8 +29,8 @@ TINY = {
 STEPS = 1
 
 
-# codecs that a tokenizer may be trained with from this command, and how many of their channels it takes: those of a
-# patch must fit into the width beside the codes of :mod:`vft.train.initial`
+# codecs that a tokenizer may be trained with from this command, and their channels unless others are asked for: those
+# of a patch must fit into the width beside the codes of :mod:`vft.train.initial`
 CODECS = {LINEAR: 16, LAPPED: 24}
 
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_arguments(parser, defaults)
     add("--registers", type=int, default=0, help="of a latent frame (default 32, or the checkpoint's)")
     add("--codec", choices=CODECS, help=f"of the latents (default {TINY['codec']}, or the checkpoint's)")
-    add("--channels", type=int, default=0, help=f"of the codec lapped (default {CODECS[LAPPED]})")
+    add("--channels", type=int, default=0, choices=CHANNELS, help=f"of the codec lapped (default {CODECS[LAPPED]})")
     add("--edges", type=float, default=defaults.edges, help="weight of errors in edges (default %(default)s)")
     add(
         "--early", type=float, default=defaults.early,

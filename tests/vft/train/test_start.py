@@ -10,7 +10,7 @@ import vft
 from vft import cli
 from vft.config import make_config, parse_config
 from vft.evaluate import held_out
-from vft.train import generator, start, tokenizer
+from vft.train import generator, procedural, start, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.tokenizer import TINY, TokenizerSettings
 
@@ -57,6 +57,38 @@ def test_other_sizes_keep_what_was_learned(old):
     assert model.encode_latents([torch.randn(16, 9, 8, 8)])[0].shape == (9, 6)
     fewer, begin = start.tokenizer(str(old), registers=2)
     assert fewer.registers == 2 and not begin.new
+
+
+def test_another_codec_starts_with_the_same_tokens(old, tmp_path):
+    """The lapped codec's first channels follow the linear one's, and the encoder is blind to the rest."""
+    before, (model, begin) = vft.Tokenizer.from_pretrained(old), start.tokenizer(str(old), codec="lapped", channels=24)
+    assert model.codec.name == "lapped" and model.config.channels == model.codec.channels == 24
+    clips = procedural.batch(5, range(4), size=16)
+    values, old_values = (torch.cat([m.encoder(list(m.codec.encode(clips)))]) for m in (model.eval(), before))
+    assert (values - old_values).square().mean() < 0.05 * old_values.var(0).mean()
+    # 8 new channels of 2 x 2 latents, 32 wide
+    assert begin.new == {
+        "encoder.patch_embed.weight": 1024, "decoder.patch_embed.weight": 1024, "decoder.head.weight": 1024,
+        "decoder.head.bias": 32,
+    }  # fmt: skip
+    model.save(tmp_path / "lapped.safetensors")
+    for codec, channels in (("linear", 24), ("lapped", 16)):
+        with pytest.raises(ValueError, match="codec must be one whose first channels are those of 'lapped', got"):
+            start.tokenizer(str(tmp_path / "lapped.safetensors"), codec=codec, channels=channels)
+    assert cli.main(["train", "tokenizer", "-o", str(tmp_path / "c"), "--channels", "24"]) == 2
+
+
+def test_new_channels_have_a_velocity_before_the_first_step():
+    new, clips = 44 - vft.Tokenizer.from_pretrained("tiny").config.channels, procedural.batch(5, range(4))
+    settings = TokenizerSettings(clips=16, start="tiny", codec="lapped", channels=44)
+    model = tokenizer.TokenizerTask(settings, {}).model.eval()
+    noise = torch.randn(model.codec.latent_shape(17, 64, 64))
+    latents = model.codec.encode(clips)
+    codes, _ = flexkernels.fsq_quantize(model.encoder(list(latents)), model.config.levels, ids=False)
+    velocity = torch.stack(model.decoder([noise] * 4, torch.ones(1), codes, [32] * 4, [0] * 4, [False] * 4))[:, -new:]
+    wanted = (noise - latents)[:, -new:]
+    # zero, where a decoder starts without the fit, is wrong by 1
+    assert (velocity - wanted).square().mean() < 0.7 * wanted.square().mean()
 
 
 def test_tables_that_are_stored_do_not_grow(old, tmp_path):
@@ -167,6 +199,21 @@ def test_a_generator_goes_on_with_factors(old, old_generator, tmp_path):
     before = vft.Generator.from_pretrained(old_generator)
     assert torch.equal(model.pos_emb, before.pos_emb)
     assert not torch.equal(model.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
+
+
+def test_a_generator_goes_on_with_an_earlier_tokenizers_successor(old, old_generator, tmp_path):
+    later = vft.Tokenizer.from_pretrained(old)
+    torch.nn.init.normal_(later.encoder.head.weight, std=0.2)
+    later.save(tmp_path / "later.safetensors")
+    settings = GeneratorSettings(
+        steps=1, batch=2, clips=4, tokenizer=str(tmp_path / "later.safetensors"), tokens_per_frame=3,
+        start=str(old_generator), depth=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"those of a tokenizer of fingerprint .*; --force goes on all the same"):
+        generator.train(tmp_path / "a", settings)
+    generator.train(tmp_path / "b", replace(settings, force=True))
+    model = vft.Generator.from_pretrained(tmp_path / "b")
+    assert model.config.fingerprint == vft.Tokenizer.from_pretrained(tmp_path / "later.safetensors").fingerprint
 
 
 def test_what_does_not_fit_is_named(old, old_generator, tmp_path):

@@ -234,8 +234,8 @@ def test_early_registers_are_asked_for_most():
 
 
 def test_the_codec_decides_the_channels(tmp_path):
-    with pytest.raises(ValueError, match="the config must have the codec's 44 channels, got 16"):
-        train(tmp_path, SETTINGS, config=make_config(codec="lapped", size=16))
+    with pytest.raises(ValueError, match="the config must have the codec's 16 channels, got 24"):
+        train(tmp_path, SETTINGS, config=make_config(codec="linear", channels=24, size=16))
     small = make_config(
         encoder_width=64, encoder_depth=1, decoder_width=64, decoder_depth=1, head_dim=32, registers=4, size=16,
         codec="lapped", channels=44,
