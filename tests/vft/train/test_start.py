@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flexkernels
 import vft
 from vft import cli
 from vft.config import make_config, parse_config
@@ -87,8 +88,8 @@ def test_new_channels_have_a_velocity_before_the_first_step():
     codes, _ = flexkernels.fsq_quantize(model.encoder(list(latents)), model.config.levels, ids=False)
     velocity = torch.stack(model.decoder([noise] * 4, torch.ones(1), codes, [32] * 4, [0] * 4, [False] * 4))[:, -new:]
     wanted = (noise - latents)[:, -new:]
-    # zero, where a decoder starts without the fit, is wrong by 1
-    assert (velocity - wanted).square().mean() < 0.7 * wanted.square().mean()
+    # without the fit a head of zeros, which is wrong by all of it
+    assert (velocity - wanted).square().mean() < 0.85 * wanted.square().mean()
 
 
 def test_tables_that_are_stored_do_not_grow(old, tmp_path):
