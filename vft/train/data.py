@@ -7,8 +7,12 @@ A clip is a number in 0..clips-1 and always gives the same: which file, where in
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -47,9 +51,13 @@ class Procedural:
     def __init__(self, seed: int, shapes: Shapes, recipe: int = 1) -> None:
         self.seed, self.shapes, self.recipe, self.skipped = seed, shapes, recipe, {}
 
-    def clip(self, index: int) -> torch.Tensor:
+    def pixels(self, index: int) -> torch.Tensor:
+        """uint8 ``[T, H, W, 3]``."""
         frames, size = self.shapes(index)
-        return procedural.batch(self.seed, [index], size, frames, recipe=self.recipe)[0]
+        return procedural.clip(self.seed, index, size, frames, self.recipe)
+
+    def clip(self, index: int) -> torch.Tensor:
+        return procedural.scaled(self.pixels(index))
 
     def label(self, index: int) -> int:
         return procedural.label(self.seed, index)
@@ -66,9 +74,13 @@ class Named:
     def __init__(self, seed: int, shapes: Shapes) -> None:
         self.seed, self.shapes, self.skipped = seed, shapes, {}
 
-    def clip(self, index: int) -> torch.Tensor:
+    def pixels(self, index: int) -> torch.Tensor:
+        """uint8 ``[T, H, W, 3]``."""
         frames, size = self.shapes(index)
-        return named.clip(self.seed, index, size, frames).permute(3, 0, 1, 2) / 127.5 - 1
+        return named.clip(self.seed, index, size, frames)
+
+    def clip(self, index: int) -> torch.Tensor:
+        return procedural.scaled(self.pixels(index))
 
     def label(self, index: int) -> int:
         return named.MOTIONS.index(named.facts(self.seed, index)[2])
@@ -160,7 +172,7 @@ def _read(path: Path, frames: int, size: int, start: float) -> torch.Tensor:
 
 
 class Clips:
-    """Clips as ``encode`` makes them, read ahead by threads and kept while there is room.
+    """Clips as ``encode`` makes them, read ahead by threads or processes and kept while there is room.
 
     encode: a batch of pixels ``[B, 3, T, H, W]`` of one shape -> B tensors.
     """
@@ -171,6 +183,7 @@ class Clips:
         self.room = CACHE_BYTES
         self._reading: dict[int, Future] = {}
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), thread_name_prefix="clips")
+        self._make = source.clip
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -183,16 +196,29 @@ class Clips:
         """Of sources that have captions."""
         return self.source.captions(indices)
 
+    def start_workers(self, count: int) -> None:
+        """Lets ``count`` processes render, where clips are rendered: threads of one process hold each other up."""
+        if count and isinstance(self.source, (Procedural, Named)):
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._pool = ProcessPoolExecutor(count, context, _start_worker)
+            self._make = self.source.pixels
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        self._pool.shutdown(cancel_futures=True)
+
     def fetch(self, indices: Sequence[int]) -> None:
         """Begins to read clips that :meth:`batch` will be asked for."""
         for i in indices:
             if i not in self.encoded and i not in self._reading:
-                self._reading[i] = self._pool.submit(self.source.clip, i)
+                self._reading[i] = self._pool.submit(self._make, i)
 
     def batch(self, indices: Sequence[int]) -> list[torch.Tensor]:
         self.fetch(indices)
         missing = sorted(set(indices) & self._reading.keys())
         clips = {i: self._reading.pop(i).result() for i in missing}
+        clips = {i: procedural.scaled(x) if x.dtype == torch.uint8 else x for i, x in clips.items()}
         made = {}
         for shape in {clip.shape for clip in clips.values()}:
             alike = [i for i in missing if clips[i].shape == shape]
@@ -203,6 +229,19 @@ class Clips:
             if self.room > 0:
                 self.encoded[i] = tensor.clone()
         return result
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the workers too, but the run still finishes its step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot end its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class TokenFiles(Folder):
@@ -237,6 +276,12 @@ class TokenFiles(Folder):
     def longest(self) -> int:
         """Most latent frames of a file."""
         return max(len(ids) for ids, _ in self.found)
+
+    def start_workers(self, count: int) -> None:
+        """Nothing to render."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Nothing to read ahead."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -94,7 +95,8 @@ class Engine:
     """How a run is computed. This may change whenever it is resumed: the losses stay the same up to float rounding.
 
     ``accumulate`` micro-batches a step; ``checkpoint``: recompute activations in the backward pass instead of keeping
-    them; ``parallel``: see :mod:`vft.train.parallel`; a state is saved every ``save_seconds``.
+    them; ``parallel``: see :mod:`vft.train.parallel`; a state is saved every ``save_seconds``; ``workers`` processes
+    render procedural clips (0: threads of this one).
     """
 
     device: str = "cpu"
@@ -102,6 +104,7 @@ class Engine:
     accumulate: int = 1
     checkpoint: bool = False
     save_seconds: float = 120.0
+    workers: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
@@ -139,6 +142,10 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     add("--parallel", choices=parallel.MODES, help="under torchrun: replicate or shard the model (default ddp)")
     add("--accumulate", type=int, default=engine.accumulate, help="micro-batches a step (default %(default)s)")
     add("--checkpoint", action="store_true", help="recompute activations instead of keeping them")
+    add(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)) if torch.cuda.is_available() else engine.workers,
+        help="processes of this one that render procedural clips, 0: threads (default %(default)s)",
+    )  # fmt: skip
     add("--save-seconds", type=float, default=engine.save_seconds, help="between saved states (default %(default)s)")
 
 
@@ -149,7 +156,7 @@ def run(args: argparse.Namespace, settings: Settings, train: Callable) -> int:
 
         plots.training_loss(args.plot, args.output)
     else:
-        engine = Engine(args.device, args.parallel, args.accumulate, args.checkpoint, args.save_seconds)
+        engine = Engine(args.device, args.parallel, args.accumulate, args.checkpoint, args.save_seconds, args.workers)
         train(args.output, settings, minutes=args.minutes, engine=engine)
     return 0
 
@@ -199,7 +206,10 @@ def train(
             raise ValueError("lora must be 0 with parallel fsdp, whose shards hold no factors: use ddp")
         if group.rank == 0:
             state.open_folder(folder)
-        _Run(folder, settings, Trainer(settings, task, engine, group)).go(engine, minutes)
+        try:
+            _Run(folder, settings, Trainer(settings, task, engine, group)).go(engine, minutes)
+        finally:
+            task.data.close()
 
 
 class Trainer:
@@ -208,6 +218,11 @@ class Trainer:
     def __init__(self, settings: Settings, task: Task, engine: Engine, group: parallel.Group) -> None:
         self.settings, self.task, self.group = settings, task, group
         self.parts = group.parts(settings.batch, engine.accumulate)
+        if engine.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {engine.workers}")
+        task.data.start_workers(engine.workers)
+        # steps whose clips are read ahead: enough to keep all workers at work
+        self.ahead = 1 + 2 * engine.workers // settings.batch
         task.model.to(group.device)
         task.recompute(engine.checkpoint)
         self.loss = parallel.spread(task, group)
@@ -221,7 +236,8 @@ class Trainer:
 
     def step(self, step: int) -> tuple[float, float]:
         """The loss of the whole batch and the norm of its gradient; where one is not finite, nothing is changed."""
-        self._fetch(step + 1)
+        for ahead in range(1, self.ahead + 1):
+            self._fetch(step + ahead)
         total = torch.zeros((), device=self.group.device)
         for part in self.parts:
             with parallel.synchronised(self.loss, part is self.parts[-1]):

@@ -39,8 +39,7 @@ def batch(
     video = torch.empty(len(indices), 3, frames, size, size)
 
     def fill(slot):
-        pixels = clip(seed, indices[slot], size, frames, recipe).permute(3, 0, 1, 2)
-        torch.sub(pixels * (1 / 127.5), 1.0, out=video[slot])
+        video[slot] = scaled(clip(seed, indices[slot], size, frames, recipe))
 
     if threads <= 1:
         for slot in range(len(indices)):
@@ -49,6 +48,11 @@ def batch(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(len(indices))))
     return video
+
+
+def scaled(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [T, H, W, 3] -> float32 [3, T, H, W] in [-1, 1]."""
+    return pixels.permute(3, 0, 1, 2) * (1 / 127.5) - 1.0
 
 
 def _render(seed, index, size, frames, recipe):

@@ -50,6 +50,12 @@ class TokenShards:
         """What must be the same when a run is resumed."""
         return {"rows": len(self.rows), "digest": self._digest}
 
+    def start_workers(self, count: int) -> None:
+        """Nothing to render."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
     def fetch(self, indices: Sequence[int]) -> None:
         """Nothing to read ahead."""
 

@@ -73,6 +73,54 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path):
     assert not list((tmp_path / "killed").glob(".*.tmp"))
 
 
+def test_processes_that_render_give_the_same_losses(tmp_path):
+    settings = replace(SETTINGS, steps=4, clips=12)
+    for name, workers in (("threads", 0), ("processes", 2)):
+        train(tmp_path / name, settings, config=SMALL, engine=Engine(workers=workers))
+    assert losses(tmp_path / "threads") == losses(tmp_path / "processes")
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        train(tmp_path / "none", settings, config=SMALL, engine=Engine(workers=-1))
+
+
+WORKERS = """
+import os, signal, time
+from vft.train.data import Clips, Procedural, Shapes
+if __name__ == "__main__":
+    clips = Clips(list, Procedural(0, Shapes(0, (5,), (16,))))
+    clips.start_workers(2)
+    assert len(clips.batch(range(9, 17))) == 8
+    (first, second) = clips._pool._processes
+    os.kill(first, signal.SIGINT)
+    os.kill(second, signal.SIGINT)
+    # Ctrl-C is the run's to answer: both still render
+    assert len(clips.batch(range(1, 9))) == 8
+    print(first, second, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_processes_that_render_end_with_their_run(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(WORKERS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.Popen([sys.executable, script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    workers = [int(word) for word in run.stdout.readline().split()]
+    assert len(workers) == 2 and all(_alive(pid) for pid in workers)
+    run.kill()
+    run.communicate()
+    end = time.time() + 60
+    while any(_alive(pid) for pid in workers):
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def stop_after(steps: int, run) -> None:
     """Interrupts a run after so many steps."""
     count, loss = 0, trainer.TokenizerTask.loss
