@@ -10,6 +10,7 @@ FOLDER gets the output of each stage as STAGE.log, written as it comes, and
     report.json     bench/report.py, case by case; report.md and report.png
     runs.json       whole models at their real size (bench/models.py)
     tuning/         tables of tiles for flexkernels/tuning (bench/tune.py)
+    tokenizer/, generator/   with --only train: the embedded models anew, eval.json: what they are worth
 
 A failed stage does not stop the later ones; the exit code is then 1. Time that a stage leaves is there for the next.
 FLEXKERNELS_GPU_STANDIN=cpu runs the same stages on the CPU, on a few small cases: to try this script without a GPU.
@@ -17,6 +18,7 @@ FLEXKERNELS_GPU_STANDIN=cpu runs the same stages on the CPU, on a few small case
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -187,6 +189,43 @@ def tune(out: Path, log, seconds: float) -> int:
     return call(command, log, seconds)
 
 
+# seconds of a run whose pace tells how many steps there is time for, and that loading and saving take
+PACE, AROUND = (2, 16) if STANDIN else (45, 20)
+TRAINED = {
+    "tokenizer": ["--codec", "lapped", "--recipe", "2", "--edges", "4", "--early", "0.5"],
+    "generator": ["--tokenizer", "TOKENIZER"],
+}
+SIZES = (
+    ["--batch", "2", "--clips", "4", "--warmup", "4"] if STANDIN else ["--batch", "128", "--clips", "60000", "--bf16"]
+)
+
+
+def train_one(kind: str, out: Path, log, seconds: float) -> int:
+    """A run of `vft train` that ends in time, its learning rate at the end of its fall."""
+    end, folder = time.monotonic() + seconds, out / kind
+    options = [str(out / "tokenizer") if word == "TOKENIZER" else word for word in TRAINED[kind]]
+    command = [PYTHON, "-m", "vft", "train", kind, "-o", folder, *options, *SIZES]
+    code = call([*command, "--steps", "1000000", "--minutes", PACE / 60], log, seconds)
+    if code == 0:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        first, last = lines[len(lines) // 2], lines[-1]
+        pace = (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])
+        steps = last["step"] + max(1, int((end - time.monotonic() - AROUND) / max(pace, 1e-3)))
+        # in case the pace falls: a run that stops by itself keeps its state
+        minutes = max(0.1, end - time.monotonic() - AROUND / 2) / 60
+        code = call([*command, "--steps", steps, "--minutes", minutes], log, end - time.monotonic())
+    return code
+
+
+def train(out: Path, log, seconds: float) -> int:
+    """Tokenizer, generator and their numbers, in 60, 35 and 5 hundredths of the time."""
+    end = time.monotonic() + seconds
+    code = train_one("tokenizer", out, log, 0.6 * seconds) or train_one("generator", out, log, 0.35 * seconds)
+    command = [PYTHON, "-m", "vft", "eval", "--model", out / "tokenizer", "-o", out / "eval.json"]
+    command += ["--clips", "4"] if STANDIN else ["--generator", out / "generator"]
+    return code or call(command, log, end - time.monotonic())
+
+
 def stages(given: Path | None) -> list[Stage]:
     """530 seconds on a GPU."""
     return [
@@ -200,6 +239,10 @@ def stages(given: Path | None) -> list[Stage]:
         Stage("models", 60, models),
         Stage("tune", 50, tune),
     ]
+
+
+# only where --only names them
+MORE = [Stage("train", 90 if STANDIN else 500, train)]
 
 
 def last_line(path: Path) -> str:
@@ -236,12 +279,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--build", type=Path, metavar="FILE.tgz", help="objects of an earlier call, in place of a build"
     )
-    parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[stage.name for stage in stages(None)])
+    parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[s.name for s in stages(None) + MORE])
     options = parser.parse_args(argv)
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     given = options.build and options.build.resolve()
-    return run([s for s in stages(given) if not options.only or s.name in options.only], options.out)
+    chosen = [s for s in stages(given) + MORE if s.name in options.only] if options.only else stages(given)
+    return run(chosen, options.out)
 
 
 if __name__ == "__main__":

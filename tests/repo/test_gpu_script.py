@@ -116,6 +116,21 @@ def test_time_that_a_stage_leaves_is_there_for_the_next(gpu, tmp_path):
     assert given[0] == pytest.approx(30, abs=1) and given[1] == pytest.approx(50, abs=2)
 
 
+@pytest.mark.slow
+def test_models_are_trained_in_the_time_there_is(checkout, tmp_path):
+    environment = os.environ | {"FLEXKERNELS_GPU_STANDIN": "cpu", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(checkout / "bench" / "gpu.sh"), str(tmp_path), "--only", "train"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (tmp_path / "train.log").read_text()[-2000:]
+    assert done.stdout.count("== ") == 1
+    for kind in ("tokenizer", "generator"):
+        steps = [json.loads(line) for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
+        # nearly all of its fall, to 2%, and a last step before
+        assert steps[-1]["lr"] < 0.1 * max(step["lr"] for step in steps)
+        assert (tmp_path / kind / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "eval.json").read_text())["rate_distortion"]
+
+
 def test_all_stages_fit_into_nine_minutes(gpu):
     assert [each.name for each in gpu.stages(None)] == STAGES
     assert sum(each.seconds for each in gpu.stages(None)) <= 535
