@@ -200,8 +200,10 @@ class SequenceLayout:
 
     @classmethod
     def cached(
-        cls, frames, mask="frame_causal", cross_frame=None, device="cpu", key_frames=None, weighted_keys=None
-    ) -> SequenceLayout:
+        cls, frames: Sequence[Sequence[tuple[int, int]]], mask: str = "frame_causal",
+        cross_frame: Mapping[str, str] | None = None, device: torch.device | str = "cpu",
+        key_frames: Sequence[Sequence[tuple[int, int]]] | None = None, weighted_keys: Sequence[int] | None = None,
+    ) -> SequenceLayout:  # fmt: skip
         """The same layout object for equal arguments; the latest 64 are kept."""
         freeze = lambda batch: None if batch is None else tuple(tuple(map(tuple, s)) for s in batch)  # noqa: E731
         cross = tuple(sorted(cross_frame.items())) if cross_frame else None
