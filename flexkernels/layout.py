@@ -253,7 +253,7 @@ def _with_index(device: torch.device | str) -> torch.device:
 
 def plan(queries: Side, keys: Side, mask: int, cross, rows: int, step: int = STEP) -> TilePlan:
     """The planner on two sides, in C++ where it was built; ``rows``: of a tile of queries, at most."""
-    make = _native.C.plan if _native.C else plan_ref
+    make = _native.plan if _native.C else plan_ref
     return TilePlan(*make(queries.lengths, keys.lengths, mask, np.array(cross, dtype=np.int32), rows, step))
 
 
