@@ -70,13 +70,6 @@ def require_torch():
     return folder
 
 
-def pybind11_include(torch_folder):
-    spec = importlib.util.find_spec("pybind11")
-    if spec and spec.origin:
-        return Path(spec.origin).parent / "include"
-    return torch_folder / "include"
-
-
 def find_compiler():
     names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next(filter(None, map(shutil.which, names)), None)
@@ -142,13 +135,15 @@ class BuildNative(build_ext):
         if not nvcc:
             # an object of an earlier build would not match this one's ops
             (target.parent / "flexkernels_cuda.so").unlink(missing_ok=True)
+        for other in set(target.parent.glob("_C.*.so")) - {target}:
+            # one of a single Python would be imported before this one
+            other.unlink()
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build),
             f"-DFLEXKERNELS_OUTPUT={target.parent}",
             f"-DFLEXKERNELS_SUFFIX={target.name.removeprefix('_C')}",
             f"-DFLEXKERNELS_VERSION={self.distribution.get_version()}",
             f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}",
-            f"-DPYBIND11_INCLUDE={pybind11_include(torch_folder)}",
             f"-DTORCH_ROOT={torch_folder}",
             f"-DFLEXKERNELS_CUDA_ARCHS={';'.join(archs)}",
         ]  # fmt: skip
@@ -166,5 +161,10 @@ class BuildNative(build_ext):
 
 
 if __name__ == "__main__":
-    native = Extension("flexkernels._C", [f"csrc/{name}" for name in SOURCES])
-    setup(ext_modules=[] if build_mode() == "off" else [native], cmdclass={"build_ext": BuildNative})
+    # the limited API: one object, and one wheel, for every Python from here on
+    native = Extension("flexkernels._C", [f"csrc/{name}" for name in SOURCES], py_limited_api=True)
+    setup(
+        ext_modules=[] if build_mode() == "off" else [native],
+        cmdclass={"build_ext": BuildNative},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -7,18 +7,36 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 
 from . import checks, library
 from .attention_backward import attention_backward_blocks
 from .layout import MASKS, NO_KEY, LayoutTensors, SequenceLayout, visible_tokens
+from .typed import as_typed
 
 MAX_HEAD_DIM = 256
 # of the CUDA kernel
 MAX_CUDA_HEAD_DIM = 128
 
 
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, *, softmax_scale: float | None = ...,
+    key_log_weight: torch.Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, *, softmax_scale: float | None = ...,
+    key_log_weight: torch.Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, *, softmax_scale: float | None = ...,
+    key_log_weight: torch.Tensor | None = ..., return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -54,6 +72,7 @@ def attention(
     return (out, lse.T) if return_lse else out
 
 
+@as_typed(attention)
 def attention_ref(q, k, v, layout, *, softmax_scale=None, key_log_weight=None, return_lse=False):
     """The specification of :func:`attention`: dense scores, float32 arithmetic (float64 stays float64)."""
     out, lse = _attend(q, k, v, layout.visible(), key_log_weight, softmax_scale)

@@ -6,14 +6,35 @@ append:     the norm and the rotary embedding of head_norm.py on q and k, then k
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from . import checks, library
 from .head_norm import MAX_HEAD_DIM, NORMS, angles, check_merged, check_norm, code_of, norm_rotate, rows_of, widen
+from .typed import as_typed
 
 MAX_QUERIES = 16
 
 
+@overload
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_len: torch.Tensor, *,
+    softmax_scale: float | None = ..., key_log_weight: torch.Tensor | None = ..., causal: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_len: torch.Tensor, *,
+    softmax_scale: float | None = ..., key_log_weight: torch.Tensor | None = ..., causal: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_len: torch.Tensor, *,
+    softmax_scale: float | None = ..., key_log_weight: torch.Tensor | None = ..., causal: bool = ...,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -47,6 +68,7 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
+@as_typed(decode_attention)
 def decode_attention_ref(
     q, k_cache, v_cache, cache_len, *, softmax_scale=None, key_log_weight=None, causal=True, return_lse=False
 ):
@@ -106,6 +128,7 @@ def kv_append_(
     return _kv_append_op(qkv, k_cache, v_cache, cache_len, heads, code_of(norm), q_weight, k_weight, eps, cos, sin)
 
 
+@as_typed(kv_append_)
 def kv_append_ref_(
     qkv, k_cache, v_cache, cache_len, *, heads, norm=None, q_weight=None, k_weight=None, eps=1e-5, rope=None
 ):

@@ -9,13 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 
 from . import checks, fsq_math, library
 from .fsq_math import IDS, MAX_DIMS, MAX_LEVEL, PAPER, Form
+from .typed import as_typed
 
 
+@overload
+def fsq_quantize(
+    z: torch.Tensor, levels: Sequence[int], *, symmetric: bool = ..., clamp: bool = ..., codes: Literal[True] = ...,
+    ids: Literal[True] = ..., ids_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def fsq_quantize(
+    z: torch.Tensor, levels: Sequence[int], *, symmetric: bool = ..., clamp: bool = ..., codes: Literal[False],
+    ids: Literal[True] = ..., ids_dtype: torch.dtype = ...,
+) -> tuple[None, torch.Tensor]: ...  # fmt: skip
+@overload
+def fsq_quantize(
+    z: torch.Tensor, levels: Sequence[int], *, symmetric: bool = ..., clamp: bool = ..., codes: Literal[True] = ...,
+    ids: Literal[False], ids_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, None]: ...  # fmt: skip
+@overload
+def fsq_quantize(
+    z: torch.Tensor, levels: Sequence[int], *, symmetric: bool = ..., clamp: bool = ..., codes: bool = ...,
+    ids: bool = ..., ids_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]: ...  # fmt: skip
 def fsq_quantize(
     z: torch.Tensor,
     levels: Sequence[int],
@@ -45,6 +67,7 @@ def fsq_quantize(
     return out_codes if codes else None, out_ids if ids else None
 
 
+@as_typed(fsq_quantize)
 def fsq_quantize_ref(
     z: torch.Tensor,
     levels: Sequence[int],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,26 @@ import torch.nn.functional as F
 from . import checks, fsq_math, library, norm_math
 from .fsq import check_fits, check_ids_dtype, check_levels, check_range, quantize_jvp, straight_through
 from .fsq_math import IDS
+from .typed import as_typed
 
 REFERENCE_FLOATS = (*checks.FLOATS, torch.float64)
 
 
+@overload
+def fsq_project_quantize(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, levels: Sequence[int], *, eps: float = ...,
+    return_codes: Literal[False] = ..., ids_dtype: torch.dtype = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def fsq_project_quantize(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, levels: Sequence[int], *, eps: float = ...,
+    return_codes: Literal[True], ids_dtype: torch.dtype = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def fsq_project_quantize(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, levels: Sequence[int], *, eps: float = ...,
+    return_codes: bool, ids_dtype: torch.dtype = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def fsq_project_quantize(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -44,6 +61,7 @@ def fsq_project_quantize(
     return (ids, codes) if return_codes else ids
 
 
+@as_typed(fsq_project_quantize)
 def fsq_project_quantize_ref(
     hidden: torch.Tensor,
     weight: torch.Tensor,

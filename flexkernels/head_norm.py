@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, library
+from .typed import as_typed
 
 MAX_HEAD_DIM = 256
 # by what the ops call them
@@ -52,6 +53,7 @@ def qk_norm(
     return q, k, v.unflatten(1, (kv_heads, head_dim))
 
 
+@as_typed(qk_norm)
 def qk_norm_ref(
     qkv,
     heads,

@@ -200,8 +200,10 @@ class SequenceLayout:
 
     @classmethod
     def cached(
-        cls, frames, mask="frame_causal", cross_frame=None, device="cpu", key_frames=None, weighted_keys=None
-    ) -> SequenceLayout:
+        cls, frames: Sequence[Sequence[tuple[int, int]]], mask: str = "frame_causal",
+        cross_frame: Mapping[str, str] | None = None, device: torch.device | str = "cpu",
+        key_frames: Sequence[Sequence[tuple[int, int]]] | None = None, weighted_keys: Sequence[int] | None = None,
+    ) -> SequenceLayout:  # fmt: skip
         """The same layout object for equal arguments; the latest 64 are kept."""
         freeze = lambda batch: None if batch is None else tuple(tuple(map(tuple, s)) for s in batch)  # noqa: E731
         cross = tuple(sorted(cross_frame.items())) if cross_frame else None
@@ -251,7 +253,7 @@ def _with_index(device: torch.device | str) -> torch.device:
 
 def plan(queries: Side, keys: Side, mask: int, cross, rows: int, step: int = STEP) -> TilePlan:
     """The planner on two sides, in C++ where it was built; ``rows``: of a tile of queries, at most."""
-    make = _native.C.plan if _native.C else plan_ref
+    make = _native.plan if _native.C else plan_ref
     return TilePlan(*make(queries.lengths, keys.lengths, mask, np.array(cross, dtype=np.int32), rows, step))
 
 

@@ -11,10 +11,13 @@ Gradients of the tables are sums over the rows of each segment, added in a fixed
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from . import checks, library, norm_math
 from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, residual_sum
+from .typed import as_typed
 
 # a Triton block holds a row in registers
 MAX_WIDTH = 8192
@@ -107,6 +110,12 @@ def gated_residual_ref(
     return residual_sum(x, y, gate, segment)
 
 
+@overload
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = ..., residual: None = ...) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float = ..., residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +132,7 @@ def rms_norm(
     return normed if residual is None else (total, normed)
 
 
+@as_typed(rms_norm)
 def rms_norm_ref(
     x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

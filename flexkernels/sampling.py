@@ -10,13 +10,34 @@ Per row, with x = uncond + guidance * (logits - uncond), y = (x - max x) * log2(
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from . import checks, library, sampling_math
+from .typed import as_typed
 
 MAX_VOCAB = 2**18
 
 
+@overload
+def sample_logits(
+    logits: torch.Tensor, *, uncond_logits: torch.Tensor | None = ..., guidance: float = ..., temperature: float = ...,
+    top_k: int | None = ..., top_p: float | None = ..., min_p: float | None = ..., seed: int | torch.Tensor = ...,
+    offset: int | torch.Tensor = ..., return_logprob: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def sample_logits(
+    logits: torch.Tensor, *, uncond_logits: torch.Tensor | None = ..., guidance: float = ..., temperature: float = ...,
+    top_k: int | None = ..., top_p: float | None = ..., min_p: float | None = ..., seed: int | torch.Tensor = ...,
+    offset: int | torch.Tensor = ..., return_logprob: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def sample_logits(
+    logits: torch.Tensor, *, uncond_logits: torch.Tensor | None = ..., guidance: float = ..., temperature: float = ...,
+    top_k: int | None = ..., top_p: float | None = ..., min_p: float | None = ..., seed: int | torch.Tensor = ...,
+    offset: int | torch.Tensor = ..., return_logprob: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def sample_logits(
     logits: torch.Tensor,
     *,
@@ -65,6 +86,7 @@ def sample_logits(
     return (ids, logprob) if return_logprob else ids
 
 
+@as_typed(sample_logits)
 def sample_logits_ref(
     logits: torch.Tensor,
     *,

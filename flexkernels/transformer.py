@@ -141,7 +141,10 @@ def transformer_step_(
     _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps, persistent)
 
 
-def transformer_step_refusal(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None) -> str | None:
+def transformer_step_refusal(
+    x: torch.Tensor, weights: StackWeights, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_len: torch.Tensor, *,
+    cross: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None, cross_len: torch.Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why `transformer_step_` of these arguments cannot be one kernel (`persistent=True`), or None where it can.
 
     The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 1,024 that are multiples of 64, hidden widths up
@@ -159,7 +162,11 @@ def prefers_persistent_step() -> bool:
     return os.environ.get(ENVIRONMENT) == "1"
 
 
-def transformer_step_ref_(x, weights, k_cache, v_cache, cache_len, *, cross=None, cross_len=None, eps=1e-6) -> None:
+def transformer_step_ref_(
+    x: torch.Tensor, weights: StackWeights, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_len: torch.Tensor, *,
+    cross: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None, cross_len: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:  # fmt: skip
     """The specification of `transformer_step_`, made of the references of its parts; float64 stays float64."""
     _REFERENCES.step(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -13,6 +15,22 @@ from .layout import SequenceLayout
 _layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+@overload
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ...,
+    block_table: torch.Tensor | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ..., window_size: tuple[int, int] = ..., softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ..., deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    block_table: torch.Tensor | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor, None]: ...  # fmt: skip
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -30,7 +48,7 @@ def flash_attn_varlen_func(
     deterministic: bool = True,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
     """Full or causal attention over packed sequences, called as flash-attn's function of this name.
 
     Args:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from vft.files import check_output, replacing
+from vft.files import check_output, only_writer, replacing
 from vft.scan import scan
 from vft.stills import still_groups
 from vft.video import cut_chunks, open_video
@@ -94,7 +94,8 @@ def encode_folder(
     ``tokenizer.encode``. A bad video is written to the manifest and counted; the others go on.
 
     Raises:
-        ValueError, OSError: ``source`` has no videos, a number is out of range, or ``output`` cannot be written.
+        ValueError, OSError: ``source`` has no videos, a number is out of range, ``output`` cannot be written, or
+            another run writes there.
     """
     for name, value in (("packed", packed), ("readers", readers)):
         if value < 1:
@@ -107,31 +108,32 @@ def encode_folder(
     found = scan(source)
     videos = found.videos[rank::world_size]
     output = _folder(output)
-    asked = ({} if fps is None else {"fps": fps}) | ({"audio": True} if audio else {})
-    finished = read_manifest(output, videos)
-    jobs = []
-    for file in videos:
-        job = Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
-        entry = finished.get(file)
-        # lines of earlier versions do not state the fingerprint
-        made_by = entry and (entry["model"], entry.get("fingerprint", tokenizer.fingerprint), entry["registers"])
-        wanted = made_by == (tokenizer.name, tokenizer.fingerprint, keep)
-        if not wanted or not _current(entry, job) or (strict and entry.get("warnings")):
-            jobs.append(job)
-    skipped, failed, silent = len(videos) - len(jobs), 0, 0
-    with (
-        _manifest(output, rank, {job.file for job in jobs}) as write,
-        closing(encode_jobs(tokenizer, jobs, packed, readers, strict)) as encoded,
-    ):
-        progress(skipped, len(videos), None)
-        for count, job in enumerate(encoded, skipped + 1):
-            line = _save(job, output, keep, tokenizer)
-            job.ids.clear()
-            failed += "error" in line
-            silent += job.audio and not audio
-            write(line)
-            progress(count, len(videos), line)
-    return Summary(len(jobs) - failed, skipped, failed, found.left_out, silent)
+    with only_writer(output, rank, world_size):
+        asked = ({} if fps is None else {"fps": fps}) | ({"audio": True} if audio else {})
+        finished = read_manifest(output, videos)
+        jobs = []
+        for file in videos:
+            job = Job(file, Path(source, file), _facts(Path(source, file), checksum), asked)
+            entry = finished.get(file)
+            # lines of earlier versions do not state the fingerprint
+            made_by = entry and (entry["model"], entry.get("fingerprint", tokenizer.fingerprint), entry["registers"])
+            wanted = made_by == (tokenizer.name, tokenizer.fingerprint, keep)
+            if not wanted or not _current(entry, job) or (strict and entry.get("warnings")):
+                jobs.append(job)
+        skipped, failed, silent = len(videos) - len(jobs), 0, 0
+        with (
+            _manifest(output, rank, {job.file for job in jobs}) as write,
+            closing(encode_jobs(tokenizer, jobs, packed, readers, strict)) as encoded,
+        ):
+            progress(skipped, len(videos), None)
+            for count, job in enumerate(encoded, skipped + 1):
+                line = _save(job, output, keep, tokenizer)
+                job.ids.clear()
+                failed += "error" in line
+                silent += job.audio and not audio
+                write(line)
+                progress(count, len(videos), line)
+        return Summary(len(jobs) - failed, skipped, failed, found.left_out, silent)
 
 
 def _facts(path: Path, checksum: bool) -> dict:

@@ -65,6 +65,12 @@ class Codec(torch.nn.Module):
             raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
         return self.render(latents)
 
+    def _encode(self, video: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def render(self, latents: torch.Tensor) -> torch.Tensor:
         """:meth:`decode` with gradients, of latents that are not checked."""
         return self._decode(latents).float()

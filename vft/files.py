@@ -1,10 +1,16 @@
-"""Output files that are either complete or not there: written beside the target, then renamed."""
+"""Output files that are either complete or not there: written beside the target, then renamed. One writer a folder."""
 
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    # not on Windows, where two writers are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None] = ()) -> Path:
@@ -52,6 +58,32 @@ def check_new(path: str | os.PathLike, instead: str) -> Path:
     if os.path.lexists(path):
         raise OSError(f"output {str(path)!r} exists and was not named: {instead}")
     return check_output(path)
+
+
+@contextmanager
+def only_writer(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """Keeps other runs from writing into ``folder``; the system lets go when the process ends, however it does.
+
+    The processes of one run share ``.lock``, which a run of a single process has for itself, and each has its own
+    ``.lock.<rank>``. The files stay, empty.
+
+    Raises OSError where another run writes there.
+    """
+    with ExitStack() as held:
+        for name, shared in ((".lock", world_size > 1), (f".lock.{rank}", False)):
+            file = held.enter_context(open(folder / name, "a"))
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise OSError(
+                        f"output {str(folder)!r} is being written by another run: wait until it ends, or give another "
+                        "folder"
+                    ) from error
+                except OSError:
+                    # a file system without locks
+                    pass
+        yield
 
 
 @contextmanager

@@ -8,10 +8,10 @@ Flat position i holds register i // T of frame i % T, so k registers a frame are
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import flexkernels
 from flexkernels import sample_logits, transformer_step_
+from flexkernels.typed import called_as
 
 from . import checkpoint, codebook, decoding, generation, speculation
 from .conditions import check_conditions, class_index
@@ -29,6 +30,9 @@ from .generator_layers import FP8, PARTS, SKINNY_ROWS, Block, Linear, RMSNorm, p
 from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 WEIGHTS = (None, "int8", "fp8")
 # of GPUs that multiply fp8
@@ -272,9 +276,12 @@ class Generator(nn.Module):
         view.offset.add_(1)
 
     def stream(
-        self, class_id=None, text_emb=None, text_mask=None, *, n=None, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None, cuda_graph=None, draft=None,
-        draft_tokens=4,
+        self, class_id: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        text_emb: torch.Tensor | Sequence[torch.Tensor] | None = None, text_mask: torch.Tensor | None = None, *,
+        n: int | None = None, frames: int = 5, tokens_per_frame: int | Sequence[int] | None = None,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        guidance: float | None = None, seed: int = 0, prompt: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        cuda_graph: bool | None = None, draft: Generator | None = None, draft_tokens: int = 4,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Yields ids int64 ``[n, frames, levels]`` whenever all rows have one more register level, coarse to fine.
 
@@ -312,6 +319,7 @@ class Generator(nn.Module):
         speculation.check_draft(self, draft, draft_tokens, request)
         return speculation.levels(self, draft, draft_tokens, request, sampling, graphs)
 
+    @called_as(stream)
     def generate(self, *condition, **options) -> torch.Tensor:
         """Generates ids, int64 ``[n, frames, tokens_per_frame]`` on the model's device; arguments: :meth:`stream`'s."""
         *_, ids = self.stream(*condition, **options)
@@ -370,7 +378,7 @@ class Generator(nn.Module):
         return self.device.type == "cuda" if cuda_graph is None else cuda_graph
 
     def generate_tokens(
-        self, tokenizer, *condition, fps: float = 8.0, size: int | None = None, **options
+        self, tokenizer: Tokenizer, *condition: Any, fps: float = 8.0, size: int | None = None, **options: Any
     ) -> list[VideoTokens]:
         """Generates :class:`vft.VideoTokens`, one a row, for ``tokenizer.decode``.
 
@@ -384,9 +392,6 @@ class Generator(nn.Module):
             TypeError, ValueError: as :meth:`stream`; the tokenizer is another than that of training.
         """
         return generation.tokens(self, tokenizer, *condition, fps=fps, size=size, **options)
-
-    # shown by help() and editors
-    generate.__signature__ = inspect.signature(stream).replace(return_annotation="torch.Tensor")
 
     def memory(
         self, n: int, frames: int, tokens_per_frame: int, *, guidance: bool = True, text_len: int = 0

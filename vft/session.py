@@ -92,8 +92,10 @@ class Session:
         return len(self._running)
 
     def add(
-        self, class_id=None, text_emb=None, text_mask=None, *, frames=5, tokens_per_frame=None, temperature=1.0,
-        top_k=None, top_p=None, min_p=None, guidance=None, seed=0, prompt=None,
+        self, class_id: int | str | torch.Tensor | None = None, text_emb: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None, *, frames: int = 5, tokens_per_frame: int | None = None,
+        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        guidance: float | None = None, seed: int = 0, prompt: torch.Tensor | None = None,
     ) -> int:  # fmt: skip
         """Queues one sample and returns its handle; arguments as for :meth:`vft.Generator.stream`, for one row.
 

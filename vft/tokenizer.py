@@ -11,15 +11,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 import flexkernels
 from flexkernels import APG, CFG
+from flexkernels.typed import called_as
 
 from . import checkpoint, semantok, share
 from .budget import Curves, Predictor, choose
+from .codec import Codec
 from .config import TokenizerConfig, parse_config
 from .fingerprint import check_tokens, fingerprint
 from .graphs import VelocityGraphs
@@ -115,7 +118,7 @@ class Tokenizer(nn.Module):
         """
         share.save_folder(self, folder, dtype, data, evaluation)
 
-    def push_to_hub(self, repo: str, *, private: bool = False, **options) -> str:
+    def push_to_hub(self, repo: str, *, private: bool = False, **options: Any) -> str:
         """Uploads what :meth:`save_pretrained` writes (``options`` are its) to ``"org/repo"``, made if missing.
 
         Needs huggingface_hub, whose login is used. Returns the address of the commit.
@@ -146,13 +149,14 @@ class Tokenizer(nn.Module):
             self._fingerprint = None
         return super().train(mode)
 
-    def load_state_dict(self, *args, **options):
+    @called_as(nn.Module.load_state_dict)
+    def load_state_dict(self, *args, **options) -> Any:
         """As in torch; these weights have another fingerprint."""
         self._fingerprint = None
         return super().load_state_dict(*args, **options)
 
     @property
-    def codec(self):
+    def codec(self) -> Codec:
         """The latent codec (frames <-> latents), loaded on first use."""
         if self._codec is None:
             config = self.config
@@ -290,6 +294,18 @@ class Tokenizer(nn.Module):
 
         return velocity
 
+    @overload
+    def encode(
+        self, video: str | os.PathLike[str] | Video, *, fps: float | None = ..., batch: int = ...,
+        generator: torch.Generator | None = ..., strict: bool = ..., target_psnr: float | None = ...,
+        budget: int | None = ..., predictor: Predictor | None = ..., progress: Callable[[int], None] | None = ...,
+    ) -> VideoTokens: ...  # fmt: skip
+    @overload
+    def encode(
+        self, video: torch.Tensor, *, fps: float | None = ..., batch: int = ...,
+        generator: torch.Generator | None = ..., strict: bool = ..., target_psnr: float | None = ...,
+        budget: int | None = ..., predictor: Predictor | None = ..., progress: Callable[[int], None] | None = ...,
+    ) -> VideoTokens | list[VideoTokens]: ...  # fmt: skip
     @torch.no_grad()
     def encode(
         self,
@@ -416,16 +432,6 @@ class Tokenizer(nn.Module):
             rows, fps, frames, int(height), int(width), self.name, config.levels, config.chunk_size, self.fingerprint
         )
 
-    def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
-        """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
-
-        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver`` and
-        ``shift`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first
-        frames), ``progress`` (called after each step with steps done in all and steps in all), ``force`` (decode
-        the tokens of another model, too).
-        """
-        return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
-
     @torch.no_grad()
     def decode_stream(
         self,
@@ -491,6 +497,17 @@ class Tokenizer(nn.Module):
             piece = video[0, :, (i > 0) * self.config.overlap :][:, :left]
             left -= piece.shape[1]
             yield piece
+
+    @called_as(decode_stream)
+    def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
+        """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
+
+        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver`` and
+        ``shift`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first
+        frames), ``progress`` (called after each step with steps done in all and steps in all), ``force`` (decode
+        the tokens of another model, too).
+        """
+        return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
 
     def _token_chunks(self, rows: torch.Tensor) -> list[torch.Tensor]:
         # rows of latent frames [T, ...]; the first chunk holds one more

@@ -243,7 +243,7 @@ def test_an_interrupt_leaves_finished_videos_and_nothing_else(tmp_path, folder, 
     finished = {line["file"] for line in lines(tmp_path)}
     assert 0 < len(finished) < len(LENGTHS)
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert files == {f"{name}.vft" for name in finished} | {"manifest.0.jsonl"}
+    assert files == {f"{name}.vft" for name in finished} | {"manifest.0.jsonl", ".lock", ".lock.0"}
     monkeypatch.undo()
     assert cli.main(command(folder, tmp_path, model)) == 0
     check_complete(folder, tmp_path, model)

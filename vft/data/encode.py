@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batch import Summary
+from ..files import only_writer
 from ..scan import scan
 from .encoder import Encoder
 from .index import SUFFIX, Index, check_whole, load_index
@@ -72,7 +73,7 @@ def encode_shards(
 
     Raises:
         ValueError: no videos; a number is out of range; ``output`` holds shards of another model or keep.
-        OSError: a shard could not be written; the finished ones stay.
+        OSError: a shard could not be written; the finished ones stay. Another run writes into ``output``.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -85,26 +86,27 @@ def encode_shards(
     if output.exists() and not output.is_dir():
         raise OSError(f"output {str(output)!r} must be a folder, got a file")
     output.mkdir(parents=True, exist_ok=True)
-    finished = _finished(output, encoder)
-    starts = range(rank * shard_size, len(found.videos), world_size * shard_size)
-    parts = [found.videos[start : start + shard_size] for start in starts]
-    tasks = []
-    for part in parts:
-        keys = [key for key in part if key not in finished]
-        if keys:
-            name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:12]
-            tasks.append({"shard": f"shard-{name}.{kind}", "keys": keys})
-    total, todo = sum(map(len, parts)), sum(len(task["keys"]) for task in tasks)
-    done, failed = total - todo, 0
-    progress(done, total, [])
-    for row in engine(tasks, ShardWriter(encoder, source, output)) if tasks else ():
-        if row["failure"]:
-            raise OSError(f"{output / row['shard']}: {row['failure']}")
-        errors = json.loads(row["errors"])
-        failed += len(errors)
-        done += int(row["rows"]) + len(errors)
-        progress(done, total, errors)
-    return Summary(todo - failed, total - todo, failed, found.left_out)
+    with only_writer(output, rank, world_size):
+        finished = _finished(output, encoder)
+        starts = range(rank * shard_size, len(found.videos), world_size * shard_size)
+        parts = [found.videos[start : start + shard_size] for start in starts]
+        tasks = []
+        for part in parts:
+            keys = [key for key in part if key not in finished]
+            if keys:
+                name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:12]
+                tasks.append({"shard": f"shard-{name}.{kind}", "keys": keys})
+        total, todo = sum(map(len, parts)), sum(len(task["keys"]) for task in tasks)
+        done, failed = total - todo, 0
+        progress(done, total, [])
+        for row in engine(tasks, ShardWriter(encoder, source, output)) if tasks else ():
+            if row["failure"]:
+                raise OSError(f"{output / row['shard']}: {row['failure']}")
+            errors = json.loads(row["errors"])
+            failed += len(errors)
+            done += int(row["rows"]) + len(errors)
+            progress(done, total, errors)
+        return Summary(todo - failed, total - todo, failed, found.left_out)
 
 
 def _finished(output: Path, encoder: Encoder) -> set[str]:

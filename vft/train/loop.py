@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import progress
+from ..files import only_writer
 from . import optimizer, parallel, procedural, state
 from .data import PROCEDURAL
 from .start import Start
@@ -197,8 +198,9 @@ def train(
 ) -> None:
     """Trains or resumes the run in ``folder``.
 
-    Raises ValueError when the folder holds a run with other settings, model or data, OSError when it cannot be written,
-    and RuntimeError when the loss or its gradient is not finite (the last saved state stays).
+    Raises ValueError when the folder holds a run with other settings, model or data, OSError when it cannot be written
+    or another process trains in it, and RuntimeError when the loss or its gradient is not finite (the last saved state
+    stays).
     """
     engine = engine or Engine()
     with parallel.joined(engine.parallel, engine.device) as group:
@@ -206,10 +208,8 @@ def train(
             raise ValueError("lora must be 0 with parallel fsdp, whose shards hold no factors: use ddp")
         if group.rank == 0:
             state.open_folder(folder)
-        try:
+        with closing(task.data), only_writer(folder) if group.rank == 0 else nullcontext():
             _Run(folder, settings, Trainer(settings, task, engine, group)).go(engine, minutes)
-        finally:
-            task.data.close()
 
 
 class Trainer:

@@ -137,7 +137,7 @@ def test_plan(planner, case, rows, step):
     if planner == "native":
         if _native.C is None:
             pytest.skip(f"no C++ planner: {_native.cpu_unavailable}")
-        reference, plan = plan, TilePlan(*_native.C.plan(*given))
+        reference, plan = plan, TilePlan(*_native.plan(*given))
         for name, ours, want in zip(TilePlan._fields, plan, reference, strict=True):
             assert ours.dtype == want.dtype == np.int32 and np.array_equal(ours, want), name
     check_plan(layout, plan, rows, step)

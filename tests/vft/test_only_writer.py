@@ -1,0 +1,72 @@
+"""Folders of one writer: a second run is refused, parts of one run are not, and a killed run holds nothing."""
+
+import subprocess
+import sys
+
+import pytest
+from train_worker import SETTINGS, SMALL
+
+from vft import Tokenizer, batch
+from vft.config import make_config, parse_config
+from vft.data import Encoder, encode
+from vft.files import only_writer
+from vft.train.tokenizer import train
+
+REFUSED = "is being written by another run"
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vft.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
+    with only_writer(tmp_path):
+        for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+            with pytest.raises(OSError, match=REFUSED), only_writer(tmp_path, rank, world_size):
+                pass
+    with only_writer(tmp_path):
+        pass
+
+
+def test_parts_of_one_run_share_a_folder(tmp_path):
+    with only_writer(tmp_path, 0, 2), only_writer(tmp_path, 1, 2):
+        for rank, world_size in ((0, 1), (0, 2), (1, 2), (1, 4)):
+            with pytest.raises(OSError, match=REFUSED), only_writer(tmp_path, rank, world_size):
+                pass
+        with only_writer(tmp_path, 2, 3):
+            pass
+
+
+def test_a_killed_run_holds_nothing(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match=REFUSED), only_writer(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with only_writer(tmp_path):
+        pass
+
+
+def test_encoding_and_training_are_refused_and_change_nothing(tmp_path):
+    videos, output = tmp_path / "videos", tmp_path / "output"
+    videos.mkdir()
+    output.mkdir()
+    (videos / "a.mp4").write_bytes(b"no video")
+    model = Tokenizer(
+        parse_config(make_config(codec="linear", encoder_width=32, decoder_width=32, head_dim=32, registers=4, size=16))
+    )
+    with only_writer(output):
+        with pytest.raises(OSError, match=REFUSED):
+            batch.encode_folder(model, videos, output)
+        with pytest.raises(OSError, match=REFUSED):
+            encode.encode_shards(videos, output, Encoder(model))
+        with pytest.raises(OSError, match=REFUSED):
+            train(output, SETTINGS, config=SMALL)
+    assert {path.name for path in output.iterdir()} == {".lock", ".lock.0"}
