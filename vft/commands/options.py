@@ -22,6 +22,18 @@ def at_least(smallest: int):
     return integer
 
 
+def size_in_bytes(text: str) -> int:
+    """An argument's type: 800M, 4G or 1.5G, of 1024 a step."""
+    number, unit = text[:-1], text[-1:].upper()
+    try:
+        count = int(float(number) * 1024 ** (1 + "KMGT".index(unit or " ")))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a number and K, M, G or T, such as 4G, got {text!r}")
+    return count
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command has."""
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help="kernels to use (default: the best there is)")
@@ -33,6 +45,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"name, folder, .safetensors file or org/repo (default: {DEFAULT_MODEL})")
     parser.add_argument("--unchecked-weights", action="store_true", help="do not look for NaN in the model's weights")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", type=size_in_bytes, metavar="SIZE",
+        help="what VidTok may take beyond the weights, such as 4G: computes frames in tiles, time in pieces",
+    )  # fmt: skip
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +123,14 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
 
     reference = reference or args.model or DEFAULT_MODEL
     checks = {"check_finite": not args.unchecked_weights}
-    return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
+    tokenizer = Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
+    if getattr(args, "memory", None) is not None:
+        if not hasattr(tokenizer.codec, "memory"):
+            raise ValueError(
+                f"--memory bounds the codec VidTok, {reference} has {tokenizer.codec.name!r}: leave it out"
+            )
+        tokenizer.codec.memory = args.memory
+    return tokenizer
 
 
 def add_weights(parser: argparse.ArgumentParser, help: str = "") -> None:
