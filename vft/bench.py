@@ -1,30 +1,62 @@
-"""``vft bench``: how long encoding, decoding or generating takes with a model on this machine, and where time goes."""
+"""``vft bench``: how long a call or a step of training takes with a model on this machine, and where the time goes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flexkernels.library import current_backend
 
-from . import measure, profiling
+from . import measure, profiling, solver
+from .codec import VIDTOK
+from .config import make_config, parse_config
 from .generation import DEFAULT_SIZE
+from .tokenizer import Tokenizer
+from .train.loop import Engine, Trainer
+from .train.parallel import Group
+from .train.tokenizer import TINY, TokenizerSettings, TokenizerTask
+from .vidtok import VidTokCodec
 
 CAPTION_TOKENS = 16
+# encoder 1152 x 18, decoder 1792 x 28, 256 registers for 256 patches of each of 5 latent frames
+PUBLISHED = {
+    "encoder_width": 1152, "encoder_depth": 18, "decoder_width": 1792, "decoder_depth": 28, "registers": 256,
+    "grid": 16, "size": 256,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is timed: ``call(graphs)``, with CUDA graphs where there are any; frames and tokens that one call makes."""
+    """What is timed: ``call(graphs)``, with CUDA graphs where there are any; frames and tokens that one call makes;
+    ``parts`` that a profile tells apart, see :func:`vft.profiling.labelled`."""
 
     title: str
     call: Callable[[bool], object]
     frames: int
     tokens: int
     device: torch.device
+    parts: tuple[tuple[str, object, str], ...] = ()
+
+
+def random_tokenizer(config: Path | None, device: torch.device, dtype: torch.dtype, seed: int) -> Tokenizer:
+    """A tokenizer of random weights: of a config.json, or None for the published size, 2.47 B parameters and VidTok."""
+    raw = make_config(**PUBLISHED) if config is None else json.loads(config.read_text(encoding="utf-8"))
+    torch.manual_seed(seed)
+    with device:
+        model = Tokenizer(parse_config(raw), "random")
+        if model.config.codec == VIDTOK:
+            model._codec = VidTokCodec()
+    for name, p in model.decoder.named_parameters():
+        # what training starts from zero
+        if "modulation" in name or name.startswith("head"):
+            nn.init.normal_(p, std=0.02)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def encode_job(tokenizer, *, batch: int, frames: int, size: int | None, seed: int) -> Job:
@@ -37,7 +69,8 @@ def encode_job(tokenizer, *, batch: int, frames: int, size: int | None, seed: in
     chunks = [2 * torch.rand(length, 3, side, side, generator=generator) - 1 for _ in range(batch)]
     title = f"encode with {tokenizer.name}: batch {batch}, {length} frames of {side}x{side}"
     tokens = batch * frames * tokenizer.registers
-    return Job(title, lambda graphs: tokenizer.encode_chunks(chunks), batch * length, tokens, tokenizer.device)
+    parts = ("VAE", tokenizer.codec, "encode"), ("transformer", tokenizer.encoder, "forward")
+    return Job(title, lambda graphs: tokenizer.encode_chunks(chunks), batch * length, tokens, tokenizer.device, parts)
 
 
 def decode_job(tokenizer, *, batch: int, frames: int, keep: int | None, size: int | None, seed: int, **sampler) -> Job:
@@ -62,7 +95,34 @@ def decode_job(tokenizer, *, batch: int, frames: int, keep: int | None, size: in
         f"decode with {tokenizer.name}: batch {batch}, {length} frames of {side}x{side}, keep {keep} of "
         f"{tokenizer.registers}, {steps} steps of {sampler['solver']}"
     )
-    return Job(title, call, batch * length, batch * frames * keep, tokenizer.device)
+    decoder = tokenizer.decoder
+    parts = (
+        ("VAE", tokenizer.codec, "decode"), ("sampler", solver._State, "update"),
+        *(("transformer", decoder, name) for name in ("velocity", "embed_registers", "modulation")),
+    )  # fmt: skip
+    return Job(title, call, batch * length, batch * frames * keep, tokenizer.device, parts)
+
+
+def train_job(*, batch: int, device: torch.device, bf16: bool, seed: int) -> Job:
+    """Steps of the embedded tokenizer's training, each on clips that were not seen before."""
+    settings = TokenizerSettings(batch=batch, seed=seed, bf16=bf16, clips=1 << 31, steps=1 << 31)
+    torch.manual_seed(seed)
+    task = TokenizerTask(settings, make_config(**TINY))
+    trainer = Trainer(settings, task, Engine(str(device)), Group(device))
+    steps = count()
+
+    def call(graphs: bool) -> None:
+        with torch.enable_grad():
+            trainer.step(next(steps))
+
+    length, size = task.model.config.chunk_size, task.model.size
+    title = f"train the embedded tokenizer: batch {batch}, {length} frames of {size}x{size}"
+    optimizers = dict.fromkeys(trainer.optimizer_of.values())
+    parts = (
+        ("clips and codec", task.data, "batch"), ("forward", trainer, "loss"), ("optimizer", trainer, "_average"),
+        *(("optimizer", each, "step") for each in optimizers),
+    )  # fmt: skip
+    return Job(title, call, batch * length, batch * task.model.registers, device, parts)
 
 
 def generate_job(model, *, batch: int, frames: int, keep: int | None, **options) -> Job:
@@ -114,7 +174,10 @@ def run(job: Job, dtype: str, seconds: float, profile: bool = False, trace: Path
     if not profile:
         return
     ceiling = measure.ceilings(kind)
-    found = profiling.profile(lambda: job.call(False), kind, ceiling, trace)
+    with profiling.labelled(job.parts):
+        found = profiling.profile(lambda: job.call(False), kind, ceiling, trace)
+    if found.parts:
+        print(f"\n{profiling.parts_table(found)}")
     print(f"\n{profiling.table(found, top)}")
     print(
         f"\nbound: copy {ceiling['copy_gb_s']:.0f} GB/s, products {ceiling['gemm_fp32_gflop_s']:,.0f} (float32) and "

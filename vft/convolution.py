@@ -24,7 +24,7 @@ class State(dict):
         past = self.get(conv)
         if x.shape[1] < frames:
             before = x.new_zeros(x.shape[0], frames, *x.shape[2:]) if past is None else past
-            self[conv] = torch.cat([before, x], 1)[:, -frames:]
+            self[conv] = torch.cat([before[:, x.shape[1] :], x], 1)
         elif frames:
             self[conv] = x[:, x.shape[1] - frames :].clone()
         return past
@@ -45,13 +45,14 @@ class Convolution(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, state: State | None = None
     ) -> torch.Tensor:
-        prepared = self._prepared(native(x))
+        prepared = self.prepare(native(x))
         past = None if state is None else state.turn(self, x, prepared.taps[0] - prepared.time_stride)
         if isinstance(prepared, Plain):
             return prepared(x, residual, past)
         return flexkernels.causal_conv(x, prepared, residual=residual, past=past)
 
-    def _prepared(self, ours: bool):
+    def prepare(self, ours: bool):
+        """What the weights are laid out to, for our kernels or for PyTorch's; kept until they change."""
         parameters = list(self.parameters())
         key = [ours, *map(id, parameters), *(0 if p.is_inference() else p._version for p in parameters)]
         if self._made is None or self._made[0] != key:
@@ -61,10 +62,26 @@ class Convolution(nn.Module):
             self._made = key, parameters, make(weight, bias, **self.options)
         return self._made[2]
 
+    def prepared_bytes(self) -> int:
+        """Of what is prepared and is no view of the weights."""
+        if self._made is None:
+            return 0
+        _, parameters, made = self._made
+        known = {p.untyped_storage().data_ptr() for p in parameters}
+        storages = [t.untyped_storage() for t in (made.weight, made.bias) if t is not None]
+        return sum(s.nbytes() for s in storages if s.data_ptr() not in known)
+
     def _apply(self, *args, **kwargs):
         # another device or dtype
         self._made = None
         return super()._apply(*args, **kwargs)
+
+
+def convolutions(module: nn.Module) -> list[Convolution]:
+    """The convolutions in a module that are computed; those inside another are part of it."""
+    if isinstance(module, Convolution):
+        return [module]
+    return [conv for child in module.children() for conv in convolutions(child)]
 
 
 def native(x: torch.Tensor) -> bool:

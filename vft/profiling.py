@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from .files import replacing
 from .measure import bound_ms, synchronize
 
 CALLS = 3
+# what :func:`labelled` calls a part in a recording
+_PART = "part: "
+# what autograd calls a node of a backward pass
+_NODE = "autograd::engine::evaluate_function"
 _OURS = f"{NAMESPACE}::"
 # how much of their inputs these read depends on the numbers in them
 _UNKNOWN = {
@@ -42,11 +47,13 @@ class Row:
 
 @dataclass
 class Profile:
-    """Ops by falling time; kernels {name: ms}, on a GPU alone; ms, the whole call under the profiler."""
+    """Ops by falling time; kernels {name: ms}, on a GPU alone; ms, the whole call under the profiler; parts {name: ms}
+    of what was :func:`labelled`."""
 
     ops: list[Row]
     kernels: dict[str, float]
     ms: float
+    parts: dict[str, float]
 
 
 @torch.no_grad()
@@ -75,8 +82,13 @@ def profile(function: Callable, device: str, ceiling: dict[str, float], trace: P
 
 def summarize(events, device: str, bounds: Bounds, ms: float) -> Profile:
     """The rows of CALLS calls that took ``ms`` each."""
-    times, counts, kernels = Counter(), Counter(), Counter()
+    times, counts, kernels, parts = Counter(), Counter(), Counter(), Counter()
     for event in events:
+        if (part := _part(event)) is not None:
+            ms_of = (event.device_time_total if device == "cuda" else event.cpu_time_total) / 1000 / CALLS
+            parts[part] += ms_of
+            if (around := _enclosing(event)) is not None:
+                parts[around] -= ms_of
         if event.device_type != DeviceType.CPU:
             kernels[event.name] += event.device_time_total / 1000 / CALLS
         elif event.cpu_parent is None:
@@ -84,11 +96,56 @@ def summarize(events, device: str, bounds: Bounds, ms: float) -> Profile:
     ops = [Row(name, counts[name] / CALLS, us / 1000 / CALLS, bounds.ms.get(name)) for name, us in times.items() if us]
     ops.sort(key=lambda row: -row.ms)
     ops.append(Row(_BESIDE, 0, max(0.0, ms - sum(row.ms for row in ops))))
-    return Profile(ops, dict(kernels.most_common()), ms)
+    return Profile(ops, dict(kernels.most_common()), ms, dict(parts))
+
+
+def _part(event) -> str | None:
+    """Which part an event is, if any; of a backward pass, which has a thread of its own on a GPU, each node is one."""
+    if event.device_type == DeviceType.CPU and event.name.startswith(_NODE):
+        return "backward"
+    if event.device_type == DeviceType.CPU and event.name.startswith(_PART):
+        return event.name.removeprefix(_PART)
+    return None
+
+
+def _enclosing(event) -> str | None:
+    """The innermost part that an event is in."""
+    while (event := event.cpu_parent) is not None:
+        if (part := _part(event)) is not None:
+            return part
+    return None
+
+
+@contextmanager
+def labelled(parts: Iterable[tuple[str, object, str]]) -> Iterator[None]:
+    """Recordings know the calls of methods as parts: (part, object, name of its method) each."""
+    before = []
+    try:
+        for part, owner, name in parts:
+            method, own = getattr(owner, name), name in vars(owner)
+            before.append((owner, name, method, own))
+            setattr(owner, name, _recorded(_PART + part, method))
+        yield
+    finally:
+        for owner, name, method, own in reversed(before):
+            setattr(owner, name, method) if own else delattr(owner, name)
+
+
+def _recorded(label: str, method: Callable) -> Callable:
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(label):
+            return method(*args, **kwargs)
+
+    return call
 
 
 def _add(event, on_gpu: bool, times: Counter, counts: Counter) -> None:
     """Adds the microseconds of an event and of those inside it; an op of ours is one row with all that it calls."""
+    if event.name.startswith(_PART):
+        # its own time is outside of ops
+        for inside in event.cpu_children:
+            _add(inside, on_gpu, times, counts)
+        return
     whole = event.name.startswith(_OURS)
     if on_gpu:
         us = event.device_time_total if whole else event.self_device_time_total
@@ -154,6 +211,14 @@ def pairs(layout) -> int:
     lengths = torch.nn.functional.pad((t.runs[:, 1] - t.runs[:, 0]).long().cumsum(0), (1, 0))
     keys = lengths[t.ptr[1:].long()] - lengths[t.ptr[:-1].long()]
     return int((rows * keys).sum())
+
+
+def parts_table(found: Profile) -> str:
+    """The parts that were :func:`labelled`, and what is beside them: on a GPU, where it runs none of their kernels."""
+    rest = max(0.0, found.ms - sum(found.parts.values()))
+    rows = [*sorted(found.parts.items(), key=lambda part: -part[1]), ("host and the rest", rest)]
+    lines = [f"{'part':<44} {'ms':>9} {'share':>7}"]
+    return "\n".join([*lines, *(f"{name:<44} {ms:9.3f} {ms / found.ms:7.1%}" for name, ms in rows)])
 
 
 def table(found: Profile, top: int) -> str:

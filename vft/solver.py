@@ -112,6 +112,7 @@ def sample(
     prefix: Sequence[torch.Tensor] | None = None,
     prefix_mode: str = "clean",
     compat: Sequence[str] = (),
+    null_every: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
     """Integrates the guided velocity.
@@ -126,15 +127,19 @@ def sample(
         prefix_mode: ``"clean"`` keeps those frames clean at every t; ``"sdedit"`` noises them to each evaluation's t
             and leaves the last step's result.
         compat: ``"shared_momentum"`` hands one momentum buffer from sample to sample, as published code does.
+        null_every: the unconditional velocity is computed in every so many guided evaluations, and stands for itself in
+            those between; 1 computes all.
         progress: called with the number of steps done after each.
 
     Returns:
         The latents at t = 0, list of float32 ``[C, T, H, W]``.
 
     Raises:
-        ValueError: an unknown prefix mode or compat name.
+        ValueError: an unknown prefix mode or compat name, or null_every below 1.
     """
     _check(prefix_mode, compat)
+    if null_every < 1:
+        raise ValueError(f"null_every must be at least 1, got {null_every}")
     prefix = [None] * len(noise) if prefix is None else prefix
     if "shared_momentum" in compat:
         if len({x.shape for x in noise}) > 1:
@@ -142,11 +147,19 @@ def sample(
         states = [_State([x], [p], prefix_mode) for x, p in zip(noise, prefix, strict=True)]
     else:
         states = [_State(noise, prefix, prefix_mode)]
-    momentum, done = None, 0
+    momentum, done, guided, null = None, 0, 0, None
     for i, evaluation in enumerate(plan):
         now = resolve(guidance, evaluation.t)
         x = [sample for state in states for sample in state.samples()]
-        conditional, unconditional = (iter(v or ()) for v in velocity(x, i, now is not None))
+        fresh = now is not None and guided % null_every == 0
+        conditional, unconditional = velocity(x, i, fresh)
+        if null_every > 1 and fresh:
+            # the next call may overwrite what this one gave
+            null = [v.clone() for v in unconditional]
+        elif now is not None and not fresh:
+            unconditional = null
+        guided += now is not None
+        conditional, unconditional = iter(conditional), iter(unconditional or ())
         for state in states:
             momentum = state.update(evaluation, conditional, unconditional, now, momentum)
         done += evaluation.last

@@ -229,6 +229,7 @@ class Tokenizer(nn.Module):
         *,
         prefix_mode: str = "clean",
         shift: float = 1.0,
+        null_every: int = 1,
         collapse: bool = True,
         grid: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         seed: int = 0,
@@ -245,6 +246,8 @@ class Tokenizer(nn.Module):
             solver: one of :data:`vft.solver.SOLVERS`.
             noise: list of ``[C, T, H, W]``; by default drawn on the CPU from ``seed`` in the shape ``grid``.
             prefix: clean latents ``[C, k, H, W]`` of each sample's first k frames, k >= 1.
+            null_every: the unconditional velocity is computed in every so many evaluations, see
+                :func:`vft.solver.sample`.
             collapse: as in :meth:`velocity`.
             grid: latent height and width where no noise is given, one pair or one a sample; default the working size.
 
@@ -264,7 +267,7 @@ class Tokenizer(nn.Module):
         velocity = self.guided_velocity(noise, plan, codes, keep, frames, collapse=collapse)
         return sample(
             velocity, noise, plan, guidance=guidance, prefix=prefix, prefix_mode=prefix_mode, compat=compat,
-            progress=progress,
+            null_every=null_every, progress=progress,
         )  # fmt: skip
 
     def guided_velocity(
@@ -442,6 +445,7 @@ class Tokenizer(nn.Module):
         guidance: CFG | APG | str | None = DEFAULT,
         solver: str = "euler",
         shift: float = 1.0,
+        null_every: int = 1,
         seed: int = 0,
         conditioning: torch.Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -487,7 +491,7 @@ class Tokenizer(nn.Module):
             else:
                 latents = self.decode_latents(
                     [ids[:moving]], keep, times, guidance, solver, [noise[:, :moving]],
-                    None if prefix is None else [prefix[0]], progress=report,
+                    None if prefix is None else [prefix[0]], null_every=null_every, progress=report,
                 )  # fmt: skip
                 video = self.codec.decode(latents[0][None]).clamp(-1, 1)
                 # its first frame is the one shown last
@@ -502,10 +506,10 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: VideoTokens, **options) -> torch.Tensor:
         """Tokens to video, float32 ``[1, 3, frames, H, W]`` in [-1, 1] at the working size.
 
-        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver`` and
-        ``shift`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``, clean first
-        frames), ``progress`` (called after each step with steps done in all and steps in all), ``force`` (decode
-        the tokens of another model, too).
+        Options (all keyword): ``keep`` (registers used a frame, 0 to N), ``steps``, ``guidance``, ``solver``, ``shift``
+        and ``null_every`` (as in :meth:`decode_latents`), ``seed``, ``conditioning`` (float ``[3, 1 + 4 k, H, W]``,
+        clean first frames), ``progress`` (called after each step with steps done in all and steps in all), ``force``
+        (decode the tokens of another model, too).
         """
         return torch.cat(list(self.decode_stream(tokens, **options)), 1)[None]
 

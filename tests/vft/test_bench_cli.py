@@ -9,7 +9,8 @@ import torch
 import vft
 from flexkernels import SequenceLayout
 from vft import cli, measure, profiling
-from vft.config import parse_generator_config
+from vft.config import make_config, parse_generator_config
+from vft.train import initial
 
 CEILING = {"copy_gb_s": 10.0, "read_gb_s": 10.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 200.0}
 QUICK = ["--seconds", "0.01"]
@@ -32,7 +33,7 @@ def generator(tmp_path_factory):
 
 def rows_of(text: str) -> dict[str, float]:
     """{op: ms} of the printed table."""
-    found = re.findall(r"^(\S+|\(.*?\)) +(?:\d+ +)?([\d.]+) +[\d.]+%", text, re.MULTILINE)
+    found = re.findall(r"^(\S+|\(.*?\)|[a-z]+ and [a-z ]*[a-z]) +(?:\d+ +)?([\d.]+) +[\d.]+%", text, re.MULTILINE)
     return {name: float(ms) for name, ms in found}
 
 
@@ -57,7 +58,10 @@ def test_decode_profile_and_trace(tmp_path, capsys):
     assert {"flexkernels::attention", "flexkernels::swiglu", "aten::mm", "(outside of ops)", "total"} <= rows.keys()
     assert not any(name.startswith("flexkernels_native") for name in rows)
     total = rows.pop("total")
+    parts = {name: rows.pop(name) for name in ("VAE", "transformer", "sampler", "host and the rest")}
     assert sum(rows.values()) == pytest.approx(total, rel=0.01, abs=0.2)
+    assert sum(parts.values()) == pytest.approx(total, rel=0.01, abs=0.2) and min(parts.values()) > 0
+    assert parts["transformer"] > max(parts["VAE"], parts["sampler"])
     assert "copy 10 GB/s" in out and out.rstrip().endswith("(chrome://tracing or ui.perfetto.dev)")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "flexkernels::attention" in names
@@ -73,6 +77,39 @@ def test_encode_and_generate(generator, capsys):
     assert "batch 1, 2 latent frames, 3 tokens each, guidance 2.0" in out and "frames/s" not in out
     rows = rows_of(out)
     assert any("transformer_step" in name for name in rows) and "flexkernels::sample_logits" in rows
+
+
+def test_train_profile(monkeypatch, capsys):
+    # how a new model begins takes clips and no part of a step
+    monkeypatch.setattr(initial, "fits", lambda *_: False)
+    monkeypatch.setattr(profiling, "CALLS", 1)
+    assert cli.main(["bench", "train", "--batch", "2", "--profile", "--top", "200", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train the embedded tokenizer: batch 2, 17 frames of 64x64; float32 on")
+    rows = rows_of(out)
+    parts = [rows[name] for name in ("clips and codec", "forward", "backward", "optimizer", "host and the rest")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(rows["total"], rel=0.01, abs=0.2)
+
+
+def test_random_weights_of_a_config(tmp_path, capsys):
+    size = {"encoder_width": 64, "encoder_depth": 1, "decoder_width": 64, "decoder_depth": 1, "registers": 4}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(make_config(**size, grid=5, codec="linear", size=32)))
+    for what in ("encode", "decode"):
+        assert cli.main(["bench", what, "--random", str(config), *QUICK]) == 0
+        assert f"{what} with random: batch 1, 17 frames of 32x32" in capsys.readouterr().out
+
+
+def test_labels_are_taken_back():
+    class Owner:
+        def method(self):
+            return 1
+
+    owner, own = Owner(), Owner()
+    own.method = mine = lambda: 2
+    with profiling.labelled([("a", owner, "method"), ("b", own, "method")]):
+        assert owner.method() == 1 and own.method() == 2 and own.method is not mine
+    assert "method" not in vars(owner) and own.method is mine
 
 
 def test_bounds_count_bytes_once_and_flops():
@@ -106,6 +143,8 @@ def test_pairs_are_those_of_the_visited_tiles():
         (["decode", "--size", "128"], "size must be 64, where tiny works, got 128"),
         (["decode", "-k", "33"], "keep must be between 1 and 32, got 33"),
         (["encode", "--frames", "1000"], "frames must be at most"),
+        (["generate", "--random", "published"], "--random takes the place of --model"),
+        (["decode", "--random", "published", "--model", "tiny"], "--random takes the place of --model"),
         (["sleep"], "invalid choice: 'sleep'"),
     ],
 )

@@ -178,6 +178,9 @@ def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
     assert flexkernels.library.current_backend() == "auto"
     assert cli.main([*argv, "--guidance", "apg:9"]) == 0 and seen["guidance"] == flexkernels.APG(scale=9.0)
     assert cli.main([*argv, "--guidance", "none"]) == 0 and seen["guidance"] is None
+    assert cli.main([*argv, "--guidance", "cfg:3", "--interval", "0.2", "0.8", "--null-every", "2"]) == 0
+    scale = seen["guidance"].scale
+    assert [scale(t) for t in (0.1, 0.2, 0.8, 0.9)] == [1.0, 3.0, 3.0, 1.0] and seen["null_every"] == 2
     # what is not given is left to the model
     seen.clear()
     assert cli.main(["decode", tokens_file, "-o", f"{tmp_path}/a.mp4", "--model", model]) == 0
@@ -212,6 +215,8 @@ def test_options_reach_the_library(tmp_path, model, tokens_file, monkeypatch):
         (["decode", "TOKENS", "-o", "OUT.mp4", "-k", "0"], "must be at least 1, got 0"),
         (["decode", "TOKENS", "-o", "OUT.txt"], "must end in .mp4"),
         (["decode", "TOKENS", "-o", "OUT.mp4", "--steps", "0"], "must be at least 1, got 0"),
+        (["decode", "TOKENS", "-o", "OUT.mp4", "--interval", "0.2", "0.8"], "--interval needs --guidance"),
+        (["decode", "TOKENS", "-o", "OUT.mp4", "--interval", "1", "0", "--guidance", "apg"], "low and high must"),
         (["decode", "TOKENS", "-o", "OUT.mp4", "--guidance", "strong"], "guidance must be none"),
         (["decode", "TOKENS", "-o", "OUT.mp4", "--guidance", "cfg:much"], "could not convert"),
         (["decode", "TOKENS", "-o", "OUT.mp4", "--quality", "99"], "quality must be between 0 and 51"),

@@ -117,6 +117,34 @@ def test_noised_prefix_has_the_time_of_its_evaluation(solver):
     sample(velocity, [x], plan, prefix=[prefix], prefix_mode="sdedit")
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_unconditional_velocity_stands_for_itself(every):
+    """Against the sum by hand; what a velocity returns is overwritten by the next one, as a CUDA graph does."""
+    times, asked, out = schedule(6), [], [torch.empty(1, 1, 2, 2), torch.empty(1, 1, 2, 2)]
+
+    def velocity(x, i, guided):
+        asked.append(guided)
+        out[0].copy_(x[0] + i)
+        out[1].copy_(2 * x[0] - i if guided else torch.full_like(x[0], math.nan))
+        return [out[0]], [out[1]] if guided else None
+
+    noise = torch.randn(1, 1, 2, 2)
+    # guidance is off in the first of the six
+    scale = interval(3.0, 0.0, 0.9)
+    got = sample(velocity, [noise], evaluations("euler", times), guidance=vft.CFG(scale), null_every=every)
+    x = noise
+    for i in range(6):
+        conditional = x + i
+        if i and (i - 1) % every == 0:
+            null = 2 * x - i
+        v = null + 3 * (conditional - null) if i else conditional
+        x = x + (times[i + 1] - times[i]) * v
+    torch.testing.assert_close(got[0], x)
+    assert asked == [i > 0 and (i - 1) % every == 0 for i in range(6)]
+    with pytest.raises(ValueError, match="null_every must be at least 1, got 0"):
+        sample(velocity, [noise], [], null_every=0)
+
+
 def test_guidance_over_time():
     assert resolve(None, 0.5) is None
     assert resolve(vft.CFG(1.0), 0.5) is None

@@ -1,4 +1,4 @@
-"""``vft bench``: times encoding, decoding or generating with a model on this machine, and profiles it."""
+"""``vft bench``: times encoding, decoding, generating or a training step on this machine, and profiles it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 
 from . import options
 
-HELP = "Time encoding, decoding or generating; profile it."
+HELP = "Time encoding, decoding, generating or a training step; profile it."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_sampler(parser)
     add, positive = parser.add_argument, options.at_least(1)
-    add("what", choices=("encode", "decode", "generate"), help="random frames or ids serve as input")
+    add("what", choices=("encode", "decode", "generate", "train"), help="random frames or ids serve as input")
+    add("--random", metavar="SIZE", help="encode, decode: random weights, 'published' or a config.json for their size")
     add("--batch", type=positive, default=1, help="samples in one call (default: 1)")
     add("--frames", type=positive, default=5, help="latent frames (default: 5, 17 frames)")
     add("-k", "--keep", type=positive, help="registers, or tokens, of every latent frame")
@@ -37,13 +38,18 @@ def run(args: argparse.Namespace) -> None:
         if not args.profile or args.trace.suffix != ".json":
             raise ValueError("--trace takes a .json file and needs --profile")
         check_output(args.trace)
+    if args.random is not None and (args.model is not None or args.what not in ("encode", "decode")):
+        raise ValueError("--random takes the place of --model, in bench encode and decode")
     common = {"batch": args.batch, "frames": args.frames}
     if args.what == "generate":
         generator = options.load_generator(args)
         sampling = {"temperature": args.temperature, "guidance": args.token_guidance, "seed": args.seed}
         job = bench.generate_job(generator, keep=args.keep, **common, **sampling)
+    elif args.what == "train":
+        bf16 = args.dtype == "bfloat16"
+        job = bench.train_job(batch=args.batch, device=options.device(args), bf16=bf16, seed=args.seed)
     else:
-        tokenizer = options.load_tokenizer(args, dtype=args.dtype)
+        tokenizer = _tokenizer(args)
         options.check_keep(args.keep, tokenizer.registers)
         common["size"] = args.size
         if args.what == "encode":
@@ -51,3 +57,14 @@ def run(args: argparse.Namespace) -> None:
         else:
             job = bench.decode_job(tokenizer, keep=args.keep, **common, **options.sampler(args))
     bench.run(job, args.dtype, args.seconds, args.profile, args.trace, args.top)
+
+
+def _tokenizer(args: argparse.Namespace):
+    import torch
+
+    from vft import bench
+
+    if args.random is None:
+        return options.load_tokenizer(args, dtype=args.dtype)
+    config = None if args.random == "published" else Path(args.random)
+    return bench.random_tokenizer(config, options.device(args), getattr(torch, args.dtype), args.seed)

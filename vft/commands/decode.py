@@ -19,6 +19,7 @@ HELP = "Turn a .vft file, whole or cut, into a video."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
+    options.add_memory(parser)
     options.add_sampler(parser)
     options.add_video_output(parser)
     parser.add_argument("--force", action="store_true", help="decode the tokens of another model, too")

@@ -19,6 +19,7 @@ HELP = "Turn a video into a .vft file of tokens, or a folder of videos into many
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
+    options.add_memory(parser)
     add = parser.add_argument
     add("input", help="video file of any size, rate and length, or a folder; -: standard input")
     add(
@@ -162,8 +163,10 @@ def _run_shards(args: argparse.Namespace) -> int:
     from vft.data import Encoder, encode, engines
     from vft.progress import bar as progress_bar
 
-    if "-" in (args.input, args.output) or args.batch or args.audio == "copy" or args.checksum:
-        raise ValueError("--shards and --engine take folders, and go without --batch, --audio copy and --checksum")
+    if "-" in (args.input, args.output) or args.batch or args.audio == "copy" or args.checksum or args.memory:
+        raise ValueError(
+            "--shards and --engine take folders, and go without --batch, --audio copy, --checksum and --memory"
+        )
     rank, world_size = shard()
     if args.engine and world_size > 1:
         raise ValueError("--engine starts its own processes: run it once, not under torchrun")

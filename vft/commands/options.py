@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 DEFAULT_MODEL = "tiny"
+# malloc.h's name for it, and the bytes from which memory is mapped by itself
+_M_MMAP_THRESHOLD, _MAPPED = -3, 4 << 20
 # those of flexkernels.library and of vft.solver, whose import would need torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "dpm2m")
@@ -22,6 +25,18 @@ def at_least(smallest: int):
     return integer
 
 
+def size_in_bytes(text: str) -> int:
+    """An argument's type: 800M, 4G or 1.5G, of 1024 a step."""
+    number, unit = text[:-1], text[-1:].upper()
+    try:
+        count = int(float(number) * 1024 ** (1 + "KMGT".index(unit or " ")))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a number and K, M, G or T, such as 4G, got {text!r}")
+    return count
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command has."""
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help="kernels to use (default: the best there is)")
@@ -35,6 +50,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", type=size_in_bytes, metavar="SIZE",
+        help="what VidTok may take beyond the weights, such as 4G: computes frames in tiles, time in pieces",
+    )  # fmt: skip
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers (default: 0)")
 
@@ -44,6 +66,14 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), help="solver steps (default: the model's)")
     parser.add_argument("--solver", choices=SOLVERS, default="euler", help="ODE solver (default: euler)")
     parser.add_argument("--guidance", help="none, cfg:SCALE, apg or apg:SCALE (default: the model's)")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="times, noise is 1, at which --guidance holds; elsewhere its pass is left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--null-every", type=at_least(1), metavar="N",
+        help="compute guidance's unconditional pass in every Nth evaluation alone (default: 1)",
+    )  # fmt: skip
 
 
 def add_video_output(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +91,19 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def sampler(args: argparse.Namespace) -> dict:
     """The sampler's options that were given; the others are left to the model."""
     options = {"seed": args.seed, "solver": args.solver}
+    if args.null_every is not None:
+        options["null_every"] = args.null_every
     if args.steps is not None:
         options["steps"] = args.steps
     if args.guidance is not None:
         options["guidance"] = guidance(args.guidance)
+    if args.interval is not None:
+        if options.get("guidance") is None:
+            raise ValueError("--interval needs --guidance, cfg:SCALE, apg or apg:SCALE")
+        from vft.solver import interval
+
+        scale = interval(options["guidance"].scale, *args.interval)
+        options["guidance"] = replace(options["guidance"], scale=scale)
     return options
 
 
@@ -96,6 +135,15 @@ def device(args: argparse.Namespace):
     return chosen
 
 
+def return_memory() -> None:
+    """From now on what this process frees goes back to the system, where glibc would keep parts below 32 MB."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+
+
 def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype: str = "float32"):
     """The tokenizer that ``reference``, else ``--model``, and ``--device`` ask for."""
     import torch
@@ -104,7 +152,15 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
 
     reference = reference or args.model or DEFAULT_MODEL
     checks = {"check_finite": not args.unchecked_weights}
-    return Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
+    tokenizer = Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
+    if getattr(args, "memory", None) is not None:
+        if not hasattr(tokenizer.codec, "memory"):
+            raise ValueError(
+                f"--memory bounds the codec VidTok, {reference} has {tokenizer.codec.name!r}: leave it out"
+            )
+        tokenizer.codec.memory = args.memory
+        return_memory()
+    return tokenizer
 
 
 def add_weights(parser: argparse.ArgumentParser, help: str = "") -> None:
