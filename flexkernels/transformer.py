@@ -147,8 +147,8 @@ def transformer_step_refusal(
 ) -> str | None:  # fmt: skip
     """Why `transformer_step_` of these arguments cannot be one kernel (`persistent=True`), or None where it can.
 
-    The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 1,024 that are multiples of 64, hidden widths up
-    to 3,072 that are multiples of 64, a head_dim of 64 or 128, and tensors that lie on 16 bytes, on GPUs of compute
+    The kernel takes bfloat16 and float16, 1 to 8 rows, widths up to 2,048 that are multiples of 64, hidden widths up
+    to 6,144 that are multiples of 64, a head_dim of 64 or 128, and tensors that lie on 16 bytes, on GPUs of compute
     capability 9.0 whose multiprocessors have room for a block of it.
     Raises what `transformer_step_` does for wrong arguments.
     """

@@ -7,7 +7,7 @@ namespace flexkernels {
 
 // layers of one launch, whose pointers are kernel arguments (4 KB); a deeper stack takes several launches
 constexpr int kStepLayers = 24;
-constexpr int kStepMaxRows = 8, kStepMaxWidth = 1024, kStepMaxHidden = 3072;
+constexpr int kStepMaxRows = 8, kStepMaxWidth = 2048, kStepMaxHidden = 6144;
 // ranges of keys of one head, each a unit of attention; a constant, so that a row's bits depend on its own keys alone
 constexpr int kStepSplits = 2;
 

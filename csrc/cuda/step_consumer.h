@@ -5,12 +5,15 @@
 
 namespace flexkernels::cuda::step {
 
-template <typename T, bool kInt8>
+// kWide: blocks of the width that a warp has at most, 1 or 2; of the hidden width it has three times as many
+template <typename T, bool kInt8, int kWide>
 struct Consumer {
-  // blocks of the width, and of the hidden width, that a warp has at most
-  static constexpr int kWide = kStepMaxWidth / (kWarps * kBlock), kDeep = kStepMaxHidden / (kWarps * kBlock);
-  // runs in registers ahead of the activations, as many as the 96 registers of a lane allow
-  static constexpr int kAhead = 2, kAheadProj = 1, kAheadDeep = 0;
+  static constexpr bool kNarrow = kWide == 1;
+  // blocks of the hidden width in registers together, and how often
+  static constexpr int kDeep = kNarrow ? 3 : 2, kParts = 3 * kWide / kDeep;
+  // runs in registers ahead of the activations, as many as the 96 registers of a lane allow. The weights of a norm too
+  // are read ahead by the narrow alone
+  static constexpr int kAhead = kNarrow ? 2 : 0, kAheadProj = kNarrow ? 1 : 0, kAheadDeep = 0;
 
   Lanes<T, kInt8> l;
   const TransformerStep& p;
@@ -53,7 +56,8 @@ struct Consumer {
   }
 
   // blocks of x / rms(x) * weight, rounded once
-  __device__ __forceinline__ void normed(const uint4 (&w)[kWide][2], bool first, uint32_t (&x)[kWide][kValues]) {
+  __device__ __forceinline__ void normed(const void* norm, uint4 (&w)[kWide][2], bool first,
+                                         uint32_t (&x)[kWide][kValues]) {
     // shared memory of the phase before is free
     l.sync();
     float square = 0;
@@ -70,6 +74,7 @@ struct Consumer {
         square = fmaf(low, low, fmaf(high, high, square));
       }
     }
+    if (!kNarrow) norm_weights(norm, w);
     __syncwarp();
     square += __shfl_xor_sync(0xffffffffu, square, 1);
     square += __shfl_xor_sync(0xffffffffu, square, 2);
@@ -100,9 +105,9 @@ struct Consumer {
   template <bool kGated, typename Finish>
   __device__ __forceinline__ void of_normed(const StepMatrix& m, int n, const void* norm, bool first, Finish finish) {
     uint4 w[kWide][2] = {};
-    norm_weights(norm, w);
-    const auto fetch = [&](uint32_t (&x)[kWide][kValues]) { normed(w, first, x); };
-    l.template linear<kWide, kAhead, kGated>(m, Share(n), p.width, fetch, finish);
+    if (kNarrow) norm_weights(norm, w);
+    const auto fetch = [&](int, uint32_t (&x)[kWide][kValues]) { normed(norm, w, first, x); };
+    l.template linear<kWide, 1, kAhead, kGated>(m, Share(n), p.width, fetch, finish);
     ++phase;
   }
 
@@ -120,7 +125,7 @@ struct Consumer {
 
   // x += proj attention
   __device__ __forceinline__ void project(const StepMatrix& m, bool first) {
-    const auto fetch = [&](uint32_t (&x)[kWide][kValues]) {
+    const auto fetch = [&](int, uint32_t (&x)[kWide][kValues]) {
       l.sync();
 #pragma unroll
       for (int b = 0; b < kWide; ++b) {
@@ -132,7 +137,7 @@ struct Consumer {
       __syncwarp();
     };
     const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, first, false); };
-    l.template linear<kWide, kAheadProj, false>(m, Share(p.width), p.width, fetch, finish);
+    l.template linear<kWide, 1, kAheadProj, false>(m, Share(p.width), p.width, fetch, finish);
     ++phase;
   }
 
@@ -165,14 +170,15 @@ struct Consumer {
       const float sigmoid = ptx::rcp_approx(1.0f + ptx::exp2_approx(-kLog2E * gate));
       ptx::store_relaxed(places.hidden + row * p.hidden + n, word<T>(gate * sigmoid * up, phase + 1));
     });
-    const auto fetch = [&](uint32_t (&x)[kDeep][kValues]) {
-      l.sync();
+    const auto fetch = [&](int part, uint32_t (&x)[kDeep][kValues]) {
+      if (part == 0) l.sync();
       uint4 v[4 * kDeep] = {};
-      if (l.g < p.rows && l.warp * kBlock < p.hidden) {
+      const int begin = l.warp + kWarps * kDeep * part;
+      if (l.g < p.rows && begin * kBlock < p.hidden) {
         const uint32_t* words[4 * kDeep];
 #pragma unroll
         for (int i = 0; i < 4 * kDeep; ++i) {
-          const int block = l.warp + kWarps * (i / 4), there = block * kBlock < p.hidden ? block : l.warp;
+          const int block = begin + kWarps * (i / 4), there = block * kBlock < p.hidden ? block : begin;
           words[i] = places.hidden + l.g * p.hidden + there * kBlock + quarter<kInt8>(l.t, i % 4);
         }
         await<4 * kDeep>(words, phase, v);
@@ -182,7 +188,7 @@ struct Consumer {
       __syncwarp();
     };
     const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, false, last); };
-    l.template linear<kDeep, kAheadDeep, false>(of.w2, Share(p.width), p.hidden, fetch, finish);
+    l.template linear<kDeep, kParts, kAheadDeep, false>(of.w2, Share(p.width), p.hidden, fetch, finish);
     ++phase;
   }
 

@@ -115,11 +115,13 @@ struct Lanes {
     return s.sums + ((row << column_bits()) + column) * kPitch;
   }
 
-  // kBlocks: blocks of a warp, at most; kAhead: runs in registers before the activations are fetched. The block has
-  // rows `rows` of the matrix; `gated`: rows of w1 and of w3, whose runs take turns.
-  // fetch(x): this warp's blocks of activations. finish(row, column, sum, up): by one thread for each result
-  template <int kBlocks, int kAhead, bool kGated, typename Fetch, typename Finish>
+  // kBlocks: blocks of a warp in one part, at most; kAhead: runs in registers before the activations are fetched. The
+  // block has rows `rows` of the matrix; `gated`: rows of w1 and of w3, whose runs take turns.
+  // fetch(part, x): this warp's blocks of activations; called once if there is one part, else for every pair of runs.
+  // finish(row, column, sum, up): by one thread for each result
+  template <int kBlocks, int kParts, int kAhead, bool kGated, typename Fetch, typename Finish>
   __device__ __forceinline__ void linear(const StepMatrix& m, const Share& rows, int k, Fetch fetch, Finish finish) {
+    static_assert(kParts == 1 || kAhead == 0, "runs ahead are of one part");
     // who needs nothing reads nothing: what it would wait for may be overwritten already
     if (rows.count == 0) return;
     const int blocks = k / kBlock, row_bytes = kInt8 ? k : 2 * k;
@@ -140,7 +142,7 @@ struct Lanes {
       }
     };
     load_ahead(0);
-    fetch(x);
+    if (kParts == 1) fetch(0, x);
 #pragma unroll 1
     for (int first = 0; first < runs; first += kBatchRuns) {
 #pragma unroll
@@ -150,13 +152,17 @@ struct Lanes {
         const int low_tiles = i < kAhead ? 0 : low.tiles(), high_tiles = i + 1 < kAhead ? 0 : high.tiles();
         const Cursor low_at = wait(low_tiles), high_at = wait(high_tiles);
         float sum[4] = {};
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part) {
+          if (kParts > 1) fetch(part, x);
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          uint32_t low_w[kW], high_w[kW];
-          if (i >= kAhead) fragment(low, low_at, b, blocks, low_w);
-          if (i + 1 >= kAhead) fragment(high, high_at, b, blocks, high_w);
-          multiply(sum, i < kAhead ? ahead[i < kAhead ? i : 0][b] : low_w,
-                   i + 1 < kAhead ? ahead[i + 1 < kAhead ? i + 1 : 0][b] : high_w, x[b]);
+          for (int b = 0; b < kBlocks; ++b) {
+            uint32_t low_w[kW], high_w[kW];
+            if (i >= kAhead) fragment(low, low_at, part * kBlocks + b, blocks, low_w);
+            if (i + 1 >= kAhead) fragment(high, high_at, part * kBlocks + b, blocks, high_w);
+            multiply(sum, i < kAhead ? ahead[i < kAhead ? i : 0][b] : low_w,
+                     i + 1 < kAhead ? ahead[i + 1 < kAhead ? i + 1 : 0][b] : high_w, x[b]);
+          }
         }
         release(low_at, low_tiles + high_tiles);
         // sums 0 and 1: row g, columns 2 t and 2 t + 1; 2 and 3: row g + 8

@@ -1,19 +1,20 @@
 // One token a row through a stack of transformer blocks as one persistent kernel: a block an SM, all at the same time.
 //
 // A block has a part of the rows of every matrix, and some heads of some rows. Its weights and old keys come through a
-// ring in shared memory that is a whole layer long (step_ring.h), so memory is read while blocks wait for each other.
+// ring in shared memory that is up to a layer long (step_ring.h), so memory is read while blocks wait for each other.
 // Results travel in words with the number of their phase (step_words.h); there is no barrier between blocks.
 //
 // A layer has the phases qkv, attention, proj, (cross q, cross attention, cross proj,) gate and up, down. Why no word
 // is overwritten before all who need it have read it, and why nobody waits for ever:
 //  1. Phases have the numbers 1, 2, ... of the launch, below 2^16; the words are zero when it starts. So a word with
 //     the number that a reader waits for is of that phase.
-//  2. A block stores words of phase n only after all its warps have read all they need of phase n - 1: the reads are
-//     before, the stores behind, a barrier of the block. It stores all of its words of phase n, then goes on.
-//  3. Together the readers of phase n - 1 read each of its words, and who has no words of phase n reads none. So when
-//     one block stores a word of phase n + 1, all words of phase n exist, and by 2 all reading of phase n - 1 is over.
-//  4. The words of a phase lie where those of an earlier phase lay that is at least two phases back (x: proj, down; the
-//     others once, or q again for cross attention, three phases later). By 3 nobody needs those any more.
+//  2. A block stores a word of phase n only after all its warps have read all of phase n - 1 that it needs, its last
+//     words only when they read no more of it: a barrier of the block is between. Then it goes on.
+//  3. Together the readers of phase n - 1 read each of its words, for a matrix each reader all of them; who has no
+//     words of phase n reads none. So when a block stores a word of phase n + 1, all words of phase n exist, of phase
+//     n - 1 if n + 1 is attention; and by 2 all reading of the phase before them is over.
+//  4. The words of a phase lie where those of an earlier phase lay: of a matrix at least two phases back (x: proj and
+//     down; q for cross attention three), of attention three. By 3 nobody needs those any more.
 //  5. By 1 to 4 phase n needs nothing but phase n - 1, by induction every phase ends, if all blocks run: they do, the
 //     launch is cooperative. A copy waits for a tile that all warps of its own block release in a fixed order.
 // Caches: the keys that are copied are those of earlier launches; this step's own travels in words.
@@ -28,7 +29,7 @@ namespace {
 
 using namespace step;
 
-template <typename T, bool kInt8>
+template <typename T, bool kInt8, int kWide>
 __global__ void __launch_bounds__(kThreads, 1)
     transformer_step_kernel(const __grid_constant__ TransformerStep p, const int slots) {
 // newer GPUs run it in more registers than a lane has
@@ -48,17 +49,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     producer.at.slots = slots;
     return producer.step();
   }
-  Consumer<T, kInt8>(p, s, slots).step();
+  Consumer<T, kInt8, kWide>(p, s, slots).step();
 #endif
 }
 
 typedef void (*Kernel)(TransformerStep, int);
 
+template <typename T, bool kInt8>
+Kernel kernel_of_width(const TransformerStep& p) {
+  // the width and the hidden width that warps with one block of the width take
+  constexpr int kWidth = kWarps * kBlock, kHidden = 3 * kWidth;
+  static_assert(kStepMaxWidth == 2 * kWidth && kStepMaxHidden == 2 * kHidden, "a warp has at most two blocks");
+  const bool wide = p.width > kWidth || p.hidden > kHidden;
+  return wide ? transformer_step_kernel<T, kInt8, 2> : transformer_step_kernel<T, kInt8, 1>;
+}
+
+template <typename T>
+Kernel kernel_of_weights(const TransformerStep& p) {
+  return p.int8 ? kernel_of_width<T, true>(p) : kernel_of_width<T, false>(p);
+}
+
 Kernel kernel_of(const TransformerStep& p) {
-  if (p.dtype == Dtype::bf16) {
-    return p.int8 ? transformer_step_kernel<bf16, true> : transformer_step_kernel<bf16, false>;
-  }
-  return p.int8 ? transformer_step_kernel<f16, true> : transformer_step_kernel<f16, false>;
+  return p.dtype == Dtype::bf16 ? kernel_of_weights<bf16>(p) : kernel_of_weights<f16>(p);
 }
 
 // tiles that a pair of runs of a matrix takes, all of which must be in the ring together
@@ -81,9 +93,9 @@ unsigned shared_bytes(const TransformerStep& p, int blocks, int slots) {
 const char* transformer_step_refusal(const TransformerStep& p) {
   if (p.dtype == Dtype::f32) return "it takes bfloat16 and float16";
   if (p.rows > kStepMaxRows) return "it takes at most 8 rows";
-  if (p.width % kBlock || p.width > kStepMaxWidth) return "it takes widths up to 1024 that are multiples of 64";
+  if (p.width % kBlock || p.width > kStepMaxWidth) return "it takes widths up to 2048 that are multiples of 64";
   if (p.hidden % kBlock || p.hidden < kBlock || p.hidden > kStepMaxHidden) {
-    return "it takes hidden widths up to 3072 that are multiples of 64";
+    return "it takes hidden widths up to 6144 that are multiples of 64";
   }
   if (p.head_dim != 64 && p.head_dim != 128) return "it takes a head_dim of 64 or 128";
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "it needs compute capability 9.0";

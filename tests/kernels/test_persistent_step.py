@@ -69,6 +69,10 @@ CASES = {
     "half": dict(rows=5, heads=1, head_dim=128, dtype=torch.float16),
     "half int8": dict(rows=1, heads=2, dtype=torch.float16, int8=True),
     "contexts": dict(rows=4, heads=2, contexts=2),
+    # the kernel of widths above 1,024 or hidden widths above 3,072
+    "wide": dict(heads=17, hidden=64),
+    "deep": dict(rows=3, heads=1, hidden=4160),
+    "deep int8": dict(rows=2, heads=1, hidden=3136, int8=True, contexts=1),
 }
 
 
@@ -94,6 +98,9 @@ def test_lengths_of_the_cache(lengths):
         dict(rows=2, heads=16, hidden=2752),  # a published generator's layer
         dict(rows=7, heads=8, head_dim=128, hidden=64, int8=True),
         dict(rows=2, heads=2, hidden=1088, contexts=1),
+        dict(rows=5, heads=9, head_dim=128, hidden=128, contexts=1),
+        dict(rows=2, heads=18, hidden=64, int8=True, dtype=torch.float16),
+        dict(rows=1, heads=32, hidden=6144, dtype=torch.float16),  # the most it takes
         dict(rows=1, layers=25),  # two launches
     ],
     ids=str,
@@ -178,8 +185,8 @@ def test_parts_by_default_and_one_kernel_where_asked(monkeypatch):
 REFUSED = {
     "it takes bfloat16 and float16": dict(dtype=torch.float32),
     "it takes at most 8 rows": dict(rows=9),
-    "it takes widths up to 1024 that are multiples of 64": dict(heads=17),
-    "it takes hidden widths up to 3072 that are multiples of 64": dict(hidden=72),
+    "it takes widths up to 2048 that are multiples of 64": dict(heads=33),
+    "it takes hidden widths up to 6144 that are multiples of 64": dict(hidden=72),
     "it takes a head_dim of 64 or 128": dict(heads=4, head_dim=32),
 }
 
@@ -277,7 +284,7 @@ def copy_kernel(folder, changed=None, right="", wrong=""):
             # one instance is enough
             text = re.sub(
                 r"(Kernel kernel_of\(.*?\) )\{.*?\n\}\n",
-                r"\1{ return transformer_step_kernel<bf16, false>; }\n",
+                r"\1{ return transformer_step_kernel<bf16, false, 1>; }\n",
                 text,
                 flags=re.S,
             )

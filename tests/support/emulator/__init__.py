@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -64,37 +66,49 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _headers() -> bytes:
-    found = [*(HERE / "include").glob("*.h"), HERE / "runtime.h", *(ROOT / "csrc").rglob("*.h")]
-    return b"".join(path.read_bytes() for path in sorted(found))
+@functools.cache
+def _included(source: Path) -> frozenset[Path]:
+    """The files that a source includes by a relative path, and those that they do."""
+    names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', source.read_text(), re.M)
+    found = {path for name in names if (path := (source.parent / name).resolve()).exists()}
+    return frozenset(found).union(*map(_included, found))
 
 
-def _object(source: Path, flags: list[str], headers: bytes) -> Path:
+def _content(source: Path) -> bytes:
+    """All that the emulator's object of a source is made of, but compilers and torch."""
+    found = {source, *_included(source), *(HERE / "include").glob("*.h"), HERE / "runtime.h"}
+    return b"\0".join(path.read_bytes() for path in sorted(found))
+
+
+def _make(path: Path, command: list[str]) -> None:
+    """Runs a command that makes a file, once: of several processes the others wait for it."""
+    with open(path.with_suffix(path.suffix + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(f".partial{path.suffix}")
+            _run([*command, "-o", str(partial)])
+            partial.replace(path)
+
+
+def _object(source: Path, flags: list[str]) -> Path:
     """The compiled source; kept under its content, so nothing is compiled twice."""
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), headers, " ".join([*flags, str(source)]).encode()]))
+    key = hashlib.sha256(_content(source) + " ".join([*FLAGS, *flags, str(source)]).encode())
     path = CACHE / f"{source.stem}-{key.hexdigest()[:20]}.o"
-    if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.o")
-        _run(["g++", *FLAGS, *flags, "-c", str(source), "-o", str(partial)])
-        partial.replace(path)
+    _make(path, ["g++", *FLAGS, *flags, "-c", str(source)])
     return path
 
 
 def build(name: str, kernels: list[Path], host: dict[Path, list[str]] | None = None, libraries: list[str] = ()) -> Path:
     """An object of these .cu files, of host sources with flags of their own, and of the runtime."""
     CACHE.mkdir(exist_ok=True)
-    headers = _headers()
     jobs = [(source, KERNEL_FLAGS) for source in kernels] + [(source, ["-O2"]) for source in RUNTIME]
     jobs += list((host or {}).items())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _object(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     link = ["-shared", "-Wl,--wrap=__tls_get_addr", "-Wl,-Bsymbolic", *map(str, objects), *libraries]
     key = hashlib.sha256(" ".join(link).encode()).hexdigest()[:20]
     path = CACHE / f"{name}-{key}.so"
-    if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.so")
-        _run(["g++", *link, "-o", str(partial)])
-        partial.replace(path)
+    _make(path, ["g++", *link])
     return path
 
 
