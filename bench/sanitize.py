@@ -97,6 +97,9 @@ def decoding(device, dtype):
     for count in (1, 3, 16):
         given = rows(count, 72, dtype=dtype, device=device), rows(48, 72, dtype=dtype, device=device)
         yield "skinny_linear", flexkernels.skinny_linear(*given), flexkernels.skinny_linear_ref(*given)
+        norm = {"norm_weight": rows(72, dtype=dtype, device=device)}
+        want = flexkernels.skinny_linear_ref(*given, **norm)
+        yield "skinny_linear of normed rows", flexkernels.skinny_linear(*given, **norm), want
         weight, scale = flexkernels.quantize_rows(given[1])
         settings = {"weight_scale": scale, "activation": "swiglu"}
         yield (

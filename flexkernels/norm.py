@@ -375,12 +375,13 @@ def _swiglu_backward(ctx, grad_out):
 # ops
 
 
-def _too_wide(*args) -> str | None:
+def too_wide(*args) -> str | None:
+    """Why Triton does not norm the rows of the first tensor among the arguments, or None."""
     width = next(arg.shape[1] for arg in args if isinstance(arg, torch.Tensor))
     return f"rows of {width} elements are longer than {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
-_ROW = dict(triton="norm", unsupported={"triton": _too_wide})
+_ROW = dict(triton="norm", unsupported={"triton": too_wide})
 
 _adaln_norm_op = library.Op(
     "adaln_norm",

@@ -31,7 +31,7 @@ def parts(rows: int) -> list[slice]:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, float32 inside, eps 1e-6."""
+    """x / rms(x) * weight, float32 inside, eps 1e-6 as skinny_linear's norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,15 +50,22 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.register_buffer("scale", None, persistent=False)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None):
-        """activation(x W^T + bias) + residual. Up to :meth:`_most` rows a row's bits do not depend on the others."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None,
+        norm: RMSNorm | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """activation(norm(x) W^T + bias) + residual. Up to :meth:`_most` rows a row's bits do not depend on the
+        others."""
+        training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        skinny = not training and len(x) <= self._most(x)
+        if norm is not None and (self.weight.dtype == FP8 or not skinny):
+            x, norm = norm(x), None
         if self.weight.dtype == FP8:
             x, product = self._fp8(x)
             if product is not None:
                 return _after(product, residual, activation)
-        training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if not training and len(x) <= self._most(x):
-            return self._skinny(x, residual, activation)
+        if skinny:
+            return self._skinny(x, residual, activation, norm)
         weight = self.dense(x.dtype)
         if residual is not None and self.bias is None and activation is None and not training:
             # the residual is the product's own epilogue
@@ -68,15 +75,15 @@ class Linear(nn.Module):
     def _most(self, x: torch.Tensor) -> int:
         return PARTS.get("int8" if self.weight.dtype == torch.int8 else x.device.type, SKINNY_ROWS)
 
-    def _skinny(self, x, residual, activation) -> torch.Tensor:
+    def _skinny(self, x, residual, activation, norm) -> torch.Tensor:
         # fp8 is widened to what the kernel takes
         weight, scale = (self.dense(x.dtype), None) if self.weight.dtype == FP8 else (self.weight, self.scale)
+        options = dict(activation=activation, weight_scale=scale, norm_weight=None if norm is None else norm.weight)
         if len(x) <= SKINNY_ROWS:
-            return skinny_linear(x, weight, self.bias, residual=residual, activation=activation, weight_scale=scale)
+            return skinny_linear(x, weight, self.bias, residual=residual, **options)
         return torch.cat([
             skinny_linear(
-                x[part], weight, self.bias, residual=residual if residual is None else residual[part],
-                activation=activation, weight_scale=scale,
+                x[part], weight, self.bias, residual=residual if residual is None else residual[part], **options
             )
             for part in parts(len(x))
         ])  # fmt: skip
@@ -137,13 +144,13 @@ class CrossAttention(nn.Module):
         out = out.transpose(1, 2).flatten(2)
         return self.proj(torch.cat([rows[:n] for rows, n in zip(out, lengths, strict=True)]), residual)
 
-    def step(self, x, residual, k, v, context_len, rows: int) -> torch.Tensor:
-        """x ``[rows * n, width]``, n tokens a row; k, v ``[contexts, heads, c, head_dim]``: row i sees context
-        i % contexts."""
+    def step(self, x, norm: RMSNorm, k, v, context_len, rows: int) -> torch.Tensor:
+        """x + out(norm(x)) of x ``[rows * n, width]``, n tokens a row; k, v ``[contexts, heads, c, head_dim]``: row i
+        sees context i % contexts."""
         contexts = len(k)
-        q = self.q(x).view(rows // contexts, contexts, len(x) // rows, -1, self.head_dim).transpose(0, 1)
+        q = self.q(x, norm=norm).view(rows // contexts, contexts, len(x) // rows, -1, self.head_dim).transpose(0, 1)
         out = decode_attention(q.flatten(1, 2), k, v, context_len, causal=False)
-        return self.proj(out.view(q.shape).transpose(0, 1).reshape(len(x), -1), residual)
+        return self.proj(out.view(q.shape).transpose(0, 1).reshape(len(x), -1), x)
 
 
 class SelfAttention(nn.Module):
@@ -160,22 +167,24 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(1)
         return self.proj(flexkernels.attention(q, k, v, layout).flatten(1), residual), k, v
 
-    def step(self, x, residual, k_cache, v_cache, length) -> torch.Tensor:
-        """n tokens a row: x ``[rows * n, width]``, caches ``[rows, heads, max_len, head_dim]``, length with these."""
-        q = kv_append_(self.qkv(x).unflatten(0, (len(length), -1)), k_cache, v_cache, length, heads=self.heads)
-        return self.proj(decode_attention(q, k_cache, v_cache, length).view(len(x), -1), residual)
+    def step(self, x, norm: RMSNorm, k_cache, v_cache, length) -> torch.Tensor:
+        """x + out(norm(x)), n tokens a row: x ``[rows * n, width]``, caches ``[rows, heads, max_len, head_dim]``,
+        length with these."""
+        qkv = self.qkv(x, norm=norm).unflatten(0, (len(length), -1))
+        q = kv_append_(qkv, k_cache, v_cache, length, heads=self.heads)
+        return self.proj(decode_attention(q, k_cache, v_cache, length).view(len(x), -1), x)
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x); ``w13`` holds the rows of w1, then those of w3."""
+    """x + w2(silu(w1 norm(x)) * w3 norm(x)); ``w13`` holds the rows of w1, then those of w3."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.w13 = Linear(config.width, 2 * config.hidden)
         self.w2 = Linear(config.hidden, config.width)
 
-    def forward(self, x, residual) -> torch.Tensor:
-        return self.w2(self.w13(x, activation="swiglu"), residual)
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return self.w2(self.w13(x, activation="swiglu", norm=norm), x)
 
 
 class Block(nn.Module):
@@ -200,11 +209,11 @@ class Block(nn.Module):
         x, k, v = self.attn.packed(self.n1(x), x, layout)
         if cross is not None:
             x = self.xattn.packed(self.nx(x), x, *cross, lengths)
-        return self.ffn(self.n2(x), x), k, v
+        return self.ffn(x, self.n2), k, v
 
     def step(self, x, cache, length, cross) -> torch.Tensor:
         """n tokens a row, ``[rows * n, width]``; cache: (k, v); cross: (k, v, context_len) of the contexts."""
-        x = self.attn.step(self.n1(x), x, *cache, length)
+        x = self.attn.step(x, self.n1, *cache, length)
         if cross is not None:
-            x = self.xattn.step(self.nx(x), x, *cross, len(length))
-        return self.ffn(self.n2(x), x)
+            x = self.xattn.step(x, self.nx, *cross, len(length))
+        return self.ffn(x, self.n2)

@@ -291,8 +291,8 @@ class Tokenizer(nn.Module):
         def velocity(x, i, guided):
             made, registers = packed(guided)
             run = partial(self._graphs, decoder) if self.cuda_graphs else decoder.velocity
-            out = run([z.to(self.dtype) for z in x], registers, table[i], made)
-            out = [v.float() for v in out]
+            # the update takes the velocities in their own dtype, and the decoder rounds all patches at once
+            out = run(x, registers, table[i], made)
             return out[:count], out[count:] if guided else None
 
         return velocity

@@ -15,8 +15,10 @@ struct SkinnyLinear {
   const float* scale;    // [n] or null: int8 weight only
   const void* bias;      // [n] or null, in x's dtype
   const void* residual;  // [m, outputs] or null, rows residual_stride apart
+  const void* norm;      // GPU: [k] in x's dtype or null: x / sqrt(mean(x^2) + eps) * norm takes x's place
   void* out;             // [m, outputs]
   int64_t k, outputs, x_stride, residual_stride;
+  float eps;  // of the norm
   int m;
   bool swiglu;
   // the kernel queued before this one does not write the weight, so it is read while that one runs

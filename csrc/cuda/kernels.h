@@ -37,6 +37,8 @@ void norm_backward_launch(const NormGradients& p, void* stream);
 void swiglu_launch(const Swiglu& p, void* stream);
 void swiglu_backward_launch(const Swiglu& p, void* stream);
 void sample_logits_launch(const SampleLogits& p, void* stream);
+// whether the one below takes this `norm`; otherwise its rows must be normed before
+bool skinny_linear_norms(const SkinnyLinear& p);
 void skinny_linear_launch(const SkinnyLinear& p, void* stream);
 // why the persistent kernel of a whole step does not take this one on the current device, or null
 const char* transformer_step_refusal(const TransformerStep& p);

@@ -46,8 +46,8 @@ struct Same {
 // kernel<<<grid, block>>>(args...)
 template <typename... Args>
 void launch(const Launch& at, void (*kernel)(Args...), typename Same<Args>::type... args) {
-  // what a kernel may have without asking
-  if (at.shared > 48 * 1024) {
+  // what a kernel with up to 16 KB of static shared memory may have without asking
+  if (at.shared > 32 * 1024) {
     const int bytes = static_cast<int>(at.shared);
     check_launch(at.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }

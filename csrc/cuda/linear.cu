@@ -5,13 +5,15 @@
 // its B, the rows of x the 16 rows of its A. The order of k inside a product is free, so lane (g, t) = (lane / 4,
 // lane % 4) takes 8 (16 of int8) neighbouring k of row g of weight, and the same k of rows g and g + 8 of x. The warps
 // of a block share kTileRows rows of weight, each has its part of k, all of it in flight; their sums are added in
-// order.
+// order. To norm x, a warp does what norm_forward's does with a row, but for the result, which stays in shared
+// memory; the first weights are on their way meanwhile.
 //
 // float32 x: a warp reads R rows of weight, 16 bytes a lane, against the rows of x with fused multiply-adds.
 #include "../core/linear.h"
 
 #include "kernels.h"
 #include "launch.h"
+#include "norm_row.h"
 #include "pack.h"
 #include "ptx.h"
 #include "vectors.h"
@@ -54,14 +56,46 @@ struct Split {
   }
 };
 
+// the longest row of x that is normed here
+constexpr int kMostNormed = 1024, kNormPacks = kMostNormed / (32 * kPack<bf16>);
+static_assert(kNormPacks <= kWarpPacks);
+
+// packs from one normed row to the next: eight lanes that read four neighbours of two rows meet no bank twice
+__host__ __device__ __forceinline__ int normed_pitch(int64_t k) { return (static_cast<int>(k) / 8 + 3) / 8 * 8 + 4; }
+
+template <typename X>
+__device__ __forceinline__ void norm_rows(const SkinnyLinear& p, uint4* normed) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, packs = static_cast<int>(p.k) / kPack<X>;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  for (int row = warp; row < p.m; row += kWarps) {
+    const uint4* x = reinterpret_cast<const uint4*>(static_cast<const X*>(p.x) + row * p.x_stride);
+    uint4 v[kNormPacks];
+#pragma unroll
+    for (int i = 0; i < kNormPacks; ++i) v[i] = i * 32 + lane < packs ? x[i * 32 + lane] : zero;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kNormPacks; ++i) squares += pack_squares<X>(v[i], 0.0f);
+    const float rstd = rstd_of(warp_sum(squares), 1.0f / static_cast<float>(p.k), p.eps);
+#pragma unroll
+    for (int i = 0; i < kNormPacks; ++i) {
+      const int pack = i * 32 + lane;
+      if (pack >= packs) continue;
+      const uint4 factor = static_cast<const uint4*>(p.norm)[pack];
+      normed[row * normed_pitch(p.k) + pack] = norm_pack<X, true>(v[i], factor, zero, 0.0f, rstd);
+    }
+  }
+  __syncthreads();
+}
+
 // kHalves: 1 for up to 8 rows of x, 2 for up to 16. kAligned: all rows begin at, and k is a multiple of, 16 bytes
-template <typename X, bool kInt8, int kHalves, bool kAligned>
+template <typename X, bool kInt8, int kHalves, bool kAligned, bool kNorm>
 __global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
     linear_mma_kernel(const __grid_constant__ SkinnyLinear p, const int tiles) {
   using S = Split<kInt8>;
   constexpr int kLoads = S::kLoads, kX = S::kX;
   // a tile's sums are read while the next tile's are written
   __shared__ __align__(16) float s_part[2][kWarps][8 * kHalves][kTileRows];
+  uint4* s_normed = ptx::dynamic_shared<uint4>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int k = static_cast<int>(p.k), steps = k ? (k + S::kStep - 1) / S::kStep : 1;
   const int columns = p.swiglu ? kTileRows / 2 : kTileRows;
@@ -99,7 +133,11 @@ __global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
           const int row = 8 * half + g, at = S::place(step, u, warp, t) + 8 * e;
           const bool there = row < p.m && at < k;
           const uint16_t* from = static_cast<const uint16_t*>(p.x) + row * p.x_stride + at;
-          x[u][e][half].v = kAligned ? ptx::load_once(from, there) : gather(from, there ? k - at : 0);
+          if constexpr (kNorm) {
+            x[u][e][half].v = there ? s_normed[row * normed_pitch(k) + at / 8] : make_uint4(0, 0, 0, 0);
+          } else {
+            x[u][e][half].v = kAligned ? ptx::load_once(from, there) : gather(from, there ? k - at : 0);
+          }
           if constexpr (kInt8) {
             // elements in the order of the widened weights: 0, 2, 1, 3
             for (int j = 0; j < 4; j += 2) {
@@ -124,9 +162,11 @@ __global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
   __syncwarp();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
-  load_x(0);
+  kNorm ? norm_rows<X>(p, s_normed) : load_x(0);
 #pragma unroll 1
   while (true) {
+    // from shared memory, so that it need not stay in registers
+    if (kNorm) load_x(step);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
 #pragma unroll
@@ -145,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
     const bool more = next < tiles;
     if (more) {
       load_weights(next, next_step);
-      if (steps > 1) load_x(next_step);
+      if (!kNorm && steps > 1) load_x(next_step);
     }
     if (done) {
       // sums 0 and 1: row g of x, rows 2 t and 2 t + 1 of weight; 2 and 3: row g + 8
@@ -180,24 +220,33 @@ __global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
   }
 }
 
-template <typename X, bool kInt8, int kHalves, bool kAligned>
+template <typename X, bool kInt8, int kHalves, bool kAligned, bool kNorm>
 void queue_mma(const SkinnyLinear& p, cudaStream_t stream) {
   static_assert(kSkinnyMaxRows * kTileRows <= kThreads, "a thread writes one result of a tile");
   const int64_t columns = p.swiglu ? kTileRows / 2 : kTileRows;
   const int tiles = static_cast<int>((p.outputs + columns - 1) / columns);
   const int resident = multiprocessors() * (kHalves == 1 ? 3 : 2);
   const unsigned grid = static_cast<unsigned>(tiles < resident ? tiles : resident);
-  const Launch at{"skinny_linear", dim3(grid), dim3(kThreads), stream, 0, 1, true};
-  launch(at, linear_mma_kernel<X, kInt8, kHalves, kAligned>, p, tiles);
+  const unsigned shared = kNorm ? static_cast<unsigned>(p.m * normed_pitch(p.k) * sizeof(uint4)) : 0;
+  const Launch at{"skinny_linear", dim3(grid), dim3(kThreads), stream, shared, 1, true};
+  launch(at, linear_mma_kernel<X, kInt8, kHalves, kAligned, kNorm>, p, tiles);
+}
+
+// whole packs of x and of weights
+bool aligned_mma(const SkinnyLinear& p) {
+  const int64_t pack = p.weight_type == WeightType::int8 ? Split<true>::kPer : Split<false>::kPer;
+  return aligned16(p.x) && aligned16(p.weight) && p.k % pack == 0 && (p.x_stride % 8 == 0 || p.m == 1);
+}
+
+template <typename X, bool kInt8, int kHalves>
+void queue_aligned(const SkinnyLinear& p, cudaStream_t stream) {
+  p.norm ? queue_mma<X, kInt8, kHalves, true, true>(p, stream) : queue_mma<X, kInt8, kHalves, true, false>(p, stream);
 }
 
 template <typename X, bool kInt8>
 void linear_mma(const SkinnyLinear& p, cudaStream_t stream) {
-  const bool aligned =
-      aligned16(p.x) && aligned16(p.weight) && p.k % Split<kInt8>::kPer == 0 && (p.x_stride % 8 == 0 || p.m == 1);
-  if (!aligned) return queue_mma<X, kInt8, 2, false>(p, stream);
-  if (p.m <= 8) return queue_mma<X, kInt8, 1, true>(p, stream);
-  queue_mma<X, kInt8, 2, true>(p, stream);
+  if (!aligned_mma(p)) return queue_mma<X, kInt8, 2, false, false>(p, stream);
+  p.m <= 8 ? queue_aligned<X, kInt8, 1>(p, stream) : queue_aligned<X, kInt8, 2>(p, stream);
 }
 
 // --- float32 x
@@ -295,6 +344,10 @@ void linear_fma(const SkinnyLinear& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool skinny_linear_norms(const SkinnyLinear& p) {
+  return p.dtype != Dtype::f32 && aligned_mma(p) && aligned16(p.norm) && p.k <= kMostNormed;
+}
 
 void skinny_linear_launch(const SkinnyLinear& p, void* on) {
   const cudaStream_t stream = static_cast<cudaStream_t>(on);

@@ -3,16 +3,17 @@
 // registers, and all its loads are under way before the first is used; any, for everything else: a block a row, which
 // it reads again for each of its three passes.
 #include "norm.h"
+#include "norm_row.h"
 
 namespace flexkernels::cuda {
 namespace {
 
 // W warps a row, K packs a lane, R rows a block (more than one only where W is 1)
 struct OneWarp {
-  static constexpr int W = 1, K = 7, R = 2, kAhead = 2, kBlocks = 10;
+  static constexpr int W = 1, K = kWarpPacks, R = 2, kAhead = 2, kBlocks = 10;
 };
 struct FourWarps {
-  static constexpr int W = 4, K = 8, R = 1, kAhead = 3, kBlocks = 4;
+  static constexpr int W = 4, K = 8, R = 1, kAhead = 3, kBlocks = 3;
 };
 
 template <typename Shape, typename X>
@@ -102,30 +103,22 @@ __global__ void __launch_bounds__(32 * Shape::W * Shape::R, Shape::kBlocks)
   }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    float a[N], part = 0;
-    unpack<X>(v[k], a);
-#pragma unroll
-    for (int j = 0; j < N; ++j) part = fmaf(a[j] - mean[0], a[j] - mean[0], part);
+    const float part = pack_squares<X>(v[k], mean[0]);
     squares[0] += inside(k) ? part : 0.0f;
   }
   block_sums<1>(squares, variances, W);
-  const float rstd = 1.0f / sqrtf(squares[0] * per + p.eps);
+  const float rstd = rstd_of(squares[0], per, p.eps);
 #pragma unroll
   for (int k = 0; k < K; ++k) ptx::keep(v[k]);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    float a[N], by[N], add[N] = {};
     if (k + H < K) {
       scales[k + H < K ? k + H : 0] = load_table(scale, pack_of(k + H));
       if constexpr (!RMS) shifts[k + H < K ? k + H : 0] = load_table(shift, pack_of(k + H));
     }
-    unpack<X>(v[k], a);
-    unpack<X>(scales[k], by);
-    if constexpr (!RMS) unpack<X>(shifts[k], add);
-#pragma unroll
-    for (int j = 0; j < N; ++j) a[j] = fmaf((a[j] - mean[0]) * rstd, RMS ? by[j] : 1.0f + by[j], add[j]);
+    const uint4 normed = norm_pack<X, RMS>(v[k], scales[k], shifts[RMS ? 0 : k], mean[0], rstd);
     if (inside(k)) {
-      *reinterpret_cast<uint4*>(static_cast<X*>(p.out) + row * p.d + static_cast<int64_t>(pack_of(k)) * N) = pack<X>(a);
+      *reinterpret_cast<uint4*>(static_cast<X*>(p.out) + row * p.d + static_cast<int64_t>(pack_of(k)) * N) = normed;
     }
   }
 }
@@ -164,7 +157,7 @@ __global__ void __launch_bounds__(kAnyThreads) any_kernel(const __grid_constant_
     squares[0] = fmaf(c, c, squares[0]);
   }
   block_sums<1>(squares, variances, kAnyThreads / 32);
-  const float rstd = 1.0f / sqrtf(squares[0] * per + p.eps), one = p.kind == kLayerNorm ? 1.0f : 0.0f;
+  const float rstd = rstd_of(squares[0], per, p.eps), one = p.kind == kLayerNorm ? 1.0f : 0.0f;
   X* out = static_cast<X*>(p.out) + row * p.d;
   for (int64_t i = threadIdx.x; i < p.d; i += kAnyThreads) {
     const float normed = (to_float(v[i]) - mean[0]) * rstd;

@@ -19,21 +19,27 @@ class Stack {
   Stack(const Tensors& norms, const Tensors& weights, const Tensors& scales, double eps)
       : norm_(norms.begin()), weight_(weights.begin()), scale_(scales.begin()), scaled_(!scales.empty()), eps_(eps) {}
 
-  void norm(const Tensor& x, const Tensor& out) { rms_norm_into(x, *norm_++, eps_, out); }
-
-  void linear(const Tensor& x, const OptionalTensor& residual, bool swiglu, const Tensor& out) {
-    const OptionalTensor scale = scaled_ ? OptionalTensor(*scale_++) : std::nullopt;
-    skinny_linear_into(x, *weight_++, scale, {}, residual, swiglu, out);
+  void linear(const Tensor& x, const OptionalTensor& residual, const Tensor& out) {
+    product(x, residual, false, {}, out);
   }
 
-  // x += w2 (silu(w1 normed) * w3 normed)
-  void feed_forward(const Tensor& normed, const Tensor& x) {
+  // of x normed
+  void normed_linear(const Tensor& x, bool swiglu, const Tensor& out) { product(x, {}, swiglu, *norm_++, out); }
+
+  // x += w2 (silu(w1 norm(x)) * w3 norm(x))
+  void feed_forward(const Tensor& x) {
     const Tensor hidden = empty(x, {x.size(0), weight_->size(0) / 2}, x.scalar_type());
-    linear(normed, {}, true, hidden);
-    linear(hidden, x, false, x);
+    normed_linear(x, true, hidden);
+    linear(hidden, x, x);
   }
 
  private:
+  void product(const Tensor& x, const OptionalTensor& residual, bool swiglu, const OptionalTensor& norm,
+               const Tensor& out) {
+    const OptionalTensor scale = scaled_ ? OptionalTensor(*scale_++) : std::nullopt;
+    skinny_linear_into({x, *weight_++, scale, {}, residual, swiglu, norm, eps_}, out);
+  }
+
   Tensors::const_iterator norm_, weight_, scale_;
   bool scaled_;
   double eps_;
@@ -147,25 +153,22 @@ void in_parts(const Step& s) {
   const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
   Stack stack(norms, weights, scales, eps);
   const auto room = [&](int64_t columns) { return empty(x, {rows, columns}, x.scalar_type()); };
-  const Tensor normed = room(width), qkv = room(3 * width), q = room(width), attended = room(width);
+  const Tensor qkv = room(3 * width), q = room(width), attended = room(width);
   const Tensor tokens = torch::stable::unsqueeze(qkv, 1);
   const std::vector<int64_t> by_head = {rows, 1, heads, head_dim};
   const Tensor q_heads = torch::stable::view(q, by_head), attended_heads = torch::stable::view(attended, by_head);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Tensor k = torch::stable::select(k_cache, 0, layer), v = torch::stable::select(v_cache, 0, layer);
-    stack.norm(x, normed);
-    stack.linear(normed, {}, false, qkv);
+    stack.normed_linear(x, false, qkv);
     kv_append_into(tokens, k, v, lengths, q_heads);
     decode_attention_into(q_heads, k, v, lengths, true, attended_heads);
-    stack.linear(attended, x, false, x);
+    stack.linear(attended, x, x);
     if (cross_len) {
-      stack.norm(x, normed);
-      stack.linear(normed, {}, false, q);
+      stack.normed_linear(x, false, q);
       const Tensor &cross_k = cross[2 * layer], &cross_v = cross[2 * layer + 1];
-      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len), x, false, x);
+      stack.linear(attend_contexts(q, cross_k, cross_v, *cross_len), x, x);
     }
-    stack.norm(x, normed);
-    stack.feed_forward(normed, x);
+    stack.feed_forward(x);
   }
 }
 

@@ -1,6 +1,6 @@
 """A linear layer for few rows in Triton: a program reads BLOCK_N rows of weight once against all rows of x.
 
-y = (x @ weight.T) * scale + bias,   swiglu: y = silu(y1) * y3,   out = y + residual
+y = (x @ weight.T) * scale + bias,   swiglu: y = silu(y1) * y3,   out = y + residual;   a norm of x is a kernel before
 """
 
 import torch
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .. import library
 from .elementary import sigmoid
+from .norm import rms_norm_triton
 
 # the least that tl.dot takes
 BLOCK_M = 16
@@ -87,11 +88,13 @@ def skinny_linear_kernel(
     tl.store(p_out + o_row * outputs + o_n[None, :], b_y.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def skinny_linear_triton(x, weight, weight_scale, bias, residual, swiglu):
+def skinny_linear_triton(x, weight, weight_scale, bias, residual, swiglu, norm_weight=None, norm_eps=1e-6):
     outputs = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = x.new_empty((x.shape[0], outputs))
     if out.numel() == 0:
         return out
+    if norm_weight is not None:
+        x = rms_norm_triton(x, norm_weight, None, norm_eps)[1]
     x, residual = _dense(x), _dense(residual)
     weight, weight_scale, bias = (None if t is None else t.contiguous() for t in (weight, weight_scale, bias))
     with torch.cuda.device_of(x):

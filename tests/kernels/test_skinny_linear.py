@@ -9,7 +9,7 @@ op = torch.ops.flexkernels
 SIZES = [(1, 2, 1), (2, 66, 17), (3, 130, 129), (5, 34, 640), (16, 18, 151), (4, 130, 64)]
 
 
-def draw(m, n, k, dtype, *, int8=False, activation=None, bias=True, residual=True):
+def draw(m, n, k, dtype, *, int8=False, activation=None, bias=True, residual=True, norm=False):
     """Arguments of skinny_linear on the CPU, every tensor drawn in its own dtype."""
     weight, scale = (torch.randn(n, k) / max(k, 1) ** 0.5).to(dtype), None
     if int8:
@@ -17,6 +17,8 @@ def draw(m, n, k, dtype, *, int8=False, activation=None, bias=True, residual=Tru
     rest = {"weight_scale": scale, "activation": activation}
     rest["bias"] = torch.randn(n).to(dtype) if bias else None
     rest["residual"] = torch.randn(m, n // 2 if activation else n).to(dtype) if residual else None
+    if norm:
+        rest["norm_weight"] = (1 + torch.randn(k) / 8).to(dtype)
     return {"x": torch.randn(m, k).to(dtype), "weight": weight} | rest
 
 
@@ -34,8 +36,10 @@ def linear(place, arguments):
         return flexkernels.skinny_linear(**convert(arguments, lambda t: t.to(place[1]))).cpu()
 
 
-def plain(x, weight, bias, residual, weight_scale, activation):
+def plain(x, weight, bias, residual, weight_scale, activation, norm_weight=None):
     """The formula as eager code writes it, every step in x's dtype."""
+    if norm_weight is not None:
+        x = torch.nn.functional.rms_norm(x, norm_weight.shape, norm_weight, 1e-6)
     if weight_scale is not None:
         weight = (weight.float() * weight_scale[:, None]).to(x.dtype)
     y = torch.nn.functional.linear(x, weight, bias)
@@ -144,6 +148,55 @@ def test_large_weights_are_split_over_threads(place):
         check(place, draw(2, 3001, 600, dtype))
 
 
+# the norm
+
+# on a GPU the linear layer norms rows of whole packs of up to 1,024 elements itself
+NORMED = [(1, 18, 64), (3, 10, 33), (9, 18, 160), (16, 6, 1024), (2, 4, 1800)]
+
+
+@on_every_backend
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_accuracy_with_a_norm(place, dtype, int8):
+    sizes = NORMED[:3] if interpreted(place) else NORMED
+    for activation in (None, "swiglu"):
+        check(place, *(draw(*size, dtype, int8=int8, activation=activation, norm=True) for size in sizes))
+
+
+@on_every_backend
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_norm_gives_the_bits_of_the_two_ops(place, dtype, int8):
+    if place[0] not in ("cpu", "cuda"):
+        pytest.skip("torch and Triton promise no such thing")
+    for m, n, k in NORMED:
+        arguments = convert(draw(m, n, k, dtype, int8=int8, activation="swiglu", norm=True), lambda t: t.to(place[1]))
+        x, weight = arguments["x"], arguments["norm_weight"]
+        apart = torch.nn.functional.pad(x, (0, 3))[:, :k]
+        others = ({"x": other} for other in (apart, apart.t().contiguous().t(), shifted(x)))
+        with flexkernels.backend(place[0]):
+            for changes in ([{}, *others, {"norm_weight": shifted(weight)}], [{"norm_weight": weight.float()}]):
+                normed = flexkernels.rms_norm(x, changes[0].get("norm_weight", weight), eps=1e-2)
+                expected = flexkernels.skinny_linear(**arguments | {"x": normed, "norm_weight": None})
+                for change in changes:
+                    assert torch.equal(flexkernels.skinny_linear(**arguments | change, norm_eps=1e-2), expected)
+
+
+@on_every_backend
+def test_a_row_without_a_norm_spoils_no_other(place):
+    arguments = draw(3, 10, 64, torch.bfloat16, norm=True) | {"norm_eps": 0.0}
+    expected = linear(place, arguments)
+    arguments["x"] = arguments["x"].clone()
+    arguments["x"][1] = 0
+    result = linear(place, arguments)
+    assert result[1].isnan().all() and torch.equal(result[::2], expected[::2])
+
+
+@on_every_backend
+def test_a_norm_of_nothing(place):
+    check(place, *(draw(*size, torch.bfloat16, norm=True) for size in ((0, 6, 8), (3, 0, 8), (3, 6, 0))))
+
+
 # int8
 
 
@@ -176,11 +229,13 @@ def test_opcheck(int8):
     a = convert(draw(3, 10, 20, torch.float32, int8=int8, activation="swiglu"), lambda t: t.to(DEVICE))
     arguments = (a["x"], a["weight"], a["weight_scale"], a["bias"], a["residual"], True)
     torch.library.opcheck(op.skinny_linear.default, arguments)
+    norm = torch.ones(20, device=DEVICE)
+    torch.library.opcheck(op.skinny_linear.default, (*arguments, norm, 1e-3))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", inductor])
 def test_compiles_to_one_graph(compiler):
-    arguments = convert(draw(3, 10, 20, torch.float32), lambda t: t.to(DEVICE))
+    arguments = convert(draw(3, 10, 20, torch.float32, norm=True), lambda t: t.to(DEVICE))
     compiled = torch.compile(flexkernels.skinny_linear, fullgraph=True, backend=compiler)
     assert torch.equal(compiled(**arguments), flexkernels.skinny_linear(**arguments))
 
@@ -188,7 +243,7 @@ def test_compiles_to_one_graph(compiler):
 def test_fake_tensors_tell_shapes():
     with FakeTensorMode():
         x, weight = torch.empty(3, 9, dtype=torch.half), torch.empty(8, 9, dtype=torch.half)
-        out = flexkernels.skinny_linear(x, weight, activation="swiglu")
+        out = flexkernels.skinny_linear(x, weight, activation="swiglu", norm_weight=torch.empty(9))
     assert (out.shape, out.dtype) == ((3, 4), torch.half)
 
 
@@ -229,6 +284,11 @@ WRONG = [
     ({"weight": WEIGHT[:5], "activation": "swiglu"}, ValueError, "weight must have an even number of rows.*got 5"),
     ({"bias": torch.zeros(5)}, ValueError, r"bias must have the shape \[6\], got \[5\]"),
     ({"bias": torch.zeros(6).half()}, TypeError, "bias must be float32, got float16"),
+    ({"norm_weight": torch.zeros(7)}, ValueError, r"norm_weight must have the shape \[8\], got \[7\]"),
+    ({"norm_weight": torch.zeros(8).half()}, TypeError, "norm_weight must be float32, got float16"),
+    ({"norm_weight": torch.zeros(8, device="meta")}, ValueError, "norm_weight must be on cpu like x, got meta"),
+    ({"norm_weight": torch.zeros(8), "norm_eps": -1.0}, ValueError, "norm_eps must be at least 0, got -1.0"),
+    ({"norm_weight": torch.zeros(8), "norm_eps": float("nan")}, ValueError, "norm_eps must be finite, got nan"),
     ({"residual": torch.zeros(2, 6), "activation": "swiglu"}, ValueError, r"residual must have the shape \[2, 3\]"),
 ]
 

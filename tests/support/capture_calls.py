@@ -126,7 +126,8 @@ def sample_logits(device):
 
 def skinny_linear(device):
     x, weight, bias = rows(device, 2, 16), rows(device, 8, 16), rows(device, 8)
-    return lambda: flexkernels.skinny_linear(x, weight, bias, activation="swiglu")
+    norm = rows(device, 16)
+    return lambda: flexkernels.skinny_linear(x, weight, bias, activation="swiglu", norm_weight=norm)
 
 
 def causal_conv(device):

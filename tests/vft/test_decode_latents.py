@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_tokenizer import load, samples
 
+import flexkernels
 import vft
 from vft import layers
 from vft.modulation import ModulationTable
@@ -59,6 +60,23 @@ def test_bfloat16_with_a_float32_state():
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.float32
         assert float((g - w).norm()) <= 0.03 * float(w.norm())
+
+
+def test_bfloat16_velocities_are_not_copied_to_float32(monkeypatch):
+    """The update reads them as they are, and its results are those of copies."""
+    model, io, _ = load("base")
+    model, noise = copy.deepcopy(model).to(torch.bfloat16), samples(io, "noise")
+    run = lambda: model.decode_latents(samples(io, "tokens"), [4, 11], 3, vft.APG(4.0), noise=noise)  # noqa: E731
+    update, given = flexkernels.flow_update, []
+    monkeypatch.setattr(
+        flexkernels, "flow_update", lambda x, a, *v, **o: given.extend((*x, *v)) or update(x, a, *v, **o)
+    )
+    got = run()
+    assert [t.dtype for t in given[:3]] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    inner = layers.Decoder.velocity
+    copied = lambda self, x, *rest: [v.float() for v in inner(self, [z.bfloat16() for z in x], *rest)]  # noqa: E731
+    monkeypatch.setattr(layers.Decoder, "velocity", copied)
+    assert all(torch.equal(g, w) for g, w in zip(got, run(), strict=True))
 
 
 def test_one_velocity_call_compiles_as_one_graph():
