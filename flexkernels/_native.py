@@ -1,7 +1,7 @@
 """Loads the compiled objects. Importing this module never fails: a reason string says why one is missing.
 
-`C` is the module flexkernels._C, or None; `plan` is its planner on NumPy arrays; `cpu_unavailable` and `cuda_unavailable` are None where the backend
-can be used.
+`C` is the module flexkernels._C, or None; `plan` is its planner on NumPy arrays; `cpu_unavailable` and
+`cuda_unavailable` are None where the backend can be used.
 """
 
 from __future__ import annotations
