@@ -17,7 +17,7 @@ _CUDA_OBJECT = Path(__file__).with_name("flexkernels_cuda.so")
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
     try:
-        from flexkernels import _C
+        from . import _C
     except ImportError as error:
         if not list(Path(__file__).parent.glob("_C.*.so")):
             return None, "the C++ kernels were not built (install with a C++ compiler, or build_ext --inplace)"

@@ -7,6 +7,7 @@ video files; what each register controls; the class accuracy of generated clips.
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,16 @@ def distances(model: Tokenizer, networks: Sequence[Network], count: int, keeps: 
         "networks": {network.kind: network.protocol for network in networks},
     }  # fmt: skip
     return {"protocol": protocol, "rows": rows}
+
+
+def read_result(path: Path) -> dict:
+    """A result that ``vft eval`` wrote. Raises ValueError for another file, OSError where it cannot be read."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        comparison([result])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a result of vft eval") from error
+    return result
 
 
 def comparison(results: Sequence[dict]) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .files import replacing
@@ -57,6 +58,21 @@ def evaluation(result: dict, output: Path) -> None:
         axis.set(title="Class accuracy of clips", ylim=(0, 1.05))
     for axis in axes:
         axis.set_axis_off()
+    _save(page, output)
+
+
+def comparison(rows: Sequence[dict], output: Path) -> None:
+    """Draws rows of :func:`vft.evaluate.comparison`: a picture for each metric, a line over k for each model."""
+    metrics = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("model", "k")]
+    models: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {})[row["k"]] = row
+    page = figure(4 * len(metrics), 3.5)
+    for axis, metric in zip(page.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+        curves = {name: {k: row for k, row in curve.items() if metric in row} for name, curve in models.items()}
+        _rate_distortion(
+            axis, {name: c for name, c in curves.items() if c}, metric, METRICS.get(metric, metric.upper())
+        )
     _save(page, output)
 
 

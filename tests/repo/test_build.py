@@ -139,6 +139,14 @@ def test_arch_list_is_honoured(setup_script, monkeypatch):
         setup_script.cmake_archs("unused")
 
 
+@pytest.mark.skipif(_native.C is None, reason=f"no native kernels: {_native.cpu_unavailable}")
+def test_the_native_module_is_one_for_every_python():
+    folder = Path(_native.C.__file__).parent
+    assert [path.name for path in folder.glob("_C.*.so")] == ["_C.abi3.so"]
+    checker = pytest.importorskip("kernel_abi_check")
+    assert checker.ObjectFile(_native.C.__file__).check_python_abi("3.10") == []
+
+
 def test_source_list_is_complete(setup_script):
     folder = ROOT / "csrc"
     found = {str(path.relative_to(folder)) for pattern in ("*.cpp", "*.cu") for path in folder.rglob(pattern)}

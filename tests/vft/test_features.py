@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vft import Tokenizer, cli
+from vft import Tokenizer, cli, plots
 from vft.config import make_config, parse_config
 from vft.evaluate import comparison, write_table
 from vft.features import Network, frechet_distance, lpips_distance
@@ -97,8 +97,15 @@ def files(tmp_path, monkeypatch):
 def test_eval_writes_distances_their_protocol_and_a_table(files, capsys):
     argv = ["eval", "--model", "small.safetensors", "-o", "a.json", "--clips", "3", "--steps", "1", "--video"]
     metrics = ["--metrics", "fvd=video.pt", "fid=frames.pt", "lpips=maps.pt,lin.safetensors"]
-    for suffix in ("csv", "md"):
-        assert cli.main([*argv, *metrics, "--table", f"a.{suffix}"]) == 0
+    pytest.importorskip("matplotlib")
+    other = {"model": "other", "rate_distortion": {"held-out clips": {"1": {"psnr": 20.0}, "codec": {"psnr": 30.0}}}}
+    (files / "other.json").write_text(json.dumps(other))
+    assert cli.main([*argv, *metrics, "--table", "a.csv", "a.md"]) == 0
+    assert cli.main([*argv, "--table", "both.csv", "both.png", "--beside", "other.json"]) == 0
+    both = list(csv.DictReader((files / "both.csv").open()))
+    assert [(row["model"], row["k"]) for row in both[:3]] == [("other", "1"), ("other", "codec"), ("small", "codec")]
+    assert (files / "both.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main([*argv, *metrics]) == 0
     result = json.loads((files / "a.json").read_text())
     protocol = result["distances"]["protocol"]
     assert (protocol["clips"], protocol["frames"], protocol["stride"], protocol["size"]) == (3, 17, 1, 16)
@@ -124,6 +131,23 @@ def test_several_models_make_one_table(tmp_path):
     assert (tmp_path / "t.csv").read_text().splitlines() == ["model,k,psnr,fvd", "a,1,20,", "b,1,21.5,3"]
 
 
+def test_a_picture_of_several_models(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pages = []
+    monkeypatch.setattr(plots, "_save", lambda page, output: pages.append(page))
+    rows = [
+        {"model": "a", "k": "codec", "psnr": 30.0}, {"model": "a", "k": "1", "psnr": 20.0},
+        {"model": "b", "k": "1", "psnr": 21.5, "fvd": 3.0}, {"model": "b", "k": "2", "psnr": 23.0, "fvd": 2.0},
+    ]  # fmt: skip
+    plots.comparison(rows, tmp_path / "t.png")
+    (page,) = pages
+    psnr, fvd = page.axes
+    assert (psnr.get_title(), fvd.get_title()) == ("PSNR, dB", "FVD")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in psnr.get_lines()}
+    assert drawn == {"a": [20.0], "codec alone": [30.0, 30.0], "b": [21.5, 23.0]}
+    assert [(line.get_label(), list(line.get_ydata())) for line in fvd.get_lines()] == [("b", [3.0, 2.0])]
+
+
 def test_wrong_networks(files, capsys):
     (files / "bad.pt").write_text("no network")
     for text, message in (
@@ -138,6 +162,8 @@ def test_wrong_networks(files, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert cli.main(["eval", "-o", "a.json", "--table", "a.txt"]) == 2
-    assert "table must end in .csv or .md" in capsys.readouterr().err
+    assert "table must end in .csv, .md or .png" in capsys.readouterr().err
+    assert cli.main(["eval", "-o", "a.json", "--beside", "bad.pt"]) == 2
+    assert "bad.pt: not a result of vft eval" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"the network of fvd must give features \[B, D\], got list"):
         Network("fvd", [files / "maps.pt"]).features(torch.zeros(1, 3, 4, 16, 16).transpose(0, 2)[0])

@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, help="JSON file of the results, replaced if it exists")
     add("--plot", type=Path, metavar="PNG", help="draw the curves, replaced if it exists (needs matplotlib)")
-    add("--table", type=Path, metavar="FILE", help="a row for each k, .csv or .md, replaced if it exists")
+    add(
+        "--table", type=Path, nargs="+", default=[], metavar="FILE",
+        help="a row for each model and k, .csv or .md, or a .png of them, replaced if they exist",
+    )  # fmt: skip
+    add("--beside", type=Path, nargs="+", default=[], metavar="JSON", help="results of other models for the table")
     add(
         "--metrics", nargs="+", default=[], metavar="NAME=FILE[,FILE]",
         help="also fvd=, fid= or lpips= with the file of a network, see docs/data.md; nothing is downloaded",
@@ -51,10 +55,13 @@ def run(args: argparse.Namespace) -> None:
         check_output(args.plot, [*inputs, args.output])
         # a missing matplotlib is an error before the work
         plots.figure(1, 1)
-    if args.table:
-        check_output(args.table, [*inputs, args.output])
-        if args.table.suffix not in (".csv", ".md"):
-            raise ValueError(f"table must end in .csv or .md, got {str(args.table)!r}")
+    for path in args.table:
+        check_output(path, [*inputs, args.output, *args.beside])
+        if path.suffix not in (".csv", ".md", ".png"):
+            raise ValueError(f"table must end in .csv, .md or .png, got {str(path)!r}")
+        if path.suffix == ".png":
+            plots.figure(1, 1)
+    others = [evaluate.read_result(path) for path in args.beside]
     networks = [network(text) for text in args.metrics]
     logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
     if len(logs) < len(args.training_runs):
@@ -86,8 +93,9 @@ def run(args: argparse.Namespace) -> None:
     print(evaluate.table(result))
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    if args.table:
-        evaluate.write_table(evaluate.comparison([result]), args.table)
+    rows = evaluate.comparison([*others, result])
+    for path in args.table:
+        (plots.comparison if path.suffix == ".png" else evaluate.write_table)(rows, path)
     if args.plot:
         plots.evaluation(result, args.plot)
 
