@@ -19,11 +19,13 @@ GRAPHS = 8
 class VelocityGraph:
     """``decoder.velocity`` of one packing, captured once; a call copies its inputs in and replays.
 
-    What a call returns is overwritten by the next one.
+    Registers stay the same through a decode: those of the call before are not copied again, and must not have been
+    changed in place. What a call returns is overwritten by the next one.
     """
 
     def __init__(self, decoder: Decoder, latents, registers, modulation: Modulation, packed: Packing) -> None:
         self.latents = [x.clone() for x in latents]
+        self.given = registers
         self.registers, self.modulation = registers.clone(), Modulation(*(x.clone() for x in modulation))
         # what the graph reads must outlive the packing's own cache
         self.packed = packed
@@ -31,8 +33,11 @@ class VelocityGraph:
         self.graph, self.out = capture(run)
 
     def __call__(self, latents, registers, modulation: Modulation) -> list[torch.Tensor]:
-        pairs = zip((*self.latents, self.registers, *self.modulation), (*latents, registers, *modulation), strict=True)
-        for mine, given in pairs:
+        if registers is not self.given:
+            self.registers.copy_(registers)
+            # held, so that no other tensor takes its place
+            self.given = registers
+        for mine, given in zip((*self.latents, *self.modulation), (*latents, *modulation), strict=True):
             mine.copy_(given)
         self.graph.replay()
         return self.out

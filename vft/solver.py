@@ -127,8 +127,8 @@ def sample(
         prefix_mode: ``"clean"`` keeps those frames clean at every t; ``"sdedit"`` noises them to each evaluation's t
             and leaves the last step's result.
         compat: ``"shared_momentum"`` hands one momentum buffer from sample to sample, as published code does.
-        null_every: the unconditional velocity is computed in every so many guided evaluations, and stands for itself in
-            those between; 1 computes all.
+        null_every: the unconditional velocity is computed in every so many guided evaluations; in those between, it is
+            the conditional one less what both last differed by. 1 computes all.
         progress: called with the number of steps done after each.
 
     Returns:
@@ -147,17 +147,16 @@ def sample(
         states = [_State([x], [p], prefix_mode) for x, p in zip(noise, prefix, strict=True)]
     else:
         states = [_State(noise, prefix, prefix_mode)]
-    momentum, done, guided, null = None, 0, 0, None
+    momentum, done, guided, difference = None, 0, 0, None
     for i, evaluation in enumerate(plan):
         now = resolve(guidance, evaluation.t)
         x = [sample for state in states for sample in state.samples()]
         fresh = now is not None and guided % null_every == 0
         conditional, unconditional = velocity(x, i, fresh)
         if null_every > 1 and fresh:
-            # the next call may overwrite what this one gave
-            null = [v.clone() for v in unconditional]
+            difference = [c - u for c, u in zip(conditional, unconditional, strict=True)]
         elif now is not None and not fresh:
-            unconditional = null
+            unconditional = [c - d for c, d in zip(conditional, difference, strict=True)]
         guided += now is not None
         conditional, unconditional = iter(conditional), iter(unconditional or ())
         for state in states:

@@ -118,7 +118,7 @@ def test_noised_prefix_has_the_time_of_its_evaluation(solver):
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_unconditional_velocity_stands_for_itself(every):
+def test_unconditional_velocity_of_every_nth_evaluation(every):
     """Against the sum by hand; what a velocity returns is overwritten by the next one, as a CUDA graph does."""
     times, asked, out = schedule(6), [], [torch.empty(1, 1, 2, 2), torch.empty(1, 1, 2, 2)]
 
@@ -136,8 +136,8 @@ def test_unconditional_velocity_stands_for_itself(every):
     for i in range(6):
         conditional = x + i
         if i and (i - 1) % every == 0:
-            null = 2 * x - i
-        v = null + 3 * (conditional - null) if i else conditional
+            difference = conditional - (2 * x - i)
+        v = conditional + 2 * difference if i else conditional
         x = x + (times[i + 1] - times[i]) * v
     torch.testing.assert_close(got[0], x)
     assert asked == [i > 0 and (i - 1) % every == 0 for i in range(6)]
