@@ -158,8 +158,9 @@ def velocity(flat: Tensors, row: Rows, numbers: Numbers) -> torch.Tensor:
 def rescaling(row: Rows, c: torch.Tensor, v: torch.Tensor, rescale: float) -> torch.Tensor:
     """[rows], the factor rescale * std(v_cond) / std(v) + 1 - rescale; 1 where v is constant in the row."""
     square_c, square_v = (row.sum(row.centred(value).square()) for value in (c, v))
-    varies = square_v > 0
-    ratio = torch.where(varies, square_c / torch.where(varies, square_v, 1), 1).sqrt()
+    # not where it is NaN, which spreads over the row
+    constant = square_v <= 0
+    ratio = torch.where(constant, 1, square_c / torch.where(constant, 1, square_v)).sqrt()
     return rescale * ratio + 1 - rescale
 
 

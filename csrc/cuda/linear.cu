@@ -63,6 +63,15 @@ static_assert(kNormPacks <= kWarpPacks);
 // packs from one normed row to the next: eight lanes that read four neighbours of two rows meet no bank twice
 __host__ __device__ __forceinline__ int normed_pitch(int64_t k) { return (static_cast<int>(k) / 8 + 3) / 8 * 8 + 4; }
 
+// for sm_100 ptxas takes more registers for the same
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kNormBlocks = 2;
+#else
+constexpr int kNormBlocks = 3;
+#endif
+// blocks on a multiprocessor
+constexpr int resident(int halves, bool norm) { return halves == 2 ? 2 : norm ? kNormBlocks : 3; }
+
 template <typename X>
 __device__ __forceinline__ void norm_rows(const SkinnyLinear& p, uint4* normed) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, packs = static_cast<int>(p.k) / kPack<X>;
@@ -89,7 +98,7 @@ __device__ __forceinline__ void norm_rows(const SkinnyLinear& p, uint4* normed) 
 
 // kHalves: 1 for up to 8 rows of x, 2 for up to 16. kAligned: all rows begin at, and k is a multiple of, 16 bytes
 template <typename X, bool kInt8, int kHalves, bool kAligned, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kHalves == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, resident(kHalves, kNorm))
     linear_mma_kernel(const __grid_constant__ SkinnyLinear p, const int tiles) {
   using S = Split<kInt8>;
   constexpr int kLoads = S::kLoads, kX = S::kX;
@@ -225,8 +234,8 @@ void queue_mma(const SkinnyLinear& p, cudaStream_t stream) {
   static_assert(kSkinnyMaxRows * kTileRows <= kThreads, "a thread writes one result of a tile");
   const int64_t columns = p.swiglu ? kTileRows / 2 : kTileRows;
   const int tiles = static_cast<int>((p.outputs + columns - 1) / columns);
-  const int resident = multiprocessors() * (kHalves == 1 ? 3 : 2);
-  const unsigned grid = static_cast<unsigned>(tiles < resident ? tiles : resident);
+  const int most = multiprocessors() * resident(kHalves, kNorm);
+  const unsigned grid = static_cast<unsigned>(tiles < most ? tiles : most);
   const unsigned shared = kNorm ? static_cast<unsigned>(p.m * normed_pitch(p.k) * sizeof(uint4)) : 0;
   const Launch at{"skinny_linear", dim3(grid), dim3(kThreads), stream, shared, 1, true};
   launch(at, linear_mma_kernel<X, kInt8, kHalves, kAligned, kNorm>, p, tiles);

@@ -153,7 +153,7 @@ constexpr int kAnyThreads = 256;
 
 // a block a row, read again for each pass; M is the tables' dtype
 template <typename X, typename M>
-__global__ void __launch_bounds__(kAnyThreads) rows_kernel(const __grid_constant__ NormBackward p) {
+__global__ void __launch_bounds__(kAnyThreads, 4) rows_kernel(const __grid_constant__ NormBackward p) {
   __shared__ float totals[kAnyThreads / 32][1], squares[kAnyThreads / 32][1], moments[kAnyThreads / 32][2];
   const int64_t row = blockIdx.x, s = norm_segment(p.segment, row, p.segments), base = row * p.d;
   const X *grad_out = static_cast<const X*>(p.grad_out), *grad_sum = static_cast<const X*>(p.grad_sum);

@@ -8,12 +8,19 @@
 namespace flexkernels::cuda {
 namespace {
 
+// for sm_100 ptxas takes more registers for the same
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kOneWarpBlocks = 8;
+#else
+constexpr int kOneWarpBlocks = 10;
+#endif
+
 // W warps a row, K packs a lane, R rows a block (more than one only where W is 1)
 struct OneWarp {
-  static constexpr int W = 1, K = kWarpPacks, R = 2, kAhead = 2, kBlocks = 10;
+  static constexpr int W = 1, K = kWarpPacks, R = 2, kAhead = 2, kBlocks = kOneWarpBlocks;
 };
 struct FourWarps {
-  static constexpr int W = 4, K = 8, R = 1, kAhead = 3, kBlocks = 3;
+  static constexpr int W = 4, K = 8, R = 1, kAhead = 3, kBlocks = 4;
 };
 
 template <typename Shape, typename X>
@@ -103,22 +110,30 @@ __global__ void __launch_bounds__(32 * Shape::W * Shape::R, Shape::kBlocks)
   }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const float part = pack_squares<X>(v[k], mean[0]);
+    float a[N], part = 0;
+    unpack<X>(v[k], a);
+#pragma unroll
+    for (int j = 0; j < N; ++j) part = fmaf(a[j] - mean[0], a[j] - mean[0], part);
     squares[0] += inside(k) ? part : 0.0f;
   }
   block_sums<1>(squares, variances, W);
-  const float rstd = rstd_of(squares[0], per, p.eps);
+  const float rstd = 1.0f / sqrtf(squares[0] * per + p.eps);
 #pragma unroll
   for (int k = 0; k < K; ++k) ptx::keep(v[k]);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
+    float a[N], by[N], add[N] = {};
     if (k + H < K) {
       scales[k + H < K ? k + H : 0] = load_table(scale, pack_of(k + H));
       if constexpr (!RMS) shifts[k + H < K ? k + H : 0] = load_table(shift, pack_of(k + H));
     }
-    const uint4 normed = norm_pack<X, RMS>(v[k], scales[k], shifts[RMS ? 0 : k], mean[0], rstd);
+    unpack<X>(v[k], a);
+    unpack<X>(scales[k], by);
+    if constexpr (!RMS) unpack<X>(shifts[k], add);
+#pragma unroll
+    for (int j = 0; j < N; ++j) a[j] = fmaf((a[j] - mean[0]) * rstd, RMS ? by[j] : 1.0f + by[j], add[j]);
     if (inside(k)) {
-      *reinterpret_cast<uint4*>(static_cast<X*>(p.out) + row * p.d + static_cast<int64_t>(pack_of(k)) * N) = normed;
+      *reinterpret_cast<uint4*>(static_cast<X*>(p.out) + row * p.d + static_cast<int64_t>(pack_of(k)) * N) = pack<X>(a);
     }
   }
 }
@@ -157,7 +172,7 @@ __global__ void __launch_bounds__(kAnyThreads) any_kernel(const __grid_constant_
     squares[0] = fmaf(c, c, squares[0]);
   }
   block_sums<1>(squares, variances, kAnyThreads / 32);
-  const float rstd = rstd_of(squares[0], per, p.eps), one = p.kind == kLayerNorm ? 1.0f : 0.0f;
+  const float rstd = 1.0f / sqrtf(squares[0] * per + p.eps), one = p.kind == kLayerNorm ? 1.0f : 0.0f;
   X* out = static_cast<X*>(p.out) + row * p.d;
   for (int64_t i = threadIdx.x; i < p.d; i += kAnyThreads) {
     const float normed = (to_float(v[i]) - mean[0]) * rstd;

@@ -179,7 +179,9 @@ def rescale_factor(p_cond, p_uncond, start, end, gain, rescale, BLOCK: tl.conste
     v1 = tl.sum(b_v1.to(tl.float64))
     square_c = tl.maximum(tl.sum(b_c2.to(tl.float64)) - c1 * (c1 / count), 0.0)
     square_v = tl.sum(b_v2.to(tl.float64)) - v1 * (v1 / count)
-    ratio = tl.where(square_v > 0, tl.sqrt(square_c / tl.where(square_v > 0, square_v, 1.0)), 1.0)
+    # not where it is NaN, which spreads over the row
+    constant = square_v <= 0
+    ratio = tl.where(constant, 1.0, tl.sqrt(square_c / tl.where(constant, 1.0, square_v)))
     return rescale * ratio.to(tl.float32) + (1.0 - rescale)
 
 

@@ -79,6 +79,23 @@ def test_terms_with_weight_zero_are_not_read(place):
 
 
 @on_every_backend
+@every_guidance
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row(place, guidance, value):
+    """A NaN is where the formula has it: all over the row where sums over it count."""
+    arguments = with_terms(draw(guidance, (2, 3, 70)))
+    clean = update(place, arguments)[::2]
+    arguments["v_cond"][1, 0, 33] = value
+    rows = torch.arange(6) != 3
+    for result, before, formula in zip(
+        update(place, arguments)[::2], clean, flexkernels.flow_update_ref(**arguments)[::2], strict=True
+    ):
+        assert torch.equal(result.flatten(0, 1)[rows], before.flatten(0, 1)[rows])
+        assert not result[1, 0, 33].isfinite()
+        assert value == torch.inf or torch.equal(result.isnan(), formula.isnan())
+
+
+@on_every_backend
 def test_empty_input_and_velocity_under_a_prefix(place):
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         assert [result.shape for result in check(place, with_terms(draw(CFG(2.0, 0.5), shape)))[::2]] == [shape] * 2

@@ -524,6 +524,16 @@ def test_every_way_through_a_row(place, name, n, d, dtype):
 
 
 @on_every_backend
+def test_swiglu_of_wide_odd_rows(place):
+    """Halves that are no whole pairs of 16 bits."""
+    if interpreted(place):
+        pytest.skip("slow in the interpreter, which takes every width the same way")
+    arguments = draw("swiglu", 2, 16383, torch.bfloat16)
+    check(place, "swiglu", arguments)
+    check_gradients(place, "swiglu", arguments)
+
+
+@on_every_backend
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_a_row_lies_does_not_change_its_bits(place, name, dtype):
