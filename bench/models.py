@@ -18,6 +18,7 @@ from report import chosen, write
 
 import vft
 from vft.config import make_config, parse_config, parse_generator_config
+from vft.convolution import convolutions
 from vft.measure import synchronize
 from vft.vidtok import VidTokCodec
 
@@ -94,6 +95,23 @@ def vidtok():
         ):
             seconds = seconds_of(call, 1 if STANDIN else 3)
             yield f"VidTok {what}, {short}, batch {batch}", 1000 * seconds / batch, "ms a clip", note
+    yield from bounded(codec.to(DEVICE, DTYPE))
+
+
+def bounded(codec):
+    """A large clip in as many bytes as it is given, and what it takes of them."""
+    codec.memory = 4 << 30
+    latents = torch.randn(1, 16, *((2, 3, 2) if STANDIN else (5, 135, 240)), device=DEVICE)
+    plan = codec.plan_decode(1, *latents.shape[2:])
+    note = f"latents {' x '.join(map(str, latents.shape[2:]))}, memory 4 GiB, tile {plan.tile}, random weights"
+    yield "VidTok decode, bf16, 4 GiB", seconds_of(lambda: codec.decode(latents), 1), "s a clip", note
+    yield "VidTok decode, bf16, 4 GiB, counted", plan.bytes / 1e9, "GB", note
+    if DEVICE == "cuda":
+        prepared = sum(conv.prepared_bytes() for conv in convolutions(codec))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - prepared
+        codec.decode(latents)
+        yield "VidTok decode, bf16, 4 GiB, taken", (torch.cuda.max_memory_allocated() - before) / 1e9, "GB", note
 
 
 def generator():

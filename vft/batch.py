@@ -369,7 +369,8 @@ def _chunks(tokenizer, job: Job, strict: bool) -> Iterator[torch.Tensor]:
         for chunk, new in cut_chunks(video.frames, config.chunk_size, config.overlap, stride):
             job.frames += new
             job.still.append(still_groups(chunk, stride))
-            yield chunk
+            # in memory that a GPU reads while the encoder is busy
+            yield chunk.pin_memory() if tokenizer.device.type == "cuda" else chunk
     job.warnings += video.warnings
 
 

@@ -415,12 +415,13 @@ class Tokenizer(nn.Module):
             encoded = self._encode_frames(torch.stack([clips[i] for i in where]), generator)
             for i, z in zip(where, encoded, strict=True):
                 latents[i] = z
-        return [ids.cpu() for ids in self.encode_latents(latents)]
+        # one copy, for which the device is waited for once
+        return list(torch.cat(self.encode_latents(latents)).cpu().split([z.shape[1] for z in latents]))
 
     def _chunk_input(self, chunk: torch.Tensor) -> torch.Tensor:
         # -> float [3, t, H, W]
         if not chunk.is_floating_point():
-            return preprocess(chunk, self.size)
+            return preprocess(chunk, self.size, self.device)
         if not torch.isfinite(chunk).all():
             raise ValueError("video must be finite, got NaN or infinity")
         return chunk.transpose(0, 1)

@@ -2,13 +2,16 @@
 
 import argparse
 import copy
+import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import vft
 from vft import tiling
-from vft.cli import main
-from vft.commands.options import size_in_bytes
+from vft.cli import main, parser_of
+from vft.commands.options import load_tokenizer, return_memory, size_in_bytes
 from vft.tiling import Plan
 from vft.vidtok import VidTokCodec
 
@@ -162,6 +165,21 @@ def test_sizes_are_read():
     for text in ("4", "", "G", "-1G", "fourG", "nanG", "infG"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a number and K, M, G or T"):
             size_in_bytes(text)
+
+
+def test_the_commands_bound_the_codec_and_return_what_is_freed(monkeypatch):
+    tokenizer, calls = SimpleNamespace(codec=SimpleNamespace(memory=None)), []
+    monkeypatch.setattr(vft.Tokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *given: calls.append(given)))
+    for command in ("decode", "encode"):
+        args = parser_of([command]).parse_args(["a", "-o", "b", "--memory", "4G"])
+        load_tokenizer(args)
+        assert tokenizer.codec.memory == 4 << 30
+    # M_MMAP_THRESHOLD of malloc.h
+    assert calls == [(-3, 4 << 20)] * 2
+    # another C library has no such call
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    return_memory()
 
 
 def test_the_command_refuses_memory_of_an_embedded_codec(tmp_path, capsys):

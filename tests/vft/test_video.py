@@ -144,6 +144,8 @@ def test_preprocess_and_to_uint8_are_inverse():
     assert torch.equal(video.to_uint8(model[None] * 3), video.to_uint8((model * 3).clamp(-1, 1)))
     # without a size: cropped around the centre to multiples of 16
     assert torch.equal(video.preprocess(moving(2, 33, 50)), video.preprocess(moving(2, 33, 50)[:, :32, 1:49]))
+    elsewhere = video.preprocess(moving(2, 33, 50), 32, torch.device("meta"))
+    assert elsewhere.device.type == "meta" and elsewhere.shape == (3, 2, 32, 32)
 
 
 @pytest.mark.parametrize(

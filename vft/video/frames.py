@@ -96,10 +96,11 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return pixels.permute(0, 2, 3, 1).contiguous().to(frames.device)
 
 
-def preprocess(frames: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Frames as a model takes them: uint8 ``[T, H, W, 3]`` -> float32 ``[3, T, H', W']`` in [-1, 1].
+def preprocess(frames: torch.Tensor, size: int | None = None, device: torch.device | None = None) -> torch.Tensor:
+    """Frames as a model takes them: uint8 ``[T, H, W, 3]`` -> float32 ``[3, T, H', W']`` in [-1, 1], on ``device``.
 
     With ``size``, frames go through :func:`fit`; without, each side is cropped around the centre to a multiple of 16.
+    They go to the device as bytes, without waiting where they lie in pinned memory; None leaves them where they are.
 
     Raises:
         ValueError: frames have another shape, dtype, no frame, or a side below 16 and no ``size``.
@@ -114,6 +115,7 @@ def preprocess(frames: torch.Tensor, size: int | None = None) -> torch.Tensor:
         if not height or not width:
             raise ValueError(f"frames must be at least {PATCH} pixels on each side, got {list(frames.shape[1:3])}")
         frames = _crop(frames, height, width)
+    frames = frames.to(device, non_blocking=True)
     return frames.permute(3, 0, 1, 2).to(torch.float32).div_(127.5).sub_(1)
 
 
