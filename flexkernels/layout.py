@@ -193,8 +193,8 @@ class SequenceLayout:
         made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
         own = [torch.tensor(x, device=self.device) for x in self.queries.tokens]
         keys = own if self.keys is self.queries else [torch.tensor(x, device=self.device) for x in self.keys.tokens]
-        made = *made, listed(weighted_keys, self.keys)
-        self.tensors = LayoutTensors(*own, *keys, *(torch.tensor(x, device=self.device) for x in made))
+        arrays = *made, listed(weighted_keys, self.keys)
+        self.tensors = LayoutTensors(*own, *keys, *(torch.tensor(x, device=self.device) for x in arrays))
         self.cu_seqlens, self.frame, self.rank = own
         self.arguments = list(self.tensors), MASKS.index(mask), list(cross)
 
@@ -221,8 +221,9 @@ class SequenceLayout:
         """Plain variable-length sequences without frames; ``mask`` is ``"full"`` or ``"causal"``."""
         if mask not in ("full", "causal"):
             raise ValueError(f"mask must be full or causal for sequences without frames, got {mask!r}")
-        frames = lambda sizes: None if sizes is None else [[(int(n), 0)] for n in sizes]  # noqa: E731
-        return cls(frames(lengths), mask, device=device, key_frames=frames(key_lengths))
+        frames = lambda sizes: [[(int(n), 0)] for n in sizes]  # noqa: E731
+        keys = None if key_lengths is None else frames(key_lengths)
+        return cls(frames(lengths), mask, device=device, key_frames=keys)
 
     def __repr__(self) -> str:
         keys = "" if self.keys is self.queries else f" on {self.total_k} keys"
@@ -402,7 +403,7 @@ def _gather(groups: list[np.ndarray], rows: int) -> list[np.ndarray]:
 
 def _runs(seen: np.ndarray, step: int) -> list[tuple[int, int, int]]:
     """Runs [begin, end, full] of the columns that rows see, full ones first, neighbouring tiles of a kind in one."""
-    found = {True: [], False: []}
+    found: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for at in range(0, seen.shape[1], step):
         part = seen[:, at : at + step]
         if part.any():

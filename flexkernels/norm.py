@@ -11,7 +11,7 @@ Gradients of the tables are sums over the rows of each segment, added in a fixed
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -381,7 +381,7 @@ def too_wide(*args) -> str | None:
     return f"rows of {width} elements are longer than {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
-_ROW = dict(triton="norm", unsupported={"triton": too_wide})
+_ROW: dict[str, Any] = dict(triton="norm", unsupported={"triton": too_wide})
 
 _adaln_norm_op = library.Op(
     "adaln_norm",

@@ -100,7 +100,7 @@ class Generator(nn.Module):
 
     def published(self) -> dict[str, torch.Tensor]:
         """Parameters under the published names; merged ones as views."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.named_parameters():
             if ".w13." in name:
                 w1, w3 = parameter.detach().chunk(2)

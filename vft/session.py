@@ -65,7 +65,7 @@ class Session:
         self.length = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.nan = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self.out = torch.zeros(max_rows, max_len, **integers)
-        self.cross = [None] * config.depth
+        self.cross: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = [None] * config.depth
         if text_len:
             self.context_len = torch.zeros(max_rows, dtype=torch.int32, device=device)
             context = (max_rows, config.heads, text_len, config.head_dim)
@@ -80,7 +80,8 @@ class Session:
         self._groups: list | None = None
         self._next_handle = 0
         self._views: dict[tuple[int, int], RowsView] = {}
-        self._graphs, self._pool = {}, torch.cuda.graph_pool_handle() if cuda_graph else None
+        self._graphs: dict = {}
+        self._pool = torch.cuda.graph_pool_handle() if cuda_graph else None
         self.cuda_graph = cuda_graph
 
     @property

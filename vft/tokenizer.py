@@ -53,8 +53,11 @@ class Tokenizer(nn.Module):
         self.config, self.name = config, name
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.registers, self.size = config.registers, config.size
-        self.steps, self.guidance = DEFAULT_STEPS, DEFAULT_GUIDANCE
-        self._codec, self._codec_state, self._fingerprint = None, None, None
+        self.steps: int = DEFAULT_STEPS
+        self.guidance: CFG | APG | None = DEFAULT_GUIDANCE
+        self._codec: Codec | None = None
+        self._codec_state: dict[str, torch.Tensor] | None = None
+        self._fingerprint: str | None = None
         self.cuda_graphs, self._graphs = True, VelocityGraphs()
 
     @classmethod

@@ -92,6 +92,7 @@ def tokenizer(file: Path, work: Path) -> vft.VideoTokens:
     model = vft.Tokenizer.from_pretrained("tiny", dtype=torch.float32)
     assert_type(model, vft.Tokenizer)
     assert_type(model.size, int | None)
+    model.steps, model.guidance = 1, vft.CFG(2.0)
     tokens = model.encode(file, fps=8.0)
     assert_type(tokens, vft.VideoTokens)
     assert_type(model.encode(read_video(file, model.size)), vft.VideoTokens)

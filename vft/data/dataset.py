@@ -89,7 +89,8 @@ class TokenDataset(Dataset):
                 raise ValueError(f"{shard.path}: keep must be between 1 and {facts['registers']}, got {self.keep}")
         self.blocks = [(s, b, n) for s, shard in enumerate(self.shards) for b, n in enumerate(shard.blocks)]
         self.starts = np.concatenate([[0], np.cumsum([n for _, _, n in self.blocks])])
-        self.cached, self._cache = cached, OrderedDict()
+        self.cached = cached
+        self._cache: OrderedDict[int, list[Row]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -167,7 +168,8 @@ class TokenStream(IterableDataset):
     ) -> None:  # fmt: skip
         if (rank is None) != (world_size is None):
             raise ValueError(f"rank and world_size must be given together, got {rank} and {world_size}")
-        self.rank, self.world_size = process_shard() if rank is None else (rank, world_size)
+        given = None if rank is None or world_size is None else (rank, world_size)
+        self.rank, self.world_size = given or process_shard()
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be between 0 and {self.world_size - 1}, got {self.rank}")
         if not 1 <= window <= dataset.cached:

@@ -27,14 +27,17 @@ class Model:
         self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point torch.dtype or its name, got {dtype!r}")
-        self.device, self._loaded = device, None
+        self.device = device
+        self._loaded: Tokenizer | None = None
 
     def load(self) -> Tokenizer:
         if self._loaded is None:
-            self._loaded = self.model
-            if not isinstance(self.model, Tokenizer):
-                device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-                self._loaded = Tokenizer.from_pretrained(self.model).to(device=device, dtype=self.dtype)
+            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self._loaded = (
+                self.model
+                if isinstance(self.model, Tokenizer)
+                else Tokenizer.from_pretrained(self.model).to(device=device, dtype=self.dtype)
+            )
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
