@@ -66,8 +66,8 @@ class Ours:
         return self(self.plain)
 
 
-def generator_step(device: str, dtype: torch.dtype, samples: int, one_kernel: bool = False) -> Case:
-    depth = 16 if device == "cuda" else 10
+def generator_step(device: str, dtype: torch.dtype, samples: int, one_kernel: bool = False, depth: int = 0) -> Case:
+    depth = depth or (16 if device == "cuda" else 10)
     model = random_generator(device, dtype, depth)
     rows = 2 * samples
     ours = Ours(model, samples, device == "cuda", one_kernel)
@@ -140,3 +140,14 @@ def generator_step_one_kernel_bf16(device: str) -> Case:
 @case("generator_step_one_kernel_batch4_bf16", gpu_only=True)
 def generator_step_one_kernel_batch4_bf16(device: str) -> Case:
     return generator_step(device, torch.bfloat16, 4, one_kernel=True)
+
+
+# width 1,536
+@case("generator_step_depth24_bf16", gpu_only=True)
+def generator_step_depth24_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 1, depth=24)
+
+
+@case("generator_step_one_kernel_depth24_bf16", gpu_only=True)
+def generator_step_one_kernel_depth24_bf16(device: str) -> Case:
+    return generator_step(device, torch.bfloat16, 1, one_kernel=True, depth=24)

@@ -1,6 +1,8 @@
 // The phases of a persistent step, as the sixteen warps of a block go through them.
 #pragma once
 
+#include <type_traits>
+
 #include "step_attention.h"
 
 namespace flexkernels::cuda::step {
@@ -9,8 +11,9 @@ namespace flexkernels::cuda::step {
 template <typename T, bool kInt8, int kWide>
 struct Consumer {
   static constexpr bool kNarrow = kWide == 1;
-  // blocks of the hidden width in registers together, and how often
-  static constexpr int kDeep = kNarrow ? 3 : 2, kParts = 3 * kWide / kDeep;
+  // blocks of the hidden width in registers together, and how often; of the wide, bfloat16 alone leaves room for two
+  static constexpr bool kTwo = !kInt8 && std::is_same_v<T, bf16>;
+  static constexpr int kDeep = kNarrow ? 3 : kTwo ? 2 : 1, kParts = 3 * kWide / kDeep;
   // runs in registers ahead of the activations, as many as the 96 registers of a lane allow. The weights of a norm too
   // are read ahead by the narrow alone
   static constexpr int kAhead = kNarrow ? 2 : 0, kAheadProj = kNarrow ? 1 : 0, kAheadDeep = 0;

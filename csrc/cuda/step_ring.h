@@ -10,8 +10,6 @@ namespace flexkernels::cuda::step {
 
 constexpr int kWarps = 16, kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
 constexpr int kTileBits = 14, kTile = 1 << kTileBits;
-// tiles of the ring; more keep nothing busy that these do not
-constexpr int kMostSlots = 16;
 // a warp's channels of a row at a time; a matrix is read in runs of 8 rows, each of whole rows
 constexpr int kBlock = 64, kRun = 8;
 // rows of a matrix whose sums are in shared memory together, as three pairs of runs
@@ -54,28 +52,28 @@ struct Shared {
 // pairs of rows of x, as columns of a product come
 FLEXKERNELS_HD int padded_rows(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
 
-// squares and barriers begin shared memory, so that where they are takes no register
-constexpr int kSquares = kStepMaxRows * kPitch, kFixed = 4 * kSquares + 16 * kMostSlots;
-static_assert(kFixed % 128 == 0, "the ring begins where banks do");
+// floats of squares, of any number of rows: so the sums behind them are at a fixed distance, which takes no register
+constexpr int kSquares = kStepMaxRows * kPitch;
 
-// bytes of shared memory beside the ring: those, then sums of a batch or of attention's warps, and the residual
+// bytes of shared memory beside the ring: squares, sums of a batch or of attention's warps, residual, barriers
 FLEXKERNELS_HD int64_t shared_floats(const TransformerStep& p) {
   const int64_t sums = kBatchRows * padded_rows(p.rows) * kPitch, attention = kWarps * (p.head_dim + 2);
   return sums > attention ? sums : attention;
 }
-FLEXKERNELS_HD int64_t shared_beside_ring(const TransformerStep& p, int blocks) {
-  const int64_t owned = (p.width + blocks - 1) / blocks;
-  return kFixed + 4 * (shared_floats(p) + padded_rows(p.rows) * owned);
+FLEXKERNELS_HD int64_t shared_beside_ring(const TransformerStep& p, int blocks, int slots) {
+  const int64_t rows = padded_rows(p.rows), owned = (p.width + blocks - 1) / blocks;
+  return 4 * (kSquares + shared_floats(p) + (rows * owned + 3) / 4 * 4) + 16 * slots;
 }
 
 __device__ inline Shared carve(const TransformerStep& p, int slots) {
   Shared s;
-  s.squares = ptx::dynamic_shared<float>();
-  s.full = reinterpret_cast<uint64_t*>(s.squares + kSquares);
-  s.empty = s.full + kMostSlots;
-  s.ring = reinterpret_cast<unsigned char*>(s.empty + kMostSlots);
-  s.sums = reinterpret_cast<float*>(s.ring + static_cast<int64_t>(slots) * kTile);
+  s.ring = ptx::dynamic_shared<unsigned char>();
+  s.squares = reinterpret_cast<float*>(s.ring + static_cast<int64_t>(slots) * kTile);
+  s.sums = s.squares + kSquares;
   s.residual = s.sums + shared_floats(p);
+  const int owned = padded_rows(p.rows) * ceil_div(p.width, gridDim.x);
+  s.full = reinterpret_cast<uint64_t*>(s.residual + (owned + 3) / 4 * 4);
+  s.empty = s.full + slots;
   return s;
 }
 

@@ -76,14 +76,16 @@ Kernel kernel_of(const TransformerStep& p) {
 // tiles that a pair of runs of a matrix takes, all of which must be in the ring together
 int pair_of_runs(const TransformerStep& p, int k) { return 2 * ((kRun * k * (p.int8 ? 1 : 2) + kTile - 1) / kTile); }
 
+// tiles of the ring; more than 16 keep nothing busy that 16 do not
 int ring_slots(const TransformerStep& p, int blocks) {
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - shared_beside_ring(p, blocks);
+  constexpr int kMost = 16;
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - shared_beside_ring(p, blocks, kMost);
   const int64_t slots = room / kTile;
-  return static_cast<int>(slots < kMostSlots ? slots : kMostSlots);
+  return static_cast<int>(slots < kMost ? slots : kMost);
 }
 
 unsigned shared_bytes(const TransformerStep& p, int blocks, int slots) {
-  return static_cast<unsigned>(slots * kTile + shared_beside_ring(p, blocks));
+  return static_cast<unsigned>(slots * kTile + shared_beside_ring(p, blocks, slots));
 }
 
 }  // namespace

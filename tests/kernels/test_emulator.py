@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import emulator
 import pytest
@@ -182,3 +183,24 @@ def test_every_ptx_function_is_emulated():
     ours = functions((emulator.HERE / "include/emulated_ptx.h").read_text(), "EMU_INLINE")
     assert real == {name for name in ours if not name.startswith("emu_")}
     assert len(real) > 40
+
+
+def test_of_several_who_want_an_object_one_makes_it(tmp_path):
+    made, log = tmp_path / "made.o", tmp_path / "log"
+    command = ["sh", "-c", f'echo once >> {log}; sleep 0.3; touch "$2"', "sh"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: emulator._make(made, command), range(4)))
+    assert made.exists() and log.read_text() == "once\n"
+
+
+def test_an_object_is_of_the_headers_that_its_source_reaches(tmp_path):
+    source, near, far, other = (tmp_path / name for name in ("a.cu", "near.h", "far.h", "other.h"))
+    source.write_text('#include "near.h"\n')
+    near.write_text('#pragma once\n  #  include "far.h"\n')
+    for header in (far, other):
+        header.write_text("int one;\n")
+    before = emulator._content(source)
+    other.write_text("int two;\n")
+    assert emulator._content(source) == before
+    far.write_text("int two;\n")
+    assert emulator._content(source) != before
