@@ -62,3 +62,30 @@ def small_bf16(device: str) -> Case:
 @case("skinny_linear_swiglu_bf16")
 def swiglu_bf16(device: str) -> Case:
     return linear_case(device, torch.bfloat16, 3456, 640, activation="swiglu")
+
+
+@case("skinny_linear_normed_bf16")
+def normed_bf16(device: str) -> Case:
+    """q, k and v of a block of the generator: its RMS norm and its linear layer, in one call and in two."""
+    x, norm, weight = torch.randn(2, 1024), 1 + torch.randn(1024) / 8, torch.randn(3072, 1024) / 32
+    x, norm, weight = (t.to(torch.bfloat16).to(device) for t in (x, norm, weight))
+
+    def ours():
+        return flexkernels.skinny_linear(x, weight, norm_weight=norm)
+
+    def two():
+        return flexkernels.skinny_linear(flexkernels.rms_norm(x, norm), weight)
+
+    def peer():
+        return linear_peers.normed_linear(x, norm, weight)
+
+    def check():
+        exact = flexkernels.skinny_linear_ref(x.double(), weight.double(), norm_weight=norm.double())
+        return accurate(ours(), peer(), exact)
+
+    others, flops, moved = (
+        {"torch linear": peer, "two calls": two},
+        2 * 2 * weight.numel(),
+        size(x, norm, weight, ours()),
+    )
+    return Case(torch.bfloat16, [2, 3072, 1024], ours, others, check, moved, flops, "normed", bandwidth="read")

@@ -20,3 +20,8 @@ def swiglu(x, weight):
     """Source: arXiv 2002.05202, equation 6, both matrices in one product."""
     gate, up = F.linear(x, weight).chunk(2, -1)
     return F.silu(gate) * up
+
+
+def normed_linear(x, norm, weight):
+    """Source: arXiv 1910.07467, equation 4, then torch.nn.functional.linear."""
+    return F.linear(F.rms_norm(x, norm.shape, norm, 1e-6), weight)

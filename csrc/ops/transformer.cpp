@@ -16,15 +16,22 @@ namespace {
 // the parts of a step, each with the next of its weights; `check_step` has counted them
 class Stack {
  public:
-  Stack(const Tensors& norms, const Tensors& weights, const Tensors& scales, double eps)
-      : norm_(norms.begin()), weight_(weights.begin()), scale_(scales.begin()), scaled_(!scales.empty()), eps_(eps) {}
+  Stack(const Tensor& x, const Tensors& norms, const Tensors& weights, const Tensors& scales, double eps)
+      : norm_(norms.begin()), weight_(weights.begin()), scale_(scales.begin()), scaled_(!scales.empty()), eps_(eps) {
+    if (!kCuda) normed_ = empty_like(x, x.scalar_type());
+  }
 
   void linear(const Tensor& x, const OptionalTensor& residual, const Tensor& out) {
     product(x, residual, false, {}, out);
   }
 
-  // of x normed
-  void normed_linear(const Tensor& x, bool swiglu, const Tensor& out) { product(x, {}, swiglu, *norm_++, out); }
+  // of x normed: by the layer's own kernel, or in one buffer for all layers, where that kernel would need a new one
+  void normed_linear(const Tensor& x, bool swiglu, const Tensor& out) {
+    const Tensor& weight = *norm_++;
+    if (!normed_) return product(x, {}, swiglu, weight, out);
+    rms_norm_into(x, weight, eps_, *normed_);
+    product(*normed_, {}, swiglu, {}, out);
+  }
 
   // x += w2 (silu(w1 norm(x)) * w3 norm(x))
   void feed_forward(const Tensor& x) {
@@ -43,6 +50,7 @@ class Stack {
   Tensors::const_iterator norm_, weight_, scale_;
   bool scaled_;
   double eps_;
+  OptionalTensor normed_;
 };
 
 // row i of q [rows, width] sees context i % contexts; returns [rows, width]
@@ -151,7 +159,7 @@ void in_parts(const Step& s) {
   const auto& [x, k_cache, v_cache, lengths, norms, weights, scales, cross, cross_len, eps] = s;
   const int64_t layers = s.layers(), rows = x.size(0), width = x.size(1);
   const int64_t heads = k_cache.size(2), head_dim = k_cache.size(4);
-  Stack stack(norms, weights, scales, eps);
+  Stack stack(x, norms, weights, scales, eps);
   const auto room = [&](int64_t columns) { return empty(x, {rows, columns}, x.scalar_type()); };
   const Tensor qkv = room(3 * width), q = room(width), attended = room(width);
   const Tensor tokens = torch::stable::unsqueeze(qkv, 1);
