@@ -130,6 +130,11 @@ PyObject* make_plan(PyObject*, PyObject* args) {
     return nullptr;
   }
   return translated([&] {
+    for (const Int32s* each :
+         {&q.frame_offsets, &q.prefix_len, &q.suffix_len, &k.frame_offsets, &k.prefix_len, &k.suffix_len, &cross}) {
+      check(each->length % static_cast<Py_ssize_t>(sizeof(int32_t)) == 0,
+            "arrays must hold int32 values, got " + std::to_string(each->length) + " bytes");
+    }
     const plan::Plan made = checked_plan(q, k, mask, cross, rows, step);
     const plan::Tiles &of_queries = made.queries, &of_keys = made.keys;
     return Py_BuildValue("(NNNNNNNN)", as_bytes(made.reach), as_bytes(made.rows), as_bytes(of_queries.tiles),

@@ -46,12 +46,15 @@ class Job:
 
 def random_tokenizer(config: Path | None, device: torch.device, dtype: torch.dtype, seed: int) -> Tokenizer:
     """A tokenizer of random weights: of a config.json, or None for the published size, 2.47 B parameters and VidTok."""
-    raw = make_config(**PUBLISHED) if config is None else json.loads(config.read_text(encoding="utf-8"))
+    try:
+        raw = make_config(**PUBLISHED) if config is None else json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} must be a config.json, got {error}") from error
     torch.manual_seed(seed)
     with device:
         model = Tokenizer(parse_config(raw), "random")
         if model.config.codec == VIDTOK:
-            model._codec = VidTokCodec()
+            model.hold_codec(VidTokCodec().requires_grad_(False).eval())
     for name, p in model.decoder.named_parameters():
         # what training starts from zero
         if "modulation" in name or name.startswith("head"):
@@ -122,7 +125,8 @@ def train_job(*, batch: int, device: torch.device, bf16: bool, seed: int) -> Job
         ("clips and codec", task.data, "batch"), ("forward", trainer, "loss"), ("optimizer", trainer, "_average"),
         *(("optimizer", each, "step") for each in optimizers),
     )  # fmt: skip
-    return Job(title, call, batch * length, batch * task.model.registers, device, parts)
+    tokens = batch * task.codec.latent_shape(length, size, size)[1] * task.model.registers
+    return Job(title, call, batch * length, tokens, device, parts)
 
 
 def generate_job(model, *, batch: int, frames: int, keep: int | None, **options) -> Job:

@@ -130,8 +130,8 @@ def choose(memory: int, fixed: int, size: tuple[int, int, int], count: Callable[
         needed = fixed + count(*pair)
         if needed <= memory:
             return Plan(*pair, needed)
-    least, given = (f"{-(-n // 2**20)}M" for n in (needed, memory))
-    raise ValueError(f"memory must be at least {least} for latents of {' x '.join(map(str, size))}, got {given}")
+    least, latents = f"{-(-needed // 2**20)}M", " x ".join(map(str, size))
+    raise ValueError(f"memory must be at least {least} for latents of {latents}, got {memory / 2**20:.4g}M")
 
 
 def encode_bytes(network, batch: int, size: tuple[int, int, int], weight: torch.Tensor, frames, tile) -> int:

@@ -163,8 +163,17 @@ class Tokenizer(nn.Module):
         """The latent codec (frames <-> latents), loaded on first use."""
         if self._codec is None:
             config = self.config
-            self._codec = load_codec(config.codec, self._codec_state or None, config.channels).to(self.device)
+            self.hold_codec(load_codec(config.codec, self._codec_state or None, config.channels).to(self.device))
         return self._codec
+
+    def hold_codec(self, codec: Codec) -> None:
+        """Sets the latent codec. It moves with the tokenizer; its weights are none of the tokenizer's parameters."""
+        object.__setattr__(self, "_codec", codec)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Tokenizer:
+        if self._codec is not None:
+            self._codec._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def encode_latents(self, latents: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 import vft
 from flexkernels import SequenceLayout
-from vft import cli, measure, profiling
+from vft import bench, cli, measure, profiling
 from vft.config import make_config, parse_generator_config
 from vft.train import initial
 
@@ -98,6 +98,16 @@ def test_random_weights_of_a_config(tmp_path, capsys):
     for what in ("encode", "decode"):
         assert cli.main(["bench", what, "--random", str(config), *QUICK]) == 0
         assert f"{what} with random: batch 1, 17 frames of 32x32" in capsys.readouterr().out
+    config.write_text("{")
+    assert cli.main(["bench", "encode", "--random", str(config), *QUICK]) == 2
+    assert f"{config} must be a config.json, got Expecting" in capsys.readouterr().err
+    assert cli.main(["bench", "train", "--model", "tiny", *QUICK]) == 2
+    assert "leave out --model" in capsys.readouterr().err
+
+
+def test_a_training_step_counts_the_tokens_of_all_latent_frames():
+    job = bench.train_job(batch=3, device=torch.device("cpu"), bf16=False, seed=0)
+    assert (job.frames, job.tokens) == (3 * 17, 3 * 5 * 32)
 
 
 def test_labels_are_taken_back():

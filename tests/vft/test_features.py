@@ -102,6 +102,8 @@ def test_eval_writes_distances_their_protocol_and_a_table(files, capsys):
     (files / "other.json").write_text(json.dumps(other))
     assert cli.main([*argv, *metrics, "--table", "a.csv", "a.md"]) == 0
     assert cli.main([*argv, "--table", "both.csv", "both.png", "--beside", "other.json"]) == 0
+    over = ["eval", "--model", "small.safetensors", "-o", "other.json", "--table", "c.md", "--beside", "other.json"]
+    assert cli.main(over) == 2 and json.loads((files / "other.json").read_text()) == other
     both = list(csv.DictReader((files / "both.csv").open()))
     assert [(row["model"], row["k"]) for row in both[:3]] == [("other", "1"), ("other", "codec"), ("small", "codec")]
     assert (files / "both.png").read_bytes()[:4] == b"\x89PNG"

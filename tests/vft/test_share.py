@@ -50,6 +50,15 @@ def test_weights_of_the_codec_are_kept(tmp_path):
     assert all(torch.equal(read.codec_state[name], tensor) for name, tensor in model._codec_state.items())
 
 
+def test_a_loaded_codec_moves_but_is_no_part_of_the_weights():
+    model = small()
+    names = list(model.state_dict())
+    assert model.codec.scale.dtype == torch.float32
+    assert list(model.state_dict()) == names and len(list(model.modules())) == len(list(small().modules()))
+    assert model.double().codec.scale.dtype == torch.float64
+    small().load_state_dict(model.state_dict())
+
+
 def test_half_precision_and_no_weights(tmp_path):
     small().save_pretrained(tmp_path, dtype=torch.float16)
     assert Tokenizer.from_pretrained(tmp_path).dtype == torch.float32

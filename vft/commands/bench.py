@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         check_output(args.trace)
     if args.random is not None and (args.model is not None or args.what not in ("encode", "decode")):
         raise ValueError("--random takes the place of --model, in bench encode and decode")
+    if args.model is not None and args.what == "train":
+        raise ValueError("bench train times the training of the embedded tokenizer: leave out --model")
     common = {"batch": args.batch, "frames": args.frames}
     if args.what == "generate":
         generator = options.load_generator(args)

@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
 
     Sampling(temperature=args.temperature)
     videos = [demo.CLIP] if args.video is None else args.video
-    inputs = [*videos, args.model, args.generator]
+    inputs = [*videos, args.model, args.generator, *args.beside]
     check_output(args.output, inputs)
     if args.plot:
         check_output(args.plot, [*inputs, args.output])
         # a missing matplotlib is an error before the work
         plots.figure(1, 1)
     for path in args.table:
-        check_output(path, [*inputs, args.output, *args.beside])
+        check_output(path, [*inputs, args.output])
         if path.suffix not in (".csv", ".md", ".png"):
             raise ValueError(f"table must end in .csv, .md or .png, got {str(path)!r}")
         if path.suffix == ".png":

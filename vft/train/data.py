@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,7 @@ class Clips:
         if count and isinstance(self.source, (Procedural, Named)):
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
+            _start_forkserver()
             self._pool = ProcessPoolExecutor(count, context, _start_worker)
             self._make = self.source.pixels
 
@@ -231,9 +233,20 @@ class Clips:
         return result
 
 
+def _start_forkserver() -> None:
+    """Ctrl-C reaches the process that makes workers, and these, too, but the run still finishes its step."""
+    # only the main thread may set a signal, which is inherited
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        forkserver.ensure_running()
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the workers too, but the run still finishes its step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

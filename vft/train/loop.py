@@ -203,6 +203,8 @@ def train(
     stays).
     """
     engine = engine or Engine()
+    if engine.workers < 0:
+        raise ValueError(f"workers must be at least 0, got {engine.workers}")
     with parallel.joined(engine.parallel, engine.device) as group:
         if settings.lora and group.mode == "fsdp":
             raise ValueError("lora must be 0 with parallel fsdp, whose shards hold no factors: use ddp")
@@ -218,8 +220,6 @@ class Trainer:
     def __init__(self, settings: Settings, task: Task, engine: Engine, group: parallel.Group) -> None:
         self.settings, self.task, self.group = settings, task, group
         self.parts = group.parts(settings.batch, engine.accumulate)
-        if engine.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {engine.workers}")
         task.data.start_workers(engine.workers)
         # steps whose clips are read ahead: enough to keep all workers at work
         self.ahead = 1 + 2 * engine.workers // settings.batch

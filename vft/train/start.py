@@ -129,7 +129,8 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str,
     if codec and (codec, channels) != (config.codec, config.channels):
         if (config.codec, codec) not in _FOLLOWS or channels < config.channels:
             raise ValueError(
-                f"codec must be one whose first channels are those of {config.codec!r}, got {codec!r} of {channels}"
+                f"codec must be one whose first channels are those of {config.codec!r} of {config.channels}, got "
+                f"{codec!r} of {channels}"
             )
         for name, field in (
             ("encoder.patch_embed", "channels_in"), ("decoder.patch_embed", "channels_in"),

@@ -73,6 +73,12 @@ def test_plan_refuses(change, error, message):
             _native.plan(good, bad, *call.values())
 
 
+def test_bytes_that_are_no_int32_are_refused():
+    good = tuple(array.tobytes() for array in side([[(1, 1)]]))
+    with pytest.raises(ValueError, match="arrays must hold int32 values, got 9 bytes"):
+        _native.C.plan(good, (good[0] + b"0", *good[1:]), FULL, bytes(16), 8, 8)
+
+
 def test_plan_refuses_another_number_of_key_sequences():
     with pytest.raises(ValueError, match="as many sequences as queries, got 2 and 1"):
         plan([[(1, 1)]], [[(1, 1)], []], FULL, [1] * 4, 8, 8)

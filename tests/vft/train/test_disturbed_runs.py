@@ -84,10 +84,15 @@ def test_processes_that_render_give_the_same_losses(tmp_path):
 
 WORKERS = """
 import os, signal, time
+from multiprocessing import forkserver
 from vft.train.data import Clips, Procedural, Shapes
 if __name__ == "__main__":
     clips = Clips(list, Procedural(0, Shapes(0, (5,), (16,))))
     clips.start_workers(2)
+    # from its first moment: it imports for seconds, and Ctrl-C comes to all processes
+    status = open(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read()
+    assert int(status.split("SigIgn:")[1].split()[0], 16) & 1 << signal.SIGINT - 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(clips.batch(range(9, 17))) == 8
     (first, second) = clips._pool._processes
     os.kill(first, signal.SIGINT)

@@ -74,7 +74,7 @@ def test_another_codec_starts_with_the_same_tokens(old, tmp_path):
     }  # fmt: skip
     model.save(tmp_path / "lapped.safetensors")
     for codec, channels in (("linear", 24), ("lapped", 16)):
-        with pytest.raises(ValueError, match="codec must be one whose first channels are those of 'lapped', got"):
+        with pytest.raises(ValueError, match="codec must be one whose first channels are those of 'lapped' of 24, got"):
             start.tokenizer(str(tmp_path / "lapped.safetensors"), codec=codec, channels=channels)
     assert cli.main(["train", "tokenizer", "-o", str(tmp_path / "c"), "--channels", "24"]) == 2
 
