@@ -19,6 +19,7 @@ from solvers import REFERENCE_STEPS, SEED, distance
 
 import vft
 from vft.measure import alternate
+from vft.metrics import psnr
 from vft.solver import evaluations, interval, resolve, schedule
 from vft.train.procedural import batch
 
@@ -44,11 +45,6 @@ def sequences(steps: int, solver: str = "euler", guidance=GUIDANCE, null_every: 
     return len(plan) + -(-guided // null_every)
 
 
-def psnr(video: torch.Tensor, source: torch.Tensor) -> float:
-    error = (video.clamp(-1, 1) - source).square().flatten(1).mean(1)
-    return float(10 * torch.log10(4 / error).mean())
-
-
 def rows(clips: int, reference_steps: int, seconds: float) -> list[dict]:
     model = vft.Tokenizer.from_pretrained("tiny")
     source = batch(SEED, range(clips))
@@ -69,10 +65,11 @@ def rows(clips: int, reference_steps: int, seconds: float) -> list[dict]:
         decoded = run(**options)
         # what leaves guidance out at some times is another approximation of guidance at all times
         want = exact[None if options.get("guidance", GUIDANCE) is None else GUIDANCE]
+        video = model.codec.decode(torch.stack(decoded))
         found.append(
             {
                 "name": name, "sequences": sequences(**options), "time": times[name].ms / first,
-                "error": distance(decoded, want), "psnr": psnr(model.codec.decode(torch.stack(decoded)), source),
+                "error": distance(decoded, want), "psnr": float(psnr(video, source).mean()),
             }
         )  # fmt: skip
     return found

@@ -203,6 +203,7 @@ class Clips:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             _start_forkserver()
+            self._pool.shutdown()
             self._pool = ProcessPoolExecutor(count, context, _start_worker)
             self._make = self.source.pixels
 

@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     add("--accumulate", type=int, default=engine.accumulate, help="micro-batches a step (default %(default)s)")
     add("--checkpoint", action="store_true", help="recompute activations instead of keeping them")
     add(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)) if torch.cuda.is_available() else engine.workers,
+        "--workers", type=int, default=(os.cpu_count() or 1) if torch.cuda.is_available() else engine.workers,
         help="processes of this one that render procedural clips, 0: threads (default %(default)s)",
     )  # fmt: skip
     add("--save-seconds", type=float, default=engine.save_seconds, help="between saved states (default %(default)s)")
