@@ -112,11 +112,16 @@ def test_processes_that_render_end_with_their_run(tmp_path):
     workers = [int(word) for word in run.stdout.readline().split()]
     assert len(workers) == 2 and all(_alive(pid) for pid in workers)
     run.kill()
-    run.communicate()
-    end = time.time() + 60
-    while any(_alive(pid) for pid in workers):
-        assert time.time() < end
+    # its pipe stays open as long as a worker lives
+    run.wait()
+    run.stdout.close()
+    end = time.time() + 30
+    while time.time() < end and any(map(_alive, workers)):
         time.sleep(0.05)
+    left = [pid for pid in workers if _alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def _alive(pid: int) -> bool:
