@@ -49,7 +49,13 @@ SWEPT = (
 # by kernel, the values of each field; a field or kernel that is not here is tried at half and at twice its value
 GRIDS = {
     "attention_layout": {"rows": (64, 128), "step": (64,)},
-    "attention_forward": {"block": (64, 128), "step": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)},
+    "attention_forward": {
+        "block": (64, 128),
+        "step": (32, 64, 128),
+        "warps": (4, 8),
+        "stages": (2, 3),
+        "tma": (True, False),
+    },
     "attention_dq": {"block": (64, 128), "step": (32, 64), "warps": (4, 8), "stages": (2, 3)},
     "attention_dkdv": {"block": (64, 128), "step": (32, 64), "warps": (4, 8), "stages": (2, 3)},
 }

@@ -10,11 +10,13 @@ whole steps, without any mask, and the rest with one compare. With switches it t
 not full, what frames and ranks say.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import library, tuning
 from ..layout import LISTED_STEP, switched
@@ -52,6 +54,19 @@ def load_block(p, o, m_row, m_dim, MASKED: tl.constexpr, PADDED: tl.constexpr, D
     else:
         b = tl.load(p + o)
     return b.to(DOT)
+
+
+@triton.jit
+def load_keys(
+    p, tma, o, key, stride, column, m_row, m_dim,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """STEP rows of k or v from `key` on. A descriptor of them, `tma`, has no mask: it serves steps that need none."""
+    if tma is not None and not MASKED:
+        b = tma.load([key, column]).to(DOT)
+    else:
+        b = load_block(p + tl.cast(key, tl.int64) * stride, o, m_row, m_dim, MASKED, PADDED, DOT)
+    return b
 
 
 @triton.jit
@@ -131,14 +146,14 @@ def add_weight(b_s, p_weight, o_k, m_k, MASKED: tl.constexpr):
 
 @triton.jit
 def attention_step(
-    b_q, b_acc, b_max, b_sum, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank, stride_k, stride_v,
-    key, end, scale,
+    b_q, b_acc, b_max, b_sum, query, p_k, p_v, tma_k, tma_v, column, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
+    stride_k, stride_v, key, end, scale,
     MASKED: tl.constexpr, CROSS: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys key .. key + STEP."""
     o_k = key + tl.arange(0, STEP)
     m_k = o_k < end
-    b_k = load_block(p_k + tl.cast(key, tl.int64) * stride_k, o_kd, m_k, m_dim, MASKED, PADDED, DOT)
+    b_k = load_keys(p_k, tma_k, o_kd, key, stride_k, column, m_k, m_dim, MASKED, PADDED, DOT)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED or p_weight is not None:
         b_s = add_weight(b_s * scale, p_weight, o_k[None, :], m_k[None, :], MASKED)
@@ -153,7 +168,7 @@ def attention_step(
         b_p = tl.exp2(b_s * scale - b_new[:, None])
     b_shrink = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-    b_v = load_block(p_v + tl.cast(key, tl.int64) * stride_v, o_vd, m_k, m_dim, MASKED, PADDED, DOT)
+    b_v = load_keys(p_v, tma_v, o_vd, key, stride_v, column, m_k, m_dim, MASKED, PADDED, DOT)
     b_acc = tl.dot(b_p.to(DOT), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
     return b_acc, b_new, b_sum
 
@@ -184,7 +199,7 @@ def listed_step(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=METADATA)
 def attention_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_weight, p_listed, p_reach, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
+    p_q, p_k, p_v, tma_k, tma_v, p_out, p_lse, p_weight, p_listed, p_reach, p_q_frame, p_q_rank, p_k_frame, p_k_rank,
     p_rows, p_tiles, p_ptr, p_runs,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, total, heads, group, listed, scale,
     CROSS: tl.constexpr, NEGATIVE: tl.constexpr, HEAD_DIM: tl.constexpr, DOT: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -204,6 +219,7 @@ def attention_kernel(
         b_q = -b_q
     p_k += head // group * stride_kh
     p_v += head // group * stride_vh
+    column = (head // group * HEAD_DIM).to(tl.int32)
     o_kd, o_vd = o_step[:, None] * stride_k + o_d, o_step[:, None] * stride_v + o_d
     b_acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK], LOW, dtype=tl.float32)
@@ -216,13 +232,13 @@ def attention_kernel(
         middle = tl.minimum(begin + (middle - begin) // STEP * STEP, end)
         for key in range(begin, middle, STEP):
             b_acc, b_max, b_sum = attention_step(
-                b_q, b_acc, b_max, b_sum, None, p_k, p_v, o_kd, o_vd, m_dim, p_dense, None, None,
+                b_q, b_acc, b_max, b_sum, None, p_k, p_v, tma_k, tma_v, column, o_kd, o_vd, m_dim, p_dense, None, None,
                 stride_k, stride_v, key, end, scale, False, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
         query = query_terms(p_reach, None, None, rows[:, None], m_q[:, None], CROSS)
         for key in tl.range(middle, end, STEP, num_stages=MASKED_STAGES):
             b_acc, b_max, b_sum = attention_step(
-                b_q, b_acc, b_max, b_sum, query, p_k, p_v, o_kd, o_vd, m_dim, p_dense, None, None,
+                b_q, b_acc, b_max, b_sum, query, p_k, p_v, tma_k, tma_v, column, o_kd, o_vd, m_dim, p_dense, None, None,
                 stride_k, stride_v, key, end, scale, True, CROSS, PADDED, DOT, STEP,
             )  # fmt: skip
         if p_listed is not None:
@@ -238,8 +254,8 @@ def attention_kernel(
             begin, end = tl.load(p_runs + 3 * i), tl.load(p_runs + 3 * i + 1)
             for key in range(begin, end - STEP + 1, STEP):
                 b_acc, b_max, b_sum = attention_step(
-                    b_q, b_acc, b_max, b_sum, None, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
-                    stride_k, stride_v, key, end, scale, False, CROSS, PADDED, DOT, STEP,
+                    b_q, b_acc, b_max, b_sum, None, p_k, p_v, tma_k, tma_v, column, o_kd, o_vd, m_dim, p_weight,
+                    p_k_frame, p_k_rank, stride_k, stride_v, key, end, scale, False, CROSS, PADDED, DOT, STEP,
                 )  # fmt: skip
         query = query_terms(None, p_q_frame, p_q_rank, rows[:, None], m_q[:, None], CROSS)
         for i in range(first, last):
@@ -248,8 +264,8 @@ def attention_kernel(
             begin = tl.where(i < first + fulls, end - (end - begin) % STEP, begin)
             for key in range(begin, end, STEP):
                 b_acc, b_max, b_sum = attention_step(
-                    b_q, b_acc, b_max, b_sum, query, p_k, p_v, o_kd, o_vd, m_dim, p_weight, p_k_frame, p_k_rank,
-                    stride_k, stride_v, key, end, scale, True, CROSS, PADDED, DOT, STEP,
+                    b_q, b_acc, b_max, b_sum, query, p_k, p_v, tma_k, tma_v, column, o_kd, o_vd, m_dim, p_weight,
+                    p_k_frame, p_k_rank, stride_k, stride_v, key, end, scale, True, CROSS, PADDED, DOT, STEP,
                 )  # fmt: skip
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     o_out = (o_row[:, None] * heads + head) * HEAD_DIM + o_d
@@ -283,7 +299,8 @@ def launch(q, k, v, layout, key_log_weight, mask, cross, softmax_scale, out, lse
         return
     with torch.cuda.device_of(q):
         attention_kernel[(len(tiles) * (rows.shape[1] // chosen["block"]) * heads,)](
-            q, k, v, out, lse, key_log_weight, p_listed, reach, q_frame, q_rank, k_frame, k_rank,
+            q, k, v, *descriptors(k, v, chosen), out, lse, key_log_weight, p_listed,
+            reach, q_frame, q_rank, k_frame, k_rank,
             rows, tiles, ptr, runs,
             *strides(q, k, v), len(q), heads, heads // k.shape[1], listed, abs(scale) * LOG2_E.value,
             NEGATIVE=scale < 0, ROWS=rows.shape[1], LISTED_STEP=LISTED_STEP,
@@ -296,6 +313,29 @@ def choice(kernel: str, q, rows, mask, cross) -> dict:
     facts = dict(bytes=q.element_size(), head_dim=q.shape[2], rows=rows.shape[1], switched=switched(mask, cross))
     chosen = tuning.choose(kernel, **facts, triton=TRITON)
     return chosen | {"block": min(chosen["block"], rows.shape[1])}
+
+
+def descriptors(k, v, chosen: dict):
+    """TMA descriptors of k and v as ``[total_k, kv_heads * head_dim]``, from which a load takes STEP rows of a head;
+    None, for pointers, where the table does not want them or this GPU or these tensors cannot have them."""
+    if not (chosen.get("tma") and has_tma(k.device) and describable(k) and describable(v)):
+        return None, None
+    shape, block = [k.shape[0], k.shape[1] * k.shape[2]], [chosen["step"], k.shape[2]]
+    return [TensorDescriptor(x, shape, [x.stride(0), 1], block) for x in (k, v)]
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """NVIDIA's GPUs from compute capability 9.0 on; the interpreter has it too."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+def describable(x) -> bool:
+    """Whether its heads lie side by side and are powers of two, in rows apart that begin on 16 bytes."""
+    rows, heads, head_dim = x.shape
+    beside = heads == 1 or x.stride(1) == head_dim
+    apart = x.stride(0) >= heads * head_dim and x.stride(0) * x.element_size() % 16 == 0
+    return rows > 0 and beside and apart and head_dim == triton.next_power_of_2(head_dim) and x.data_ptr() % 16 == 0
 
 
 def options(chosen: dict) -> dict:

@@ -33,6 +33,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexkernels.triton.attention import AMD_STAGES
 
@@ -73,6 +74,8 @@ class Launch:
                 signature[parameter.name], constants[path] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], attributes[path] = POINTERS[value.dtype], aligned
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, bool):
                 signature[parameter.name] = "u1"
             elif plain:
@@ -87,6 +90,11 @@ class Launch:
         """Arguments that Triton makes constants of where they happen to be 1, and are not 1 here."""
         plain = {name for name, value in self.values.items() if type(value) is int and value != 1}
         return [p.name for p in self.kernel.params if p.name in plain and not (p.is_constexpr or p.do_not_specialize)]
+
+    def made_for(self, target: GPUTarget) -> bool:
+        """Whether it would be launched like this there: tensor descriptors take a GPU that has TMA."""
+        described = any(isinstance(value, TensorDescriptor) for value in self.values.values())
+        return not described or (target.backend == "cuda" and target.arch >= 90)
 
     def label(self) -> str:
         """Kernel, dtypes of its tensors, constants and options: the same in every process."""
@@ -204,7 +212,12 @@ if __name__ == "__main__":
     options = parser.parse_args()
     LAUNCHES, kernels = all_launches()
     LAUNCHES = [launch for launch in LAUNCHES if options.only in launch.label()]
-    tasks = [(name, index) for name in options.targets for index in range(len(LAUNCHES))]
+    tasks = [
+        (name, index)
+        for name in options.targets
+        for index, launch in enumerate(LAUNCHES)
+        if launch.made_for(parse(name))
+    ]
     report = {name: {"compiled": [], "ones": []} for name in options.targets}
     # forked: what was imported and recorded is there, and each process compiles on its own
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:

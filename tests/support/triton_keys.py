@@ -12,11 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import flexkernels
 from flexkernels import SequenceLayout
 from flexkernels.triton import attention, attention_backward
 
 # counts of 1, multiples of 16 and not, shorter and longer than any tile, several sequences, and none
 BATCHES = ([1], [16], [17], [64, 64], [100, 3, 5000], [4096], [])
+# head_dim, and rows of a tile: through pointers, and at 128 by TMA descriptors
+TILES = (64, 64), (128, 128)
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -27,13 +30,13 @@ def key(kernel, args, kwargs) -> str:
     return json.dumps([str(specialization), str(options)])
 
 
-def launched(lengths: list[int], mask: str) -> list:
+def launched(lengths: list[int], mask: str, head_dim: int) -> list:
     layout, found = SequenceLayout([[(n // 2, n - n // 2)] for n in lengths], mask), []
     for module in (attention, attention_backward):
         for name in gates.attention.KERNELS & set(vars(module)):
             setattr(module, name, Recorder(getattr(module, name), found))
     q, lse, weight = (
-        torch.zeros(layout.total, 2, 64).bfloat16(),
+        torch.zeros(layout.total, 2, head_dim).bfloat16(),
         torch.zeros(2, layout.total),
         torch.zeros(layout.total),
     )
@@ -48,8 +51,11 @@ def launched(lengths: list[int], mask: str) -> list:
 
 if __name__ == "__main__":
     keys = {}
-    for mask in ("full", "frame_causal_prefix"):
-        for lengths in BATCHES:
-            for kernel, args, kwargs in launched(lengths, mask):
-                keys.setdefault(kernel.__name__, {}).setdefault(key(kernel, args, kwargs), []).append([mask, *lengths])
+    for head_dim, rows in TILES:
+        flexkernels.layout.tile_rows = lambda *_, rows=rows: rows
+        for mask in ("full", "frame_causal_prefix"):
+            for lengths in BATCHES:
+                for kernel, args, kwargs in launched(lengths, mask, head_dim):
+                    batches = keys.setdefault(f"{kernel.__name__} {head_dim}", {})
+                    batches.setdefault(key(kernel, args, kwargs), []).append([mask, *lengths])
     print(json.dumps({name: list(found.values()) for name, found in keys.items()}))

@@ -48,6 +48,7 @@ class Tiles(NamedTuple):
 SMALL = Tiles(32, 16, sizes(32, 16), (sizes(32, 16), sizes(16, 32)))
 LONG_STEPS = Tiles(16, 32, sizes(16, 64), (sizes(16, 32), sizes(32, 16)))
 PARTS = Tiles(64, 32, sizes(16, 16), (sizes(32, 16), sizes(16, 16)))
+DESCRIBED = SMALL._replace(forward=sizes(32, 16) | {"tma": True})
 
 
 class Problem(NamedTuple):
@@ -215,6 +216,44 @@ def test_strided_views_and_repeatability():
             assert torch.equal(grad, want)
 
 
+with_descriptors = pytest.mark.skipif(not kernels.has_tma(torch.device(DEVICE)), reason="no TMA")
+
+
+@with_descriptors
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", ["full", "causal", "frame_causal_prefix", "flexible"])
+def test_descriptors_give_the_bits_of_pointers(case, dtype):
+    problem = pose(case)
+    q, k, v = draw(problem, 4, 2, 16, dtype)
+    # a view into a fused projection: rows apart
+    k, v = torch.cat([k, v], 1).to(DEVICE).split(2, 1)
+    assert all(kernels.descriptors(k, v, DESCRIBED.forward))
+    for weight in (None, torch.randn(problem.layout.total_k)):
+        want, got = (forward(problem, q, k, v, weight, tiles=tiles) for tiles in (SMALL, DESCRIBED))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# views of [70, 2, 16] that no descriptor holds
+VIEWS = {
+    "heads apart": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "begins off 16 bytes": lambda x: torch.cat([x.flatten(), x.new_zeros(1)])[1:].view(x.shape).copy_(x),
+    "rows off 16 bytes": lambda x: torch.cat([x.flatten(1), x[:, 0, :1]], 1)[:, :-1].unflatten(1, x.shape[1:]),
+    "one row for all": lambda x: x[:1].expand(x.shape),
+    "head_dim of no power of two": lambda x: x.repeat(1, 1, 3)[..., :24].contiguous(),
+}
+
+
+@with_descriptors
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_no_descriptor_holds_is_read_through_pointers(view):
+    problem = pose("frame_causal", [[(40, 20)], [(3, 7)]])
+    k = VIEWS[view](draw(problem)[1].to(DEVICE))
+    q = torch.randn(k.shape)
+    assert kernels.descriptors(k, k, DESCRIBED.forward) == (None, None)
+    want, got = (forward(problem, q, k, k, tiles=tiles) for tiles in (SMALL, DESCRIBED))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def through_the_op(problem, q, k, v, grad=None, weight=None):
     """out, and given a gradient of it those of q, k and v, from `attention` with Triton forced."""
     leaves = [x.to(DEVICE).requires_grad_(grad is not None) for x in (q, k, v)]
@@ -296,13 +335,14 @@ def test_no_tokens():
     backward(problem, out, q, k, v, out, lse)
 
 
-def test_a_neighbour_of_nan():
+@pytest.mark.parametrize("tiles", [SMALL, pytest.param(DESCRIBED, marks=with_descriptors)], ids=["pointers", "tma"])
+def test_a_neighbour_of_nan(tiles):
     """NaN in one sequence stays in it, where tiles of both are steps of one kernel."""
     problem = pose("full", [[(20, 0)], [(30, 0)]])
     q, k, v = draw(problem)
-    want = forward(problem, q, k, v)[0]
+    want = forward(problem, q, k, v, tiles=tiles)[0]
     k[20:], v[20:] = float("nan"), float("nan")
-    assert torch.equal(forward(problem, q, k, v)[0][:20], want[:20])
+    assert torch.equal(forward(problem, q, k, v, tiles=tiles)[0][:20], want[:20])
 
 
 def test_large_logits():

@@ -33,8 +33,10 @@ BACKWARD = (
 )
 
 
-def launch(dtype, head_dim, mask, rows, weighted, group, backward):
+def launch(dtype, head_dim, mask, rows, weighted, group, backward, apart=False):
     q, k = torch.zeros(32, 4, head_dim, dtype=dtype), torch.zeros(32, 4 // group, head_dim, dtype=dtype)
+    if apart:
+        k = k.transpose(0, 1).contiguous().transpose(0, 1)
     lse, weight = torch.zeros(4, 32), torch.zeros(32) if weighted else None
     made = SequenceLayout([[(32, 0)]], "full", weighted_keys=[3] if weighted == "few" else None).tensors
     layout = list(made._replace(rows=torch.zeros(1, rows, dtype=torch.int32)))
@@ -54,6 +56,8 @@ def launches():
         launch(*case, backward=False)
     for case in BACKWARD:
         launch(*case, backward=True)
+    # heads that do not lie side by side are read through pointers
+    launch(torch.float16, 128, FULL, 128, False, 2, backward=False, apart=True)
     # every count that can be 1 is 1
     launch(torch.bfloat16, 1, PREFIX, 64, False, 4, backward=False)
     launch(torch.bfloat16, 1, PREFIX, 64, False, 4, backward=True)
