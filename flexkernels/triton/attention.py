@@ -31,7 +31,7 @@ MASKED_STAGES = tl.constexpr(2)
 # what fits into 64 KiB of shared memory
 AMD_STAGES = 2
 
-# 307 for 3.7: later versions spill at a limit on registers that earlier ones keep
+# 307 for 3.7: other versions spill at a limit on registers that it keeps
 TRITON = 100 * int(triton.__version__.split(".")[0]) + int(triton.__version__.split(".")[1])
 
 # their values and alignment depend on lengths, which must not compile anything anew
