@@ -321,7 +321,7 @@ def descriptors(k, v, chosen: dict):
     if not (chosen.get("tma") and has_tma(k.device) and describable(k) and describable(v)):
         return None, None
     shape, block = [k.shape[0], k.shape[1] * k.shape[2]], [chosen["step"], k.shape[2]]
-    return [TensorDescriptor(x, shape, [x.stride(0), 1], block) for x in (k, v)]
+    return tuple(TensorDescriptor(x, shape, [x.stride(0), 1], block) for x in (k, v))
 
 
 @functools.cache
@@ -331,11 +331,11 @@ def has_tma(device: torch.device) -> bool:
 
 
 def describable(x) -> bool:
-    """Whether its heads lie side by side and are powers of two, in rows apart that begin on 16 bytes."""
+    """Whether its heads lie side by side and fill a block's rows, in rows apart that begin on 16 bytes."""
     rows, heads, head_dim = x.shape
     beside = heads == 1 or x.stride(1) == head_dim
     apart = x.stride(0) >= heads * head_dim and x.stride(0) * x.element_size() % 16 == 0
-    return rows > 0 and beside and apart and head_dim == triton.next_power_of_2(head_dim) and x.data_ptr() % 16 == 0
+    return rows > 0 and beside and apart and head_dim == padded(head_dim) and x.data_ptr() % 16 == 0
 
 
 def options(chosen: dict) -> dict:
@@ -352,8 +352,13 @@ def constants(q, mask, cross) -> dict:
     # the interpreter multiplies the bits of bfloat16: there operands are float32
     widen = library.interpreting() and q.dtype == torch.bfloat16
     dot = tl.float32 if widen else getattr(tl, str(q.dtype).removeprefix("torch."))
-    block_d = max(16, triton.next_power_of_2(q.shape[2]))
-    return dict(CROSS=tuple(cross) if switched(mask, cross) else None, HEAD_DIM=q.shape[2], BLOCK_D=block_d, DOT=dot)
+    head_dim, cross = q.shape[2], tuple(cross) if switched(mask, cross) else None
+    return dict(CROSS=cross, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), DOT=dot)
+
+
+def padded(head_dim: int) -> int:
+    """The row of a block: tl.dot takes 16 or more, and a block's sides are powers of two."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def dense(*tensors):

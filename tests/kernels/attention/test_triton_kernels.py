@@ -254,6 +254,7 @@ VIEWS = {
     "begins off 16 bytes": lambda x: torch.cat([x.flatten(), x.new_zeros(1)])[1:].view(x.shape).copy_(x),
     "rows off 16 bytes": lambda x: torch.cat([x.flatten(1), x[:, 0, :1]], 1)[:, :-1].unflatten(1, x.shape[1:]),
     "one row for all": lambda x: x[:1].expand(x.shape),
+    "head_dim below a block's": lambda x: x[..., :8].contiguous(),
     "head_dim of no power of two": lambda x: x.repeat(1, 1, 3)[..., :24].contiguous(),
 }
 
