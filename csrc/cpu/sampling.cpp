@@ -219,10 +219,11 @@ float threshold(Pool pool, float smallest, float largest, int64_t needed, const 
       if (mean > low && mean < high) middle = mean;
     }
     const int64_t amount = amount_from<kMass>(pool, float_of_order(middle));
+    // no value is -0, whose order is -1, but to 0 it compares as equal: it is not below the zeros
     if (amount >= needed)
       low = middle;
     else
-      high = middle;
+      high = middle == 0 ? -1 : middle;
     if (pool.count <= 4 * W) continue;
     // what is above `high` stays counted
     if (amount < needed) needed -= amount;

@@ -231,6 +231,13 @@ def test_ties_stay_or_go_together(place):
 
 
 @on_every_machine
+@pytest.mark.parametrize("filters", [{"top_k": 150}, {"top_p": 0.999}], ids=str)
+def test_zero_in_the_middle_of_ties(place, filters):
+    """Thirty of each of -3 .. 3: half way between the least and the largest lie values, which count once."""
+    check(place, torch.arange(-3.0, 4.0).repeat(30)[None], seed=3, **filters)
+
+
+@on_every_machine
 def test_the_token_that_crosses_top_p_stays(place):
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log2() * math.log(2)
     for top_p, expected in ((1e-9, {0}), (0.49, {0}), (0.51, {0, 1}), (0.74, {0, 1}), (0.76, {0, 1, 2, 3})):
