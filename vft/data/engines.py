@@ -27,10 +27,13 @@ def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -
     An actor that dies is started again and its shard done again.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
+    context = ray_data.DataContext.get_current()
+    context.enable_progress_bars = False
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        # quiet: of the C++ side by a variable, of Ray Data after its import, which sets levels of its own
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray_data.DataContext.get_current().enable_progress_bars = False
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
         compute=ray_data.ActorPoolStrategy(size=min(workers, len(tasks))), num_gpus=gpus, num_cpus=threads,

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,28 @@ def test_the_first_registers_are_a_small_part_of_a_parquet_shard(tmp_path):
     columns = {name: sum(size for _, size in ranges) for name, ranges in index.columns.items()}
     assert columns["ids_16_32"] > 7 * columns["ids_2_4"] and set(columns) >= {"ids_0_1", "ids_1_2", "key"}
     assert sum(columns.values()) < index.bytes < 1.05 * sum(columns.values())
+
+
+def bytes_read() -> int:
+    """By this process's system calls, all its threads."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by Linux")
+def test_a_small_shard_is_read_no_further_either(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    index = write_shard(path, rows_of(1000, latent_frames=5))
+    # the index is read too, and counted apart
+    beside = path.with_name(path.name + SUFFIX).stat().st_size
+    taken = {}
+    # modules are loaded by the first
+    for keep in (1, 4, 32):
+        before = bytes_read()
+        rows = TokenDataset(path, keep=keep)
+        assert sum(row["ids"].shape[1] for row in rows.stream(shuffle=False)) == 1000 * keep
+        taken[keep] = (bytes_read() - before - beside) / index.bytes
+    assert taken[4] < 4 / 32 + 0.02 and 0.99 < taken[32] < 1.02
 
 
 def test_webdataset_reads_a_tar(tmp_path):
