@@ -1,10 +1,10 @@
 """A data set by `vft encode --batch` and by `--engine ray`, each killed twice and resumed: `python bench/engines.py`.
 
-Makes clips of 17 x 32 x 32, encodes them with the embedded model into a folder of files and into shards, kills each run
-at two random points with SIGKILL, all its processes at once, and starts it again at once. Then counts: clips lost, clips
-there twice, checksums that are wrong, ids that differ between the two. Throughput is that of all runs together, so what
-a kill costs (starting again, and work done again) is in it. Prints a table and writes it as JSON; exit code 1 where a
-clip is wrong or Ray is slower than `--least` of `--batch`.
+Makes clips of 17 x 32 x 32, encodes them with the embedded model into a folder of files and into shards, kills each
+run at two random points with SIGKILL and starts it again at once. Then counts clips lost, clips there twice, checksums
+that are wrong, and ids that differ between the two. Throughput is that of all runs together, so what a kill costs
+(starting again, and work done again) is in it. Prints a table and writes it as JSON; exit code 1 where a clip is wrong
+or Ray is slower than `--least` of `--batch`.
 
 Needs ray (`pip install 'flexkernels[ray]'`). 10,000 clips take a quarter of an hour on two cores.
 """
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         equal = equal_ids(files, shards)
     ratio = rows[1].clips_per_second / rows[0].clips_per_second
     print(table(rows))
-    print(f"Ray has {ratio:.2f} of --batch's throughput; at least {equal:.1%} of the ids of a clip are equal (seed {seed})")
+    print(f"Ray has {ratio:.2f} of --batch's throughput; {equal:.1%} or more of a clip's ids are equal; seed {seed}")
     if args.json:
         result = {"seed": seed, "cores": os.cpu_count(), "workers": args.workers, "shard_size": args.shard_size}
         result |= {"ratio": round(ratio, 3), "equal_ids": round(equal, 4), "rows": [asdict(row) for row in rows]}
