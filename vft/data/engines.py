@@ -9,7 +9,10 @@ from functools import partial
 
 from ..deferred import Deferred
 from .encode import Engine, ShardWriter
-from .rows import Row
+from .rows import Row, like, rows_of
+
+# of one shard, whose worker died: it may have been preempted; but a video may also end every process that reads it
+RETRIES = 3
 
 ray = Deferred("ray", "the engine ray", "'ray[data]'")
 ray_data = Deferred("ray.data", "the engine ray", "'ray[data]'")
@@ -24,7 +27,7 @@ def make(name: str, workers: int, gpus: float) -> Engine:
 def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:
     """Ray Data: an actor a worker. Joins the cluster that RAY_ADDRESS names, else starts one on this machine.
 
-    An actor that dies is started again and its shard done again.
+    An actor that dies is started again and its shard done again, RETRIES times; then RuntimeError.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = ray_data.DataContext.get_current()
@@ -32,13 +35,21 @@ def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -
     if not ray.is_initialized():
         # quiet: of the C++ side by a variable, of Ray Data after its import, which sets levels of its own
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
         compute=ray_data.ActorPoolStrategy(size=min(workers, len(tasks))), num_gpus=gpus, num_cpus=threads,
+        max_task_retries=RETRIES,
     )  # fmt: skip
-    yield from done.iter_rows()
+    try:
+        yield from done.iter_rows()
+    except ray.exceptions.RayError as error:
+        why = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"the engine ray gave up a shard whose worker died {RETRIES + 1} times (of memory, or of a video that ends "
+            f"the process): {why}"
+        ) from error
 
 
 class _Actor:
@@ -48,7 +59,12 @@ class _Actor:
         self.writer = writer
 
     def __call__(self, batch):
-        return self.writer(batch)
+        try:
+            return self.writer(batch)
+        # what it raises would reach the driver inside pages of Ray's own
+        except Exception as error:
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return like(batch, [self.writer.failed(str(row["shard"]), failure) for row in rows_of(batch)])
 
 
 def with_daft(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:

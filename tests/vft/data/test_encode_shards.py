@@ -159,24 +159,62 @@ class Dying(encode.ShardWriter):
         return super().write(shard, keys)
 
 
-@pytest.mark.slow
-def test_ray_where_a_worker_dies(tmp_path, folder, model, monkeypatch):
+class Deadly(encode.ShardWriter):
+    """Whoever reads 07.mp4 dies."""
+
+    def write(self, shard, keys):
+        if "cat/07.mp4" in keys:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(shard, keys)
+
+
+class Wrong(encode.ShardWriter):
+    """Fails in a way that nothing expects."""
+
+    def write(self, shard, keys):
+        raise KeyError("what nobody\nhas thought of")
+
+
+@pytest.fixture
+def cluster():
     ray = pytest.importorskip("ray")
     pytest.importorskip("pyarrow")
     pytest.importorskip("pandas")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-    )
-    try:
-        monkeypatch.setattr(encode, "ShardWriter", Dying)
-        engine = engines.make("ray", 2, 0)
-        summary = encode.encode_shards(folder, tmp_path, Encoder(model, device="cpu"), shard_size=4, engine=engine)
-    finally:
-        ray.shutdown()
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
+    yield
+    ray.shutdown()
+
+
+def encode_by_ray(folder, output, model):
+    engine = engines.make("ray", 2, 0)
+    return encode.encode_shards(folder, output, Encoder(model, device="cpu"), shard_size=4, engine=engine)
+
+
+@pytest.mark.slow
+def test_ray_where_a_worker_dies(tmp_path, folder, model, monkeypatch, cluster):
+    monkeypatch.setattr(encode, "ShardWriter", Dying)
+    summary = encode_by_ray(folder, tmp_path, model)
     assert (tmp_path / "died").exists() and summary.encoded == COUNT
+    check_complete(folder, tmp_path, model)
+
+
+@pytest.mark.slow
+def test_ray_where_a_shard_cannot_be_written(tmp_path, folder, model, monkeypatch, cluster):
+    # a worker that dies whenever it is at a shard ends the run, not at the first time, and not never
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "ShardWriter", Deadly)
+        with pytest.raises(RuntimeError, match="gave up a shard whose worker died 4 times") as raised:
+            encode_by_ray(folder, tmp_path, model)
+    assert "\n" not in str(raised.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "ShardWriter", Wrong)
+        with pytest.raises(OSError, match=r"shard-\w+\.tar: KeyError: .*thought of") as raised:
+            encode_by_ray(folder, tmp_path, model)
+    assert "\n" not in str(raised.value)
+    # what is there is whole, and the next run adds the rest
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    encode_by_ray(folder, tmp_path, model)
     check_complete(folder, tmp_path, model)
 
 

@@ -145,14 +145,33 @@ def test_webdataset_reads_a_tar(tmp_path):
     assert np.array_equal(VideoTokens.from_bytes(read[2]["vft"]).ids.numpy(), rows[2]["ids"])
 
 
-def test_a_tar_of_somebody_else(tmp_path):
-    (tmp_path / "x.vft").write_bytes(VideoTokens(torch.tensor([[1, 2]]), 8, 1, 8, 8, "m", (8, 8)).to_bytes())
-    (tmp_path / "x.json").write_text('{"caption": "a cat"}')
-    with tarfile.open(tmp_path / "a.tar", "w") as file:
+def write_tar_of(folder, described):
+    """a.tar with one row, by no function of ours."""
+    (folder / "x.vft").write_bytes(VideoTokens(torch.tensor([[1, 2]]), 8, 1, 8, 8, "m", (8, 8)).to_bytes())
+    (folder / "x.json").write_text(described)
+    with tarfile.open(folder / "a.tar", "w") as file:
         for name in ("x.vft", "x.json"):
-            file.add(tmp_path / name, name)
+            file.add(folder / name, name)
+
+
+def test_a_tar_of_somebody_else(tmp_path):
+    write_tar_of(tmp_path, '{"caption": "a cat"}')
     (row,) = open_shard(tmp_path / "a.tar").read(0, None)
     assert (row["key"], row["caption"], row["ids"].tolist()) == ("x", "a cat", [[1, 2]])
+
+
+@pytest.mark.parametrize("described", ['{"checksum": "0"}', '{"key": "y", "frames": 3}', "{}"])
+def test_a_tar_whose_json_describes_a_row_in_part(tmp_path, described):
+    write_tar_of(tmp_path, described)
+    (row,) = open_shard(tmp_path / "a.tar").read(0, None)
+    assert (row["key"], row["height"], row["ids"].tolist()) == ("y" if "y" in described else "x", 8, [[1, 2]])
+
+
+@pytest.mark.parametrize("described", ["[1, 2]", "5", "null", "{"])
+def test_a_tar_whose_json_describes_no_row(tmp_path, described):
+    write_tar_of(tmp_path, described)
+    with pytest.raises(ValueError, match=r"a\.tar: x: its \.json must be a mapping of columns"):
+        open_shard(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -220,6 +239,29 @@ def test_a_shard_without_an_index_is_unfinished_where_another_has_one(tmp_path):
     (tmp_path / f"a.tar{SUFFIX}").write_text("{")
     with pytest.raises(ValueError, match=r"a\.tar\.index\.json: not an index of a shard"):
         open_shard(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
+    "change", [{"facts": {}}, {"key": []}, {"checksum": ["0"]}, {"facts": None}, {"latent_frames": 3}, {"more": 1}]
+)
+def test_an_index_that_is_not_whole(tmp_path, change):
+    write_shard(tmp_path / "a.tar", rows_of(2))
+    path = tmp_path / f"a.tar{SUFFIX}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"a\.tar\.index\.json: not an index of a shard, or a damaged one \("):
+        open_shard(tmp_path / "a.tar")
+
+
+def test_a_damaged_footer_of_a_parquet_shard(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    write_shard(path, rows_of(20))
+    whole = path.read_bytes()
+    for data in (whole[:-600] + b"\xff" * 592 + whole[-8:], whole[:-8] + b"\xff" * 4 + b"PAR1", b"PAR1", b""):
+        path.write_bytes(data)
+        (tmp_path / f"a.parquet{SUFFIX}").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"a\.parquet: not a Parquet file, or one that is (cut off|damaged)"):
+            open_shard(path)
 
 
 def test_other_suffixes(tmp_path):
