@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from ..deferred import Deferred
 from .encode import Engine, ShardWriter
 from .rows import Row, like, rows_of
 
-# of one shard, whose worker died: it may have been preempted; but a video may also end every process that reads it
-RETRIES = 3
+# of one shard: a worker that dies may have been preempted, but a video may also end every process that reads it
+TRIES = 4
+_TRIES_SUFFIX = ".tries"
 
 ray = Deferred("ray", "the engine ray", "'ray[data]'")
 ray_data = Deferred("ray.data", "the engine ray", "'ray[data]'")
@@ -27,8 +29,11 @@ def make(name: str, workers: int, gpus: float) -> Engine:
 def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:
     """Ray Data: an actor a worker. Joins the cluster that RAY_ADDRESS names, else starts one on this machine.
 
-    An actor that dies is started again and its shard done again, RETRIES times; then RuntimeError.
+    An actor that dies is started again and its shard done again, up to TRIES times in all. Raises RuntimeError where
+    Ray itself fails.
     """
+    for left in writer.output.glob(f"*{_TRIES_SUFFIX}"):
+        left.unlink()
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = ray_data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -40,31 +45,36 @@ def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -
     done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
         compute=ray_data.ActorPoolStrategy(size=min(workers, len(tasks))), num_gpus=gpus, num_cpus=threads,
-        max_task_retries=RETRIES,
     )  # fmt: skip
     try:
         yield from done.iter_rows()
     except ray.exceptions.RayError as error:
-        why = str(error).strip().splitlines()[0]
-        raise RuntimeError(
-            f"the engine ray gave up a shard whose worker died {RETRIES + 1} times (of memory, or of a video that ends "
-            f"the process): {why}"
-        ) from error
+        raise RuntimeError(f"the engine ray failed: {str(error).strip().splitlines()[0]}") from error
 
 
 class _Actor:
-    """Ray Data takes a class."""
+    """Ray Data takes a class, and begins a shard whose worker dies again for ever: a file beside it counts that."""
 
     def __init__(self, writer: ShardWriter) -> None:
         self.writer = writer
 
     def __call__(self, batch):
+        return like(batch, [self._write(str(row["shard"]), row["keys"]) for row in rows_of(batch)])
+
+    def _write(self, shard: str, keys: Iterable[str]) -> Row:
+        tries = self.writer.output / f".{shard}{_TRIES_SUFFIX}"
         try:
-            return self.writer(batch)
-        # what it raises would reach the driver inside pages of Ray's own
+            with open(tries, "a") as file:
+                file.write(".")
+            if tries.stat().st_size > TRIES:
+                raise RuntimeError(f"its worker died {TRIES} times, of memory or of one of its videos")
+            done = self.writer.write(shard, [str(key) for key in keys])
+        # what is raised here would reach the driver inside pages of Ray's own
         except Exception as error:
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return like(batch, [self.writer.failed(str(row["shard"]), failure) for row in rows_of(batch)])
+            done = self.writer.failed(shard, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        with suppress(OSError):
+            tries.unlink()
+        return done
 
 
 def with_daft(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:

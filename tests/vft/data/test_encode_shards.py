@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -172,7 +173,7 @@ class Wrong(encode.ShardWriter):
     """Fails in a way that nothing expects."""
 
     def write(self, shard, keys):
-        raise KeyError("what nobody\nhas thought of")
+        raise KeyError("what nobody has thought of")
 
 
 @pytest.fixture
@@ -200,22 +201,58 @@ def test_ray_where_a_worker_dies(tmp_path, folder, model, monkeypatch, cluster):
 
 
 @pytest.mark.slow
-def test_ray_where_a_shard_cannot_be_written(tmp_path, folder, model, monkeypatch, cluster):
-    # a worker that dies whenever it is at a shard ends the run, not at the first time, and not never
+def test_ray_where_a_worker_dies_whenever_it_is_at_a_shard(tmp_path, folder, model, monkeypatch, cluster):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "ShardWriter", Deadly)
-        with pytest.raises(RuntimeError, match="gave up a shard whose worker died 4 times") as raised:
+        with pytest.raises(OSError, match=r"shard-\w+\.tar: .*its worker died 4 times"):
             encode_by_ray(folder, tmp_path, model)
-    assert "\n" not in str(raised.value)
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "ShardWriter", Wrong)
-        with pytest.raises(OSError, match=r"shard-\w+\.tar: KeyError: .*thought of") as raised:
-            encode_by_ray(folder, tmp_path, model)
-    assert "\n" not in str(raised.value)
-    # what is there is whole, and the next run adds the rest
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
     encode_by_ray(folder, tmp_path, model)
     check_complete(folder, tmp_path, model)
+
+
+class Death(BaseException):
+    """Of a process, in one that goes on."""
+
+
+def test_a_shard_that_ends_its_workers_is_given_up(tmp_path, folder, model):
+    class Fatal(encode.ShardWriter):
+        def write(self, shard, keys):
+            raise Death
+
+    batch = {"shard": np.array(["shard-0.tar"]), "keys": np.array([["00.mp4"]])}
+    for _ in range(engines.TRIES):
+        with pytest.raises(Death):
+            engines._Actor(Fatal(Encoder(model), folder, tmp_path))(batch)
+    given = engines._Actor(Fatal(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["failure"]) == ["RuntimeError: its worker died 4 times, of memory or of one of its videos"]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".shard-0.tar.tries").write_text("..")
+    given = engines._Actor(encode.ShardWriter(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["rows"]) == [1] and not list(tmp_path.glob(".*.tries"))
+    given = engines._Actor(Wrong(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["failure"]) == ["KeyError: 'what nobody has thought of'"] and not list(tmp_path.glob(".*.tries"))
+
+
+def test_what_ray_itself_raises_is_one_line(tmp_path, folder, model, monkeypatch):
+    class Failing:
+        """As much of ray and ray.data as is called."""
+
+        class RayError(Exception):
+            pass
+
+        DataContext = exceptions = property(lambda self: self)
+        is_initialized = from_items = map_batches = ActorPoolStrategy = get_current = lambda self, *a, **b: self
+
+        def iter_rows(self):
+            yield {"shard": "a.tar", "rows": 1, "errors": "[]", "failure": ""}
+            raise self.RayError("the cluster is gone\n  pages of it")
+
+    (tmp_path / ".shard-9.tar.tries").write_text("....")
+    monkeypatch.setattr(engines, "ray", Failing())
+    monkeypatch.setattr(engines, "ray_data", Failing())
+    with pytest.raises(RuntimeError) as raised:
+        list(engines.make("ray", 2, 0)([{}], encode.ShardWriter(Encoder(model), folder, tmp_path)))
+    assert str(raised.value) == "the engine ray failed: the cluster is gone" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
