@@ -105,12 +105,13 @@ def read_result(path: Path) -> dict:
 
 
 def comparison(results: Sequence[dict]) -> list[dict]:
-    """A row for each model and k of results of ``vft eval``: model, k, and every metric on the held-out clips."""
+    """A row for each model and k of results of ``vft eval``: model, k, every metric on the held-out clips, and ViCLIP's
+    score of the captioned videos."""
     rows = []
     for result in results:
-        more = result.get("distances", {"rows": {}})["rows"]
+        more = [result.get(name, {"rows": {}})["rows"] for name in ("distances", "captions")]
         for k, values in result["rate_distortion"]["held-out clips"].items():
-            rows.append({"model": result["model"], "k": k, **values, **more.get(k, {})})
+            rows.append({"model": result["model"], "k": k, **values, **more[0].get(k, {}), **more[1].get(k, {})})
     return rows
 
 
@@ -126,13 +127,39 @@ def write_table(rows: Sequence[dict], path: Path) -> None:
             csv.writer(file).writerows([names, *cells])
 
 
-def one_video(model: Tokenizer, path: Path, keeps: Sequence[int], **options) -> dict[str, dict[str, float]]:
-    """Metrics of a video file for each k, at the model's working size."""
+def one_video(
+    model: Tokenizer, path: Path, keeps: Sequence[int], captions: Network | None = None, **options
+) -> dict[str, dict[str, float]]:
+    """Metrics of a video file for each k, at the model's working size; with ``captions`` also its score there."""
     video = read_video(path, model.size)
     source = preprocess(video.frames, model.size)[None]
     tokens = model.encode(video)
     decoded = {k: model.decode(tokens, keep=k, **options) for k in keeps}
-    return {str(k): _means([{name: f(v, source) for name, f in METRICS.items()}]) for k, v in decoded.items()}
+    rows = {str(k): _means([{name: f(v, source) for name, f in METRICS.items()}]) for k, v in decoded.items()}
+    if captions is not None:
+        for k, v in decoded.items():
+            rows[str(k)][captions.kind] = captions.similarity(v, path.name)
+    return rows
+
+
+def caption_scores(
+    model: Tokenizer, captions: Network, paths: Sequence[Path], rows: dict[str, dict[str, dict[str, float]]]
+) -> dict:
+    """How near videos are to their captions: means over files of what :func:`one_video` gave for them, by name.
+
+    Returns {"protocol": what was compared, "rows": {k, and "source" for the videos themselves: {"viclip": mean}}}.
+    """
+    own, frames = [], []
+    for path in paths:
+        video = read_video(path, model.size)
+        frames.append(len(video.frames))
+        own.append(captions.similarity(preprocess(video.frames, model.size)[None], path.name))
+    scores = {"source": own} | {k: [rows[path.name][k][captions.kind] for path in paths] for k in rows[paths[0].name]}
+    protocol = {
+        "score": "cosine, unscaled", "videos": [path.name for path in paths], "frames": frames, "stride": 1,
+        "size": model.size, "range": [-1, 1], "networks": {captions.kind: captions.protocol},
+    }  # fmt: skip
+    return {"protocol": protocol, "rows": {k: {captions.kind: sum(s) / len(s)} for k, s in scores.items()}}
 
 
 def control(model: Tokenizer, count: int, **options) -> list[float]:

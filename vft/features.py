@@ -1,4 +1,4 @@
-"""Distances in the feature space of networks that the user gives: FVD, FID of frames, LPIPS. Nothing is downloaded.
+"""Metrics by networks that the user gives: FVD, FID of frames, LPIPS, and ViCLIP's score. Nothing is downloaded.
 
 A network is a TorchScript file. Of values in [-1, 1]:
 
@@ -6,6 +6,8 @@ A network is a TorchScript file. Of values in [-1, 1]:
     fid    frames [B, 3, H, W] -> features [B, D]
     lpips  frames [B, 3, H, W] -> a list of maps [B, C, h, w]; with it a safetensors file of the weights [C] of each
            map, in the order of their sorted names
+    viclip video [B, 3, T, H, W] -> embeddings [B, D]; with it a safetensors file of the embedding [D] of each video's
+           caption, by a text network outside, under the name of the video's file
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-KINDS = ("fvd", "fid", "lpips")
+KINDS = ("fvd", "fid", "lpips", "viclip")
+# the second file of a kind, where it has one
+BESIDE = {"lpips": "a safetensors file of weights", "viclip": "a safetensors file of captions' embeddings"}
 # added to the norm, as published
 LPIPS_EPS = 1e-10
 
@@ -72,6 +76,24 @@ def lpips_distance(
     return total
 
 
+def clip_score(video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Cosine ``[N]`` between embeddings ``[N, D]`` of videos and of their captions, in float64, unscaled.
+
+    The similarity of CLIP (Radford et al. 2021) that ViCLIP (Wang et al. 2023) has for videos; higher is better.
+
+    Raises ValueError for other shapes, and for an embedding that is 0 or not finite.
+    """
+    if video.dim() != 2 or video.shape != text.shape:
+        raise ValueError(f"video and text must be embeddings [N, D], got {list(video.shape)} and {list(text.shape)}")
+    units = []
+    for name, x in (("video", video.double()), ("text", text.double())):
+        norm = x.square().sum(1, keepdim=True).sqrt()
+        if not (torch.isfinite(norm) & (norm > 0)).all():
+            raise ValueError(f"{name} must have finite embeddings other than 0, got norm {norm.flatten().tolist()}")
+        units.append(x / norm)
+    return (units[0] * units[1]).sum(1)
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().sum(1, keepdim=True).sqrt() + LPIPS_EPS)
 
@@ -85,25 +107,26 @@ class Network:
     def __init__(self, kind: str, files: Sequence[Path], device: torch.device | str = "cpu") -> None:
         if kind not in KINDS:
             raise ValueError(f"metric must be one of {', '.join(KINDS)}, got {kind!r}")
-        wanted = ["a TorchScript file", "a safetensors file of weights"][: 1 + (kind == "lpips")]
+        wanted = ["a TorchScript file", *([BESIDE[kind]] if kind in BESIDE else [])]
         if len(files) != len(wanted):
             raise ValueError(f"metric {kind} needs {' and '.join(wanted)}, got {len(files)} files")
-        self.kind, self.weights = kind, []
+        self.kind = kind
         self.protocol = [{"file": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files]
         try:
             self.net = torch.jit.load(files[0], map_location=device).eval()
         except RuntimeError as error:
             raise ValueError(f"{files[0]}: not a TorchScript file ({str(error).splitlines()[0]})") from error
-        if kind == "lpips":
+        self.table: dict[str, torch.Tensor] = {}
+        if kind in BESIDE:
             try:
-                self.weights = [w.flatten().to(device) for _, w in sorted(load_file(files[1]).items())]
+                self.table = {name: x.flatten() for name, x in sorted(load_file(files[1]).items())}
             except SafetensorError as error:
                 raise ValueError(f"{files[1]} must be a complete safetensors file: {error}") from error
 
     @torch.no_grad()
     def features(self, video: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, T, H, W]`` -> ``[B, D]`` (fvd) or ``[B T, D]`` (fid), on the CPU."""
-        made = self.net(video.clamp(-1, 1) if self.kind == "fvd" else _frames(video))
+        """``[B, 3, T, H, W]`` -> ``[B, D]`` (fvd, viclip) or ``[B T, D]`` (fid), on the CPU."""
+        made = self.net(_frames(video) if self.kind == "fid" else video.clamp(-1, 1))
         if not isinstance(made, torch.Tensor) or made.dim() != 2:
             raise ValueError(f"the network of {self.kind} must give features [B, D], got {_described(made)}")
         return made.float().cpu()
@@ -114,7 +137,21 @@ class Network:
         maps = [self.net(_frames(x)) for x in (video, reference)]
         if not all(isinstance(m, (list, tuple)) for m in maps):
             raise ValueError(f"the network of lpips must give a list of maps, got {_described(maps[0])}")
-        return lpips_distance(*maps, self.weights).view(len(video), -1).mean(1).cpu()
+        weights = [w.to(video.device) for w in self.table.values()]
+        return lpips_distance(*maps, weights).view(len(video), -1).mean(1).cpu()
+
+    def check(self, name: str) -> None:
+        """Raises ValueError where the table has no caption of the file ``name``."""
+        if name not in self.table:
+            raise ValueError(f"{self.protocol[1]['file']} must have an embedding named {name!r}, of its caption")
+
+    def similarity(self, video: torch.Tensor, name: str) -> float:
+        """:func:`clip_score` of a video ``[1, 3, T, H, W]`` and the caption of the file ``name``.
+
+        Raises ValueError where the table has no such caption, or one of another length.
+        """
+        self.check(name)
+        return float(clip_score(self.features(video), self.table[name][None]))
 
 
 def _frames(video: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vft import Tokenizer, cli, plots
+from vft import Tokenizer, cli, plots, video
 from vft.config import make_config, parse_config
 from vft.evaluate import comparison, write_table
-from vft.features import Network, frechet_distance, lpips_distance
+from vft.features import Network, clip_score, frechet_distance, lpips_distance
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(300, 200, 8), (40, 50, 64), (2, 3, 5)])
@@ -66,6 +66,19 @@ def test_lpips_is_the_published_formula():
         lpips_distance(a, b[:1], weights)
     with pytest.raises(ValueError, match="with C weights"):
         lpips_distance(a, b, weights[::-1])
+
+
+def test_clip_score_is_the_cosine():
+    a, b = np.random.default_rng(0).normal(size=(2, 4, 7))
+    want = [x @ y / np.sqrt(x @ x) / np.sqrt(y @ y) for x, y in zip(a, b, strict=True)]
+    assert clip_score(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(want, rel=1e-6)
+    assert clip_score(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]])).item() == pytest.approx(1)
+    assert clip_score(torch.tensor([[3.0, 4.0]]), torch.tensor([[-4.0, 3.0]])).item() == pytest.approx(0)
+    with pytest.raises(ValueError, match=r"embeddings \[N, D\], got \[4, 7\] and \[4, 6\]"):
+        clip_score(torch.ones(4, 7), torch.ones(4, 6))
+    for bad in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="text must have finite embeddings other than 0"):
+            clip_score(torch.ones(1, 3), torch.full((1, 3), bad))
 
 
 class Video(nn.Module):
@@ -122,6 +135,46 @@ def test_eval_writes_distances_their_protocol_and_a_table(files, capsys):
     capsys.readouterr()
 
 
+def test_eval_scores_captioned_videos(files, capsys):
+    for i, name in enumerate(("a.mp4", "b.mp4")):
+        pixels = torch.full((5, 16, 16, 3), 60 + 130 * i, dtype=torch.uint8)
+        pixels[..., i] = 255
+        video.write_video(files / name, pixels, 10)
+    # of 6 numbers the network gives the first two channels of 5 frames: what a.mp4 has in them, and its opposite
+    network = Network("fvd", [files / "video.pt"])
+    shown = {name: video.preprocess(video.read_video(name, 16).frames, 16)[None] for name in ("a.mp4", "b.mp4")}
+    own = {name: network.features(x)[0].contiguous() for name, x in shown.items()}
+    save_file({"a.mp4": own["a.mp4"], "b.mp4": -own["b.mp4"]}, files / "captions.safetensors")
+    metrics = ["--metrics", "viclip=video.pt,captions.safetensors"]
+    argv = ["eval", "--model", "small.safetensors", "-o", "a.json", "--clips", "2", "--steps", "1", *metrics, "--video"]
+    assert cli.main([*argv, "a.mp4", "b.mp4", "--table", "a.csv"]) == 0
+    result = json.loads((files / "a.json").read_text())
+    rows, protocol = result["captions"]["rows"], result["captions"]["protocol"]
+    assert list(rows) == ["source", "1", "2"] and rows["source"]["viclip"] == pytest.approx(0, abs=1e-6)
+    assert (protocol["videos"], protocol["frames"], protocol["score"]) == (
+        ["a.mp4", "b.mp4"],
+        [5, 5],
+        "cosine, unscaled",
+    )
+    assert [f["file"] for f in protocol["networks"]["viclip"]] == ["video.pt", "captions.safetensors"]
+    each = [result["rate_distortion"][name]["2"]["viclip"] for name in ("a.mp4", "b.mp4")]
+    assert rows["2"]["viclip"] == pytest.approx(sum(each) / 2) and each[0] != each[1]
+    tokenizer = Tokenizer.from_pretrained("small.safetensors")
+    decoded = tokenizer.decode(tokenizer.encode(video.read_video("a.mp4", 16)), keep=2, steps=1)
+    assert each[0] == pytest.approx(float(clip_score(network.features(decoded), own["a.mp4"][None])), abs=1e-6)
+    table = list(csv.DictReader((files / "a.csv").open()))
+    assert table[0]["viclip"] == "" and float(table[2]["viclip"]) == pytest.approx(rows["2"]["viclip"], rel=1e-5)
+    for videos, message in (
+        (["a.mp4", str(files / "gone.mp4")], "captions.safetensors must have an embedding named 'gone.mp4'"),
+        (["a.mp4", "a.mp4"], "metric viclip needs video files of different names"),
+        ([], "metric viclip needs video files"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*argv, *videos]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
 def test_several_models_make_one_table(tmp_path):
     one = {"model": "a", "rate_distortion": {"held-out clips": {"1": {"psnr": 20.0}}}}
     two = {
@@ -154,7 +207,8 @@ def test_wrong_networks(files, capsys):
     (files / "bad.pt").write_text("no network")
     for text, message in (
         ("fvd", "metrics must be NAME=FILE[,FILE], got 'fvd'"),
-        ("kvd=video.pt", "metric must be one of fvd, fid, lpips, got 'kvd'"),
+        ("kvd=video.pt", "metric must be one of fvd, fid, lpips, viclip, got 'kvd'"),
+        ("viclip=video.pt", "metric viclip needs a TorchScript file and a safetensors file of captions' embeddings"),
         ("fvd=gone.pt", "gone.pt: No such file"),
         ("fvd=bad.pt", "bad.pt: not a TorchScript file"),
         ("lpips=maps.pt", "metric lpips needs a TorchScript file and a safetensors file of weights, got 1 files"),

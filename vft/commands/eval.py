@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beside", type=Path, nargs="+", default=[], metavar="JSON", help="results of other models for the table")
     add(
         "--metrics", nargs="+", default=[], metavar="NAME=FILE[,FILE]",
-        help="also fvd=, fid= or lpips= with the file of a network, see docs/data.md; nothing is downloaded",
+        help="also fvd=, fid=, lpips= or viclip= (of the --video files) with the file of a network, see docs/data.md; "
+        "nothing is downloaded",
     )  # fmt: skip
     add("--clips", type=options.at_least(2), default=256, help="held-out procedural clips (default: %(default)s)")
     add("--steps", type=options.at_least(1), help="solver steps (default: the model's)")
@@ -63,6 +64,14 @@ def run(args: argparse.Namespace) -> None:
             plots.figure(1, 1)
     others = [evaluate.read_result(path) for path in args.beside]
     networks = [network(text) for text in args.metrics]
+    # of video files with captions; the others are of procedural clips
+    captions = next((net for net in networks if net.kind == "viclip"), None)
+    networks = [net for net in networks if net.kind != "viclip"]
+    if captions is not None:
+        if not videos or len({path.name for path in videos}) < len(videos):
+            raise ValueError("metric viclip needs video files of different names, given with --video")
+        for path in videos:
+            captions.check(path.name)
     logs = {folder.name: state.read_log(folder) for folder in args.training_runs}
     if len(logs) < len(args.training_runs):
         raise ValueError("folders of training runs must have different names")
@@ -79,7 +88,9 @@ def run(args: argparse.Namespace) -> None:
     if networks:
         result["distances"] = evaluate.distances(model, networks, args.clips, keeps, steps=steps)
     for path in videos:
-        result["rate_distortion"][path.name] = evaluate.one_video(model, path, keeps, steps=steps)
+        result["rate_distortion"][path.name] = evaluate.one_video(model, path, keeps, captions, steps=steps)
+    if captions is not None:
+        result["captions"] = evaluate.caption_scores(model, captions, videos, result["rate_distortion"])
     if args.generator:
         generator = Generator.from_pretrained(args.generator)
         judge, result["judge"] = evaluate.judge(model, args.clips)

@@ -30,11 +30,7 @@ class TokenFiles:
         self.path = folder
         self._files = sorted(folder.rglob(f"*{_SUFFIX}"))
         self.blocks = [min(_BLOCK, len(self._files) - i) for i in range(0, len(self._files), _BLOCK)]
-        first = VideoTokens.load(self._files[0])
-        self.facts = {
-            "model": first.model, "fingerprint": first.fingerprint, "levels": list(first.levels), "chunk": first.chunk,
-            "registers": first.registers,
-        }  # fmt: skip
+        self.facts = _facts(VideoTokens.load(self._files[0]))
 
     def keys(self) -> list[str]:
         return [file.relative_to(self.path).as_posix().removesuffix(_SUFFIX) for file in self._files]
@@ -45,9 +41,28 @@ class TokenFiles:
     def read(self, block: int, keep: int | None) -> list[Row]:
         rows = []
         for file in self._files[block * _BLOCK : (block + 1) * _BLOCK]:
-            row = row_of(VideoTokens.load(file), file.relative_to(self.path).as_posix().removesuffix(_SUFFIX))
+            tokens = VideoTokens.load(file)
+            _check(file, self.facts, _facts(tokens))
+            if keep is not None and tokens.registers < keep:
+                raise ValueError(f"{file}: keep must be between 1 and {tokens.registers}, got {keep}")
+            row = row_of(tokens, file.relative_to(self.path).as_posix().removesuffix(_SUFFIX))
             rows.append(row | {"ids": row["ids"][:, :keep]})
         return rows
+
+
+def _facts(tokens: VideoTokens) -> dict[str, Any]:
+    return {
+        "model": tokens.model, "fingerprint": tokens.fingerprint, "levels": list(tokens.levels), "chunk": tokens.chunk,
+        "registers": tokens.registers,
+    }  # fmt: skip
+
+
+def _check(path: Path, wanted: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises ValueError naming the file where its tokens are of another model; an unknown fingerprint is none."""
+    for name in ("model", "levels", "fingerprint"):
+        known = name != "fingerprint" or (wanted[name] and facts[name])
+        if known and facts[name] != wanted[name]:
+            raise ValueError(f"{path}: {name} must be {wanted[name]!r}, got {facts[name]!r}")
 
 
 class TokenDataset(Dataset):
@@ -59,7 +74,7 @@ class TokenDataset(Dataset):
     Args:
         keep: registers of each latent frame (default: those of the shard that has fewest). Of a Parquet shard no other
             register is read.
-        model, fingerprint: where given, what the tokens must be of.
+        model, fingerprint: what the tokens must be of (default: those of the first shard, where it states them).
 
     Raises:
         ValueError: no tokens there; a shard that is cut off, damaged, of another model, or has fewer registers.
@@ -77,14 +92,12 @@ class TokenDataset(Dataset):
         self.model = first["model"] if model is None else model
         least = min(shard.facts["registers"] for shard in self.shards)
         self.keep = least if keep is None else keep
+        stated = next((shard.facts["fingerprint"] for shard in self.shards if shard.facts["fingerprint"]), "")
+        fingerprint = stated if fingerprint is None else fingerprint
+        wanted = {"model": self.model, "levels": first["levels"], "fingerprint": fingerprint}
         for shard in self.shards:
             facts = shard.facts
-            wanted = {"model": self.model, "levels": first["levels"]}
-            if fingerprint is not None and facts["fingerprint"]:
-                wanted["fingerprint"] = fingerprint
-            for name, value in wanted.items():
-                if facts[name] != value:
-                    raise ValueError(f"{shard.path}: {name} must be {value!r}, got {facts[name]!r}")
+            _check(shard.path, wanted, facts)
             if not 1 <= self.keep <= facts["registers"]:
                 raise ValueError(f"{shard.path}: keep must be between 1 and {facts['registers']}, got {self.keep}")
         self.blocks = [(s, b, n) for s, shard in enumerate(self.shards) for b, n in enumerate(shard.blocks)]

@@ -40,13 +40,17 @@ class ShardWriter:
         return like(batch, [self.write(str(row["shard"]), [str(key) for key in row["keys"]]) for row in rows_of(batch)])
 
     def write(self, shard: str, keys: list[str]) -> Row:
-        done: Row = {"shard": shard, "rows": 0, "errors": "[]", "failure": ""}
         rows = self.encoder([{"key": key, "path": str(self.source / key)} for key in keys])
         try:
             index = write_shard(self.output / shard, rows)
         except OSError as error:
-            return done | {"failure": error.strerror or str(error)}
-        return done | {"rows": len(index.key), "errors": json.dumps(index.errors)}
+            return self.failed(shard, error.strerror or str(error))
+        return {"shard": shard, "rows": len(index.key), "errors": json.dumps(index.errors), "failure": ""}
+
+    @staticmethod
+    def failed(shard: str, failure: str) -> Row:
+        """What is given for a shard that is not written, and why."""
+        return {"shard": shard, "rows": 0, "errors": "[]", "failure": failure}
 
 
 def here(tasks: list[Row], writer: ShardWriter) -> Iterator[Row]:

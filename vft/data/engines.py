@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from ..deferred import Deferred
 from .encode import Engine, ShardWriter
-from .rows import Row
+from .rows import Row, like, rows_of
+
+# of one shard: a worker that dies may have been preempted, but a video may also end every process that reads it
+TRIES = 4
+_TRIES_SUFFIX = ".tries"
 
 ray = Deferred("ray", "the engine ray", "'ray[data]'")
 ray_data = Deferred("ray.data", "the engine ray", "'ray[data]'")
@@ -24,28 +29,52 @@ def make(name: str, workers: int, gpus: float) -> Engine:
 def with_ray(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:
     """Ray Data: an actor a worker. Joins the cluster that RAY_ADDRESS names, else starts one on this machine.
 
-    An actor that dies is started again and its shard done again.
+    An actor that dies is started again and its shard done again, up to TRIES times in all. Raises RuntimeError where
+    Ray itself fails.
     """
+    for left in writer.output.glob(f"*{_TRIES_SUFFIX}"):
+        left.unlink()
     threads = max(1, (os.cpu_count() or 1) // workers)
+    context = ray_data.DataContext.get_current()
+    context.enable_progress_bars = False
     if not ray.is_initialized():
+        # quiet: of the C++ side by a variable, of Ray Data after its import, which sets levels of its own
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray_data.DataContext.get_current().enable_progress_bars = False
     done = ray_data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         _Actor, fn_constructor_args=(writer,), batch_size=1, batch_format="numpy",
         compute=ray_data.ActorPoolStrategy(size=min(workers, len(tasks))), num_gpus=gpus, num_cpus=threads,
     )  # fmt: skip
-    yield from done.iter_rows()
+    try:
+        yield from done.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"the engine ray failed: {str(error).strip().splitlines()[0]}") from error
 
 
 class _Actor:
-    """Ray Data takes a class."""
+    """Ray Data takes a class, and begins a shard whose worker dies again for ever: a file beside it counts that."""
 
     def __init__(self, writer: ShardWriter) -> None:
         self.writer = writer
 
     def __call__(self, batch):
-        return self.writer(batch)
+        return like(batch, [self._write(str(row["shard"]), row["keys"]) for row in rows_of(batch)])
+
+    def _write(self, shard: str, keys: Iterable[str]) -> Row:
+        tries = self.writer.output / f".{shard}{_TRIES_SUFFIX}"
+        try:
+            with open(tries, "a") as file:
+                file.write(".")
+            if tries.stat().st_size > TRIES:
+                raise RuntimeError(f"its worker died {TRIES} times, of memory or of one of its videos")
+            done = self.writer.write(shard, [str(key) for key in keys])
+        # what is raised here would reach the driver inside pages of Ray's own
+        except Exception as error:
+            done = self.writer.failed(shard, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        with suppress(OSError):
+            tries.unlink()
+        return done
 
 
 def with_daft(tasks: list[Row], writer: ShardWriter, workers: int, gpus: float) -> Iterator[Row]:

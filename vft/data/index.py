@@ -51,7 +51,12 @@ def load_index(path: Path) -> Index:
         content = json.loads(path.read_bytes())
         if content.pop("version") != VERSION:
             raise ValueError(f"version must be {VERSION}")
-        return Index(**content)
+        index = Index(**content)
+        if index.shard is not None and not set(FACTS) <= index.facts.keys():
+            raise ValueError(f"facts must have {', '.join(FACTS)}")
+        if not len(index.key) == len(index.latent_frames) == len(index.checksum):
+            raise ValueError("key, latent_frames and checksum must have an entry for each row")
+        return index
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of a shard, or a damaged one ({error})") from error
 

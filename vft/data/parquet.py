@@ -8,6 +8,7 @@ given; what all rows share is JSON in the schema's metadata under ``vft``.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,8 @@ GROUP = 4096
 _FIXED = ("key", "frames", "fps", "height", "width", "checksum")
 _NOT_STORED = (*_FIXED, *FACTS, "ids", "error", "path")
 _METADATA = b"vft"
+# at both ends of a Parquet file
+_MAGIC = b"PAR1"
 
 
 def levels_of(registers: int) -> list[tuple[int, int]]:
@@ -99,12 +102,12 @@ class ParquetShard:
     """
 
     def __init__(self, path: Path, index: Index | None) -> None:
-        self.path, self.metadata = path, None
+        self.path = path
         if index is not None:
             check_whole(path, index)
+        # read once, and given to every reader of the file
+        self.metadata = self._footer()
         with self._open() as file:
-            # the footer is read once
-            self.metadata = file.metadata
             facts = (file.schema_arrow.metadata or {}).get(_METADATA)
             if facts is None:
                 raise ValueError(f"{path}: not a shard of tokens (its schema has no metadata 'vft')")
@@ -119,11 +122,25 @@ class ParquetShard:
     def latent_frames(self) -> list[int]:
         return self.index.latent_frames
 
-    def _open(self, source=None):
+    def _footer(self):
+        """The metadata, by a read of its own bytes: pyarrow takes the last 64 KiB of a file, much of a small shard."""
+        with open(self.path, "rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 8, 0))
+            tail = file.read(8)
+            length = int.from_bytes(tail[:4], "little")
+            if tail[4:] != _MAGIC or length + 12 > size:
+                raise ValueError(f"{self.path}: not a Parquet file, or one that is cut off (its end is not a footer)")
+            file.seek(size - 8 - length)
+            footer = file.read(length)
         try:
-            return pq.ParquetFile(source or self.path, metadata=self.metadata, page_checksum_verification=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a Parquet file, or one that is cut off ({error})") from error
+            # a file of no data but this footer
+            return pq.read_metadata(pa.BufferReader(_MAGIC + footer + tail))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.path}: not a Parquet file, or one that is damaged ({error})") from error
+
+    def _open(self, source=None):
+        return pq.ParquetFile(source or self.path, metadata=self.metadata, page_checksum_verification=True)
 
     def _scan(self, file) -> Index:
         first = _name(*levels_of(self.facts["registers"])[0])

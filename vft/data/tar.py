@@ -21,6 +21,8 @@ from .rows import Row, row_of, tokens_of
 # rows read together
 BLOCK = 1024
 _NOT_STORED = ("ids", "error", "levels", "path")
+# of a .json that describes its row whole; that of somebody else may have any column
+_OURS = {"key", "frames", "fps", "height", "width", "model", "fingerprint", "chunk", "checksum"}
 
 
 def write_tar(path: Path, rows: Sequence[Row]) -> Index:
@@ -110,9 +112,9 @@ class TarShard:
         tokens = VideoTokens.from_bytes(content, where)
         try:
             facts = json.loads(described or b"{}")
-            row = row_of(tokens, name) if "checksum" not in facts else {}
+            row = {} if facts.keys() >= _OURS else row_of(tokens, name)
             return row | {"levels": np.array(tokens.levels), "error": None} | facts | {"ids": _ids(tokens, keep)}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: its .json must be a mapping of columns ({error})") from error
 
 

@@ -1,6 +1,7 @@
 """TokenDataset and its stream: every row once an epoch on any number of processes, and on with the next row."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,35 @@ def test_wrong_sources(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             rows.stream(**options)
+
+
+def test_shards_of_models_of_one_name_and_other_weights(folder, tmp_path):
+    tokens = VideoTokens(torch.zeros(1, 8, dtype=torch.int64), 8.0, 1, 16, 16, "m", (16, 16), fingerprint="e" * 16)
+    write_shard(tmp_path / "other.tar", [row_of(tokens, "a")])
+    with pytest.raises(ValueError, match=r"other\.tar: fingerprint must be 'f{16}', got 'e{16}'"):
+        TokenDataset([folder / "0.tar", tmp_path / "other.tar"])
+    # one that states none may be anything
+    write_shard(tmp_path / "other.tar", [row_of(replace(tokens, fingerprint=""), "a")])
+    assert len(TokenDataset([tmp_path / "other.tar", folder / "0.tar"])) == 41
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(fingerprint="e" * 16), r"1\.vft: fingerprint must be 'f{16}', got 'e{16}'"),
+        (dict(model="n"), r"1\.vft: model must be 'm', got 'n'"),
+        (dict(levels=(16, 8)), r"1\.vft: levels must be \[16, 16\], got \[16, 8\]"),
+        (dict(ids=torch.zeros(1, 2, dtype=torch.int64)), r"1\.vft: keep must be between 1 and 2, got 4"),
+    ],
+)
+def test_a_folder_of_files_of_several_models(tmp_path, change, message):
+    given = dict(ids=torch.zeros(1, 4, dtype=torch.int64), fps=8.0, frames=1, height=16, width=16, model="m")
+    given |= dict(levels=(16, 16), fingerprint="f" * 16)
+    VideoTokens(**given).save(tmp_path / "0.vft")
+    VideoTokens(**given | change).save(tmp_path / "1.vft")
+    rows = TokenDataset(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        rows[1]
 
 
 def test_the_index_of_blocks_is_that_of_the_rows(folder):

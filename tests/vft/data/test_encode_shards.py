@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,25 +160,99 @@ class Dying(encode.ShardWriter):
         return super().write(shard, keys)
 
 
-@pytest.mark.slow
-def test_ray_where_a_worker_dies(tmp_path, folder, model, monkeypatch):
+class Deadly(encode.ShardWriter):
+    """Whoever reads 07.mp4 dies."""
+
+    def write(self, shard, keys):
+        if "cat/07.mp4" in keys:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(shard, keys)
+
+
+class Wrong(encode.ShardWriter):
+    """Fails in a way that nothing expects."""
+
+    def write(self, shard, keys):
+        raise KeyError("what nobody has thought of")
+
+
+@pytest.fixture
+def cluster():
     ray = pytest.importorskip("ray")
     pytest.importorskip("pyarrow")
     pytest.importorskip("pandas")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-    )
-    try:
-        monkeypatch.setattr(encode, "ShardWriter", Dying)
-        engine = engines.make("ray", 2, 0)
-        summary = encode.encode_shards(folder, tmp_path, Encoder(model, device="cpu"), shard_size=4, engine=engine)
-    finally:
-        ray.shutdown()
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
+    yield
+    ray.shutdown()
+
+
+def encode_by_ray(folder, output, model):
+    engine = engines.make("ray", 2, 0)
+    return encode.encode_shards(folder, output, Encoder(model, device="cpu"), shard_size=4, engine=engine)
+
+
+@pytest.mark.slow
+def test_ray_where_a_worker_dies(tmp_path, folder, model, monkeypatch, cluster):
+    monkeypatch.setattr(encode, "ShardWriter", Dying)
+    summary = encode_by_ray(folder, tmp_path, model)
     assert (tmp_path / "died").exists() and summary.encoded == COUNT
     check_complete(folder, tmp_path, model)
+
+
+@pytest.mark.slow
+def test_ray_where_a_worker_dies_whenever_it_is_at_a_shard(tmp_path, folder, model, monkeypatch, cluster):
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "ShardWriter", Deadly)
+        with pytest.raises(OSError, match=r"shard-\w+\.tar: .*its worker died 4 times"):
+            encode_by_ray(folder, tmp_path, model)
+    encode_by_ray(folder, tmp_path, model)
+    check_complete(folder, tmp_path, model)
+
+
+class Death(BaseException):
+    """Of a process, in one that goes on."""
+
+
+def test_a_shard_that_ends_its_workers_is_given_up(tmp_path, folder, model):
+    class Fatal(encode.ShardWriter):
+        def write(self, shard, keys):
+            raise Death
+
+    batch = {"shard": np.array(["shard-0.tar"]), "keys": np.array([["00.mp4"]])}
+    for _ in range(engines.TRIES):
+        with pytest.raises(Death):
+            engines._Actor(Fatal(Encoder(model), folder, tmp_path))(batch)
+    given = engines._Actor(Fatal(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["failure"]) == ["RuntimeError: its worker died 4 times, of memory or of one of its videos"]
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".shard-0.tar.tries").write_text("..")
+    given = engines._Actor(encode.ShardWriter(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["rows"]) == [1] and not list(tmp_path.glob(".*.tries"))
+    given = engines._Actor(Wrong(Encoder(model), folder, tmp_path))(batch)
+    assert list(given["failure"]) == ["KeyError: 'what nobody has thought of'"] and not list(tmp_path.glob(".*.tries"))
+
+
+def test_what_ray_itself_raises_is_one_line(tmp_path, folder, model, monkeypatch):
+    class Failing:
+        """As much of ray and ray.data as is called."""
+
+        class RayError(Exception):
+            pass
+
+        DataContext = exceptions = property(lambda self: self)
+        is_initialized = from_items = map_batches = ActorPoolStrategy = get_current = lambda self, *a, **b: self
+
+        def iter_rows(self):
+            yield {"shard": "a.tar", "rows": 1, "errors": "[]", "failure": ""}
+            raise self.RayError("the cluster is gone\n  pages of it")
+
+    (tmp_path / ".shard-9.tar.tries").write_text("....")
+    monkeypatch.setattr(engines, "ray", Failing())
+    monkeypatch.setattr(engines, "ray_data", Failing())
+    with pytest.raises(RuntimeError) as raised:
+        list(engines.make("ray", 2, 0)([{}], encode.ShardWriter(Encoder(model), folder, tmp_path)))
+    assert str(raised.value) == "the engine ray failed: the cluster is gone" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

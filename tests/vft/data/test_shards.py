@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,28 @@ def test_the_first_registers_are_a_small_part_of_a_parquet_shard(tmp_path):
     assert sum(columns.values()) < index.bytes < 1.05 * sum(columns.values())
 
 
+def bytes_read() -> int:
+    """By this process's system calls, all its threads."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts by Linux")
+def test_a_small_shard_is_read_no_further_either(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    index = write_shard(path, rows_of(1000, latent_frames=5))
+    # the index is read too, and counted apart
+    beside = path.with_name(path.name + SUFFIX).stat().st_size
+    taken = {}
+    # modules are loaded by the first
+    for keep in (1, 4, 32):
+        before = bytes_read()
+        rows = TokenDataset(path, keep=keep)
+        assert sum(row["ids"].shape[1] for row in rows.stream(shuffle=False)) == 1000 * keep
+        taken[keep] = (bytes_read() - before - beside) / index.bytes
+    assert taken[4] < 4 / 32 + 0.02 and 0.99 < taken[32] < 1.02
+
+
 def test_webdataset_reads_a_tar(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     rows = rows_of(3)
@@ -122,14 +145,33 @@ def test_webdataset_reads_a_tar(tmp_path):
     assert np.array_equal(VideoTokens.from_bytes(read[2]["vft"]).ids.numpy(), rows[2]["ids"])
 
 
-def test_a_tar_of_somebody_else(tmp_path):
-    (tmp_path / "x.vft").write_bytes(VideoTokens(torch.tensor([[1, 2]]), 8, 1, 8, 8, "m", (8, 8)).to_bytes())
-    (tmp_path / "x.json").write_text('{"caption": "a cat"}')
-    with tarfile.open(tmp_path / "a.tar", "w") as file:
+def write_tar_of(folder, described):
+    """a.tar with one row, by no function of ours."""
+    (folder / "x.vft").write_bytes(VideoTokens(torch.tensor([[1, 2]]), 8, 1, 8, 8, "m", (8, 8)).to_bytes())
+    (folder / "x.json").write_text(described)
+    with tarfile.open(folder / "a.tar", "w") as file:
         for name in ("x.vft", "x.json"):
-            file.add(tmp_path / name, name)
+            file.add(folder / name, name)
+
+
+def test_a_tar_of_somebody_else(tmp_path):
+    write_tar_of(tmp_path, '{"caption": "a cat"}')
     (row,) = open_shard(tmp_path / "a.tar").read(0, None)
     assert (row["key"], row["caption"], row["ids"].tolist()) == ("x", "a cat", [[1, 2]])
+
+
+@pytest.mark.parametrize("described", ['{"checksum": "0"}', '{"key": "y", "frames": 3}', "{}"])
+def test_a_tar_whose_json_describes_a_row_in_part(tmp_path, described):
+    write_tar_of(tmp_path, described)
+    (row,) = open_shard(tmp_path / "a.tar").read(0, None)
+    assert (row["key"], row["height"], row["ids"].tolist()) == ("y" if "y" in described else "x", 8, [[1, 2]])
+
+
+@pytest.mark.parametrize("described", ["[1, 2]", "5", "null", "{"])
+def test_a_tar_whose_json_describes_no_row(tmp_path, described):
+    write_tar_of(tmp_path, described)
+    with pytest.raises(ValueError, match=r"a\.tar: x: its \.json must be a mapping of columns"):
+        open_shard(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -197,6 +239,29 @@ def test_a_shard_without_an_index_is_unfinished_where_another_has_one(tmp_path):
     (tmp_path / f"a.tar{SUFFIX}").write_text("{")
     with pytest.raises(ValueError, match=r"a\.tar\.index\.json: not an index of a shard"):
         open_shard(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
+    "change", [{"facts": {}}, {"key": []}, {"checksum": ["0"]}, {"facts": None}, {"latent_frames": 3}, {"more": 1}]
+)
+def test_an_index_that_is_not_whole(tmp_path, change):
+    write_shard(tmp_path / "a.tar", rows_of(2))
+    path = tmp_path / f"a.tar{SUFFIX}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"a\.tar\.index\.json: not an index of a shard, or a damaged one \("):
+        open_shard(tmp_path / "a.tar")
+
+
+def test_a_damaged_footer_of_a_parquet_shard(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    write_shard(path, rows_of(20))
+    whole = path.read_bytes()
+    for data in (whole[:-600] + b"\xff" * 592 + whole[-8:], whole[:-8] + b"\xff" * 4 + b"PAR1", b"PAR1", b""):
+        path.write_bytes(data)
+        (tmp_path / f"a.parquet{SUFFIX}").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"a\.parquet: not a Parquet file, or one that is (cut off|damaged)"):
+            open_shard(path)
 
 
 def test_other_suffixes(tmp_path):
