@@ -1,5 +1,5 @@
-"""What VidTok of published size takes for a clip of 17 x 128 x 128 on this CPU, float32: counted by its plan, and measured
-as resident memory above that of the loaded weights. Each way in a process of its own.
+"""What VidTok of published size takes for a clip of 17 x 128 x 128 on this CPU, float32: counted by its plan, and
+measured as resident memory above that of the loaded weights. Each way in a process of its own.
 
 python bench/vae_memory.py [--size 128]
 """

@@ -220,7 +220,7 @@ class Trainer:
     def __init__(self, settings: Settings, task: Task, engine: Engine, group: parallel.Group) -> None:
         self.settings, self.task, self.group = settings, task, group
         self.parts = group.parts(settings.batch, engine.accumulate)
-        task.data.start_workers(engine.workers)
+        task.data.start_workers(engine.workers, group.device)
         # steps whose clips are read ahead: enough to keep all workers at work
         self.ahead = 1 + 2 * engine.workers // settings.batch
         task.model.to(group.device)

@@ -8,13 +8,14 @@ of one outline are computed together; only the sum goes back to front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..upload import upload
+from flexkernels.upload import upload
+
 from .scene import CLIP, OBJECT, SIDES, Plan
 
 # pixels of all frames of clips that are painted at once, each in memory for every object
@@ -26,16 +27,19 @@ FAR = 1e6
 def one(plan: Plan) -> torch.Tensor:
     """A clip on the CPU: uint8 ``[T, H, W, 3]``. Objects are painted in their windows, and what is off is left out."""
     axis = _axis(plan.size, torch.device("cpu"))
-    materials, motion = torch.from_numpy(plan.materials), torch.from_numpy(plan.motion)
+    materials, motion = torch.from_numpy(plan.materials), _paths(torch.from_numpy(plan.motion))
     clip = _numbers(plan.clip)
     # images[-1] is the background's
-    canvas = _background(clip, torch.from_numpy(plan.track)[None], materials[plan.images[-1]][None], axis)
+    track = _paths(torch.from_numpy(plan.track)[None])
+    canvas = _background(clip, track.unbind(), materials[plan.images[-1]][None], axis)
     for i, kind in enumerate(plan.kinds):
         look = _numbers(plan.objects[i])
         top, bottom, left, right = map(int, look["window"])
         image = materials[plan.images[i]][None] if look["contrast"] else None
-        keep, add = _layer(kind, look, motion[i : i + 1], image, axis[left:right], axis[top:bottom], None)
-        canvas[:, :, :, top:bottom, left:right].mul_(keep[:, None]).add_(add)
+        path = motion[:, i : i + 1].unbind()
+        keep, add = _layer(kind, look, path, image, axis[left:right], axis[top:bottom, None], None)
+        window = canvas[:, :, :, top:bottom, left:right]
+        torch.addcmul(add, window, keep[:, None], out=window)
     blur = torch.from_numpy(_blur(plan.size, plan.blur))[None] if plan.blur else None
     grain = None if plan.grain is None else torch.from_numpy(plan.grain)[None]
     return _developed(canvas, clip, axis, blur, grain, None)[0]
@@ -82,19 +86,20 @@ def _together(plans: Sequence[Plan], device: torch.device) -> torch.Tensor:
 
     axis = _axis(plans[0].size, device)
     clip = _fields(clips, CLIP)
-    canvas = _background(clip, track, materials[behind], axis)
+    canvas, motion = _background(clip, _paths(track).unbind(), materials[behind], axis), _paths(motion)
     rows = torch.arange(plans[0].size, device=device)
     top, bottom, left, right = _fields(looks, OBJECT)["window"]
     inside = ((rows >= left) & (rows < right)) & ((rows[:, None] >= top) & (rows[:, None] < bottom))
     keep = canvas.new_empty(len(objects), *canvas.shape[2:])
     add = canvas.new_empty(len(objects), *canvas.shape[1:])
     ends = np.searchsorted(np.sort(kinds), np.arange(len(OUTLINES) + 1))
-    for kind, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for kind, (a, b) in enumerate(pairwise(ends)):
         if a < b:
             look, image = _fields(looks[a:b], OBJECT), materials[images[a:b]]
-            keep[a:b], add[a:b] = _layer(kind, look, motion[a:b], image, axis, axis, inside[a:b])
+            keep[a:b], add[a:b] = _layer(kind, look, motion[:, a:b].unbind(), image, axis, axis[:, None], inside[a:b])
     for layer in layers:
-        canvas[: len(layer)].mul_(keep[layer][:, None]).add_(add[layer])
+        under = canvas[: len(layer)]
+        torch.addcmul(add[layer], under, keep[layer][:, None], out=under)
     return _developed(canvas, clip, axis, blur if blurred else None, grain if len(noisy) else None, noisy)[back]
 
 
@@ -132,44 +137,52 @@ def _on(value) -> bool:
     return isinstance(value, torch.Tensor) or bool(value)
 
 
-def _plane(motion: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    """Local coordinates u, v ``[N, T, h, w]`` of pixel centres x ``[w]``, y ``[h]`` under ``[N, T, 6 or more]``."""
-    a = motion[..., None, None].unbind(2)
-    return [a[i] * x + (a[i + 1] * y[:, None] + a[i + 2]) for i in (0, 3)]
+def _paths(motion: torch.Tensor) -> torch.Tensor:
+    """``[N, T, n]`` -> ``[n, N, T, 1, 1]``."""
+    return motion.movedim(2, 0)[..., None, None]
 
 
-def _sample(image: torch.Tensor, u: torch.Tensor, v: torch.Tensor, texture) -> torch.Tensor:
-    """Bilinear lookup of images ``[N, 3, n, n]`` at (u, v) / step + offset, mirrored outside [-1, 1]: ``[N, 3, T, h,
-    w]``."""
+def _plane(path: Sequence[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Local coordinates u, v ``[N, T, h, w]`` of pixel centres x ``[w]``, y ``[h, 1]`` under affine maps."""
+    return [path[i] * x + (path[i + 1] * y + path[i + 2]) for i in (0, 3)]
+
+
+def _sample(look: dict, image: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Bilinear lookup of the colour plus contrast times images ``[N, 3, n, n]`` at (u, v) / step + offset, mirrored
+    outside [-1, 1]: ``[N, 3, T, h, w]``."""
+    contrast, (scale, *offset) = look["contrast"], look["texture"]
+    if isinstance(contrast, torch.Tensor):
+        image = image * contrast + look["colour"][..., 0]
+    else:
+        image = torch.add(look["colour"][..., 0], image, alpha=contrast)
     grid = u.new_empty(*u.shape, 2)
-    torch.add(u * texture[0], texture[1], out=grid[..., 0])
-    torch.add(v * texture[0], texture[2], out=grid[..., 1])
+    torch.add(u * scale, offset[0], out=grid[..., 0])
+    torch.add(v * scale, offset[1], out=grid[..., 1])
     flat = F.grid_sample(image, grid.flatten(1, 2), padding_mode="reflection", align_corners=False)
     return flat.unflatten(2, u.shape[1:3])
 
 
-def _background(clip: dict, track: torch.Tensor, image: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
+def _background(clip: dict, path, image: torch.Tensor, axis: torch.Tensor) -> torch.Tensor:
     """Canvases ``[B, 3, T, H, W]``."""
-    u, v = _plane(track, axis, axis)
-    contrast = clip["contrast"]
-    canvas = _sample(image, u, v, clip["texture"])
-    canvas.mul_(contrast[:, None] if isinstance(contrast, torch.Tensor) else contrast)
+    canvas = _sample(clip, image, *_plane(path, axis, axis[:, None]))
     across, down = clip["ramp"]
-    canvas += across * axis + down * axis[:, None] + clip["colour"]
+    canvas += across * axis + down * axis[:, None]
     gain, shift = clip["dim"]
     if isinstance(gain, torch.Tensor):
         gain, shift = gain[:, None], shift[:, None]
-    return canvas.mul_(gain).add_(shift)
+    return canvas.mul_(gain).add_(shift) if _on(shift) else canvas
 
 
-def _layer(kind: int, look: dict, motion, image, x, y, inside) -> tuple[torch.Tensor, torch.Tensor]:
-    """keep ``[N, T, h, w]`` and add ``[N, 3, T, h, w]`` of objects of one kind, at pixel centres x and y.
+def _layer(kind: int, look: dict, path, image, x, y, inside) -> tuple[torch.Tensor, torch.Tensor]:
+    """keep ``[N, T, h, w]`` and add ``[N, 3, T, h, w]`` of objects of one kind, at pixel centres x ``[w]`` and y
+    ``[h, 1]``.
 
-    image ``[N, 3, n, n]``, or None where none has a texture. inside: where an object may be painted, None for all.
+    path: affine maps and pixels a local unit, 7 times ``[N, T, 1, 1]``. image ``[N, 3, n, n]``, or None where none has
+    a texture. inside: where an object may be painted, None for all.
     """
-    u, v = _plane(motion, x, y)
+    u, v = _plane(path, x, y)
     # in pixels to the outline
-    distance = OUTLINES[kind](u, v, look["shape"]).mul_(motion[..., 6, None, None])
+    distance = OUTLINES[kind](u, v, look["shape"]).mul_(path[6])
     if inside is not None:
         distance = torch.where(inside, distance, FAR)
     alpha = (0.5 - distance * look["soft"]).clamp_(0, 1)
@@ -187,22 +200,11 @@ def _layer(kind: int, look: dict, motion, image, x, y, inside) -> tuple[torch.Te
     if _on(strength):
         trace = 1 - strength * (width - (distance + width).abs_()).clamp_(0, 1)
         keep, alpha = keep * trace, alpha * trace
-    return keep, _paint(look, u, v, image) * alpha[:, None]
-
-
-def _paint(look: dict, u: torch.Tensor, v: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
-    """Objects' colour ``[N, 3, T, h, w]``, or ``[N, 3, 1, 1, 1]`` where nothing varies."""
-    paint = look["colour"]
-    if image is not None:
-        contrast = look["contrast"]
-        paint = _sample(image, u, v, look["texture"]).mul_(
-            contrast[:, None] if isinstance(contrast, torch.Tensor) else contrast
-        )
-        paint += look["colour"]
+    paint = look["colour"] if image is None else _sample(look, image, u, v)
     across, down = look["shade"]
     if _on(across):
-        paint = paint * (1 + across * u + down * v)[:, None]
-    return paint
+        alpha *= 1 + across * u + down * v
+    return keep, paint * alpha[:, None]
 
 
 def _developed(canvas, clip: dict, axis, blur, grain, noisy) -> torch.Tensor:

@@ -59,6 +59,11 @@ class Plan:
     blur: float = 0.0
     grain: np.ndarray | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the pixels, as :attr:`torch.Tensor.shape`."""
+        return self.frames, self.size, self.size, 3
+
 
 def generator(seed: int, index: int) -> np.random.Generator:
     """Random numbers of clip (seed, index)."""
@@ -151,7 +156,7 @@ class Scene:
         return np.concatenate([affine, pixels[..., None].astype(np.float32)], 2), windows
 
     def to_local(self, depth, centre, angle=0.0, log_scale=0.0):
-        """Affine maps ``[N, T, 6]`` from the screen to objects' own axes; centre ``[N, 2, T]``, angle, scale ``[N, T]``."""
+        """Affine maps ``[N, T, 6]`` from the screen to objects' own axes; centre ``[N, 2, T]``, the rest ``[N, T]``."""
         shrink = np.exp(-log_scale - np.reshape(depth, (-1, 1)) * self.log_zoom)
         cos, sin = np.cos(self.roll + angle) * shrink, np.sin(self.roll + angle) * shrink
         u, v = _rotation(angle, depth * self.pan - centre)

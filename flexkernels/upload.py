@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-# of a tensor's first byte: any dtype may begin there
-_ALIGNED = 16
+# of a tensor's first byte, as torch's own allocations are on a GPU
+_ALIGNED = 512
 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
