@@ -246,7 +246,8 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-        loss, norm = self.group.mean(total).item(), parallel.whole(norm, norm).item()
+        # the one wait of a step
+        loss, norm = torch.stack([self.group.mean(total), parallel.whole(norm, norm)]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             for each in dict.fromkeys(self.optimizer_of.values()):
                 for group in each.param_groups:
