@@ -13,27 +13,31 @@ import time
 
 import torch
 
+from vft.convolution import convolutions
 from vft.vidtok import VidTokCodec
 
-# of memory in GiB: None is no limit
-WAYS = [(what, memory) for what in ("encode", "decode") for memory in (None, 2.0)]
+# the share of a clip's activations that there is memory for
+WAYS = [(what, share) for what in ("encode", "decode") for share in (1.0, 0.75)]
 # glibc gives back what is freed, see docs/tokenizer.md
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 
 
-def measure(what: str, memory: float | None, size: int) -> str:
+def measure(what: str, share: float, size: int) -> str:
     torch.manual_seed(0)
     codec, latents = VidTokCodec(), (1, 5, size // 8, size // 8)
     given = 2 * torch.rand(1, 3, 17, size, size) - 1 if what == "encode" else torch.randn(1, 16, *latents[1:])
-    # a limit that nothing reaches: the plan counts the clip at once
-    codec.memory = int(memory * 2**30) if memory else 1 << 50
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan_of = codec.plan_encode if what == "encode" else codec.plan_decode
+    # a limit that nothing reaches: the plan counts the clip at once
+    codec.memory = 1 << 50
+    whole = plan_of(*latents).bytes
+    prepared = sum(conv.prepared_bytes() for conv in convolutions(codec))
+    codec.memory = prepared + int(share * (whole - prepared))
     start = time.perf_counter()
     (codec.encode if what == "encode" else codec.decode)(given)
     seconds = time.perf_counter() - start
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    plan = (codec.plan_encode if what == "encode" else codec.plan_decode)(*latents)
-    limit = f"{memory:g} GiB" if memory else "no limit"
+    plan, limit = plan_of(*latents), f"--memory {codec.memory >> 20}M"
     how = f"{plan.latent_frames or 'all'} latent frames at a time, tile {plan.tile or 'whole'}"
     return f"{what}, {limit} ({how}): counted {plan.bytes / 2**20:.0f} MiB, taken {taken:.0f} MiB, {seconds:.0f} s"
 
