@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native, tuning
+from .upload import upload
 
 MASKS = ("full", "causal", "frame_causal", "frame_causal_prefix")
 CROSS_FRAME = ("prefix_to_prefix", "prefix_to_register", "register_to_prefix", "register_to_register")
@@ -191,10 +192,11 @@ class SequenceLayout:
         self.batch, self.max_seqlen = len(frames), self.queries.max_seqlen
 
         made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
-        own = [torch.tensor(x, device=self.device) for x in self.queries.tokens]
-        keys = own if self.keys is self.queries else [torch.tensor(x, device=self.device) for x in self.keys.tokens]
-        arrays = *made, listed(weighted_keys, self.keys)
-        self.tensors = LayoutTensors(*own, *keys, *(torch.tensor(x, device=self.device) for x in arrays))
+        same, arrays = self.keys is self.queries, (*made, listed(weighted_keys, self.keys))
+        arrays = *self.queries.tokens, *(() if same else self.keys.tokens), *arrays
+        tensors = upload([torch.tensor(x) for x in arrays], self.device)
+        own = tensors[:3]
+        self.tensors = LayoutTensors(*own, *(own if same else ()), *tensors[3:])
         self.cu_seqlens, self.frame, self.rank = own
         self.arguments = list(self.tensors), MASKS.index(mask), list(cross)
 

@@ -21,6 +21,7 @@ import os
 import queue
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ def encode_folder(
     Args:
         output: folder for token files and manifests, made if missing.
         keep: registers of each latent frame that are written (default: all).
-        packed: chunks encoded in one call. At most twice as many are in memory, and one more for each reader.
+        packed: chunks encoded in one call. At most twice as many are in memory, three times as many where a GPU encodes
+            while the next ones are read, and one more for each reader.
         readers: threads that read videos.
         fps, strict: see :func:`vft.video.open_video`.
         audio: copy audio tracks beside the token files, see :func:`vft.video.audio.save_audio`.
@@ -280,6 +282,9 @@ def encode_jobs(tokenizer, jobs: list[Job], packed: int, readers: int, strict: b
 
     A video that cannot be read or does not fit the model has ``error`` set; the others go on.
     """
+    # while a GPU computes a batch, the host reads, copies and starts the next one
+    running: deque[_Batch] = deque()
+    behind = 1 if tokenizer.device.type == "cuda" else 0
     group: list[tuple[Job, torch.Tensor]] = []
     ended: list[Job] = []
     with closing(_read_ahead(tokenizer, jobs, packed, readers, strict)) as items:
@@ -289,30 +294,54 @@ def encode_jobs(tokenizer, jobs: list[Job], packed: int, readers: int, strict: b
             elif job.error is None:
                 group.append((job, chunk))
             if len(group) == packed:
-                _encode(tokenizer, group)
+                running.append(_Batch(tokenizer, group))
                 group = []
             if not group:
-                yield from ended
+                # its chunks are in the latest batch at most
+                if running:
+                    running[-1].ended += ended
+                else:
+                    yield from ended
                 ended = []
+            while len(running) > behind:
+                yield from running.popleft().finish()
     if group:
-        _encode(tokenizer, group)
+        running.append(_Batch(tokenizer, group))
+    for batch in running:
+        yield from batch.finish()
     yield from ended
 
 
-def _encode(tokenizer, group: list[tuple[Job, torch.Tensor]]) -> None:
-    try:
-        encoded = tokenizer.encode_chunks([chunk for _, chunk in group])
-    except ValueError as error:
-        jobs = dict.fromkeys(job for job, _ in group)
+class _Batch:
+    """Chunks of jobs that the device encodes; ``ended``: the jobs that end with it."""
+
+    def __init__(self, tokenizer, group: list[tuple[Job, torch.Tensor]]) -> None:
+        self.tokenizer, self.group, self.ended = tokenizer, group, []
+        self.wait, self.error = None, None
+        try:
+            self.wait = tokenizer.launch_chunks([chunk for _, chunk in group])
+        except ValueError as error:
+            self.error = error
+
+    def finish(self) -> list[Job]:
+        """Waits for the ids; the jobs that end."""
+        if self.error is None:
+            try:
+                encoded = self.wait()
+            except ValueError as error:
+                self.error = error
+        if self.error is None:
+            for (job, _), ids in zip(self.group, encoded, strict=True):
+                job.ids.append(ids)
+            return self.ended
+        jobs = dict.fromkeys(job for job, _ in self.group)
         if len(jobs) == 1:
-            group[0][0].fail(error)
-            return
+            self.group[0][0].fail(self.error)
+            return self.ended
         # one of the videos does not fit the model: find it
         for job in jobs:
-            _encode(tokenizer, [item for item in group if item[0] is job])
-        return
-    for (job, _), ids in zip(group, encoded, strict=True):
-        job.ids.append(ids)
+            _Batch(self.tokenizer, [item for item in self.group if item[0] is job]).finish()
+        return self.ended
 
 
 def _read_ahead(

@@ -16,6 +16,7 @@ import torch
 
 from flexkernels import SequenceLayout
 from flexkernels.layout import cached_tensors
+from flexkernels.upload import upload
 
 from .config import Trunk
 
@@ -79,17 +80,19 @@ class Packing:
         weighted = np.flatnonzero(weights).tolist() or None
         frames = [[(h * w, int(n)) for n in p.per_frame] for (_, h, w), p in zip(self.grids, parts, strict=True)]
         self.layout = SequenceLayout(frames, trunk.mask, dict(trunk.cross_frame or ()), device, weighted_keys=weighted)
-        as_tensor = lambda pieces: torch.from_numpy(np.concatenate(pieces)).to(device)  # noqa: E731
-        self.order = as_tensor(order)
-        self.patch_at = (self.layout.rank < 0).nonzero()[:, 0]
-        self.register_at = (self.layout.rank >= 0).nonzero()[:, 0]
-        self.register_base, self.register_position = as_tensor(base), as_tensor(position)
         self.frames, self.registers = max(t for t, _, _ in grids), registers
-        self.key_log_weight = torch.from_numpy(weights).to(device) if weighted else None
         # modulation rows: (patch, register) for each row of times
-        self._is_register = (self.layout.rank >= 0).int()
-        samples = np.repeat([s.sample for s in members], np.diff(self.layout.queries.cu_seqlens))
-        self._by_sample = self._is_register + 2 * torch.from_numpy(samples.astype(np.int32)).to(device)
+        is_register = (np.asarray(self.layout.queries.tokens[2]) >= 0).astype(np.int32)
+        samples = np.repeat([s.sample for s in members], np.diff(self.layout.queries.cu_seqlens)).astype(np.int32)
+        arrays = (
+            np.concatenate(order), np.flatnonzero(is_register == 0), np.flatnonzero(is_register), np.concatenate(base),
+            np.concatenate(position), is_register, is_register + 2 * samples, weights,
+        )  # fmt: skip
+        (
+            self.order, self.patch_at, self.register_at, self.register_base, self.register_position, self._is_register,
+            self._by_sample, weights,
+        ) = upload([torch.from_numpy(x) for x in arrays], device)  # fmt: skip
+        self.key_log_weight = weights if weighted else None
 
     def segment(self, times: int) -> torch.Tensor:
         """int32 ``[total]``: each token's row of a modulation table ``[2 * times, ...]``; one time, or one a sample."""

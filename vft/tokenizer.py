@@ -32,8 +32,10 @@ from .packing import Member
 from .solver import Velocity, evaluations, sample, schedule
 from .stills import hold, join_ids, repeats, still_groups
 from .tokens import VideoTokens
+from .transfer import Download, Uploads
 from .vae import load_codec
-from .video import Video, cut_chunks, open_video, preprocess
+from .video import Video, cut_chunks, open_video
+from .video.frames import fitted, from_uint8
 
 # the published sampler; a checkpoint may state its own
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 40, APG(scale=25.0, threshold=0.6, eta=0.0, momentum=0.0)
@@ -59,6 +61,7 @@ class Tokenizer(nn.Module):
         self._codec_state: dict[str, torch.Tensor] | None = None
         self._fingerprint: str | None = None
         self.cuda_graphs, self._graphs = True, VelocityGraphs()
+        self._uploads: Uploads | None = None
 
     @classmethod
     def from_pretrained(
@@ -182,7 +185,9 @@ class Tokenizer(nn.Module):
         Raises ValueError for a wrong channel count, sides that are no multiple of the patch, more frames than the
         positional tables cover, or non-finite values.
         """
-        latents = self._check_latents("latents", latents)
+        return self._ids(self._check_latents("latents", latents))
+
+    def _ids(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
         _, ids = flexkernels.fsq_quantize(self.prepare().encoder(latents), self.config.levels, codes=False)
         sizes = [x.shape[1] * self.registers for x in latents]
         return [i.view(-1, self.registers) for i in ids.split(sizes)]
@@ -419,7 +424,19 @@ class Tokenizer(nn.Module):
 
         Raises ValueError for a wrong shape or non-finite values.
         """
-        clips = [self._chunk_input(chunk) for chunk in chunks]
+        return self.launch_chunks(chunks, generator)()
+
+    @torch.no_grad()
+    def launch_chunks(
+        self, chunks: Sequence[torch.Tensor], generator: torch.Generator | None = None
+    ) -> Callable[[], list[torch.Tensor]]:
+        """:meth:`encode_chunks` in two parts: gives the device all its work, and returns what waits for the ids.
+
+        A GPU has copies of uint8 chunks on a stream of their own, so those of one call are under way while it computes
+        the call before; the host waits once, in what is returned. Raises ValueError for a wrong shape; what is
+        returned raises it for values that are not finite.
+        """
+        clips = self._chunk_inputs(chunks)
         latents: list[torch.Tensor] = [None] * len(clips)
         # the codec takes chunks of one shape, the encoder any
         for shape in dict.fromkeys(clip.shape for clip in clips):
@@ -427,16 +444,30 @@ class Tokenizer(nn.Module):
             encoded = self._encode_frames(torch.stack([clips[i] for i in where]), generator)
             for i, z in zip(where, encoded, strict=True):
                 latents[i] = z
+        latents = self._check_latents("latents", latents, finite=False)
+        finite = torch.stack([torch.isfinite(z).all() for z in latents]).all()
         # one copy, for which the device is waited for once
-        return list(torch.cat(self.encode_latents(latents)).cpu().split([z.shape[1] for z in latents]))
+        coming = Download(torch.cat([*(ids.flatten() for ids in self._ids(latents)), finite.long()[None]]))
 
-    def _chunk_input(self, chunk: torch.Tensor) -> torch.Tensor:
-        # -> float [3, t, H, W]
-        if not chunk.is_floating_point():
-            return preprocess(chunk, self.size, self.device)
-        if not torch.isfinite(chunk).all():
+        def wait() -> list[torch.Tensor]:
+            *rows, good = coming.wait().split([z.shape[1] * self.registers for z in latents] + [1])
+            if not good:
+                raise ValueError("latents must be finite, got NaN or infinity")
+            return [ids.view(-1, self.registers) for ids in rows]
+
+        return wait
+
+    def _chunk_inputs(self, chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # -> float [3, t, H, W] each, those of uint8 chunks on the device
+        clips = [fitted(x, self.size) if not x.is_floating_point() else x.transpose(0, 1) for x in chunks]
+        if not all(torch.isfinite(x).all() for x in clips if x.is_floating_point()):
             raise ValueError("video must be finite, got NaN or infinity")
-        return chunk.transpose(0, 1)
+        if self._uploads is None or self._uploads.device != self.device:
+            self._uploads = Uploads(self.device)
+        bytes_ = [i for i, x in enumerate(clips) if not x.is_floating_point()]
+        for i, x in zip(bytes_, self._uploads([clips[i] for i in bytes_]), strict=True):
+            clips[i] = from_uint8(x)
+        return clips
 
     def join_chunks(
         self, ids: Sequence[torch.Tensor], still: Sequence[list[bool]], fps: float, frames: int, height: int, width: int
@@ -543,7 +574,7 @@ class Tokenizer(nn.Module):
             return self.size, self.size
         return tokens.height // crop[0] * crop[0], tokens.width // crop[1] * crop[1]
 
-    def _check_latents(self, name: str, latents) -> list[torch.Tensor]:
+    def _check_latents(self, name: str, latents, finite: bool = True) -> list[torch.Tensor]:
         latents = list(latents)
         if not latents:
             raise ValueError(f"{name} must hold at least one sample")
@@ -559,7 +590,7 @@ class Tokenizer(nn.Module):
                 raise ValueError(f"{name} must have at most {self.config.max_frames} frames, got {x.shape[1]}")
             if x.device != self.device:
                 raise ValueError(f"{name} must be on {self.device}, got {x.device}")
-            if not torch.isfinite(x).all():
+            if finite and not torch.isfinite(x).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinity")
         return latents
 

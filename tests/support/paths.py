@@ -9,3 +9,5 @@ GENERATORS = ROOT / "tests" / "data" / "generator"
 REGISTERS = ROOT / "tests" / "data" / "registers.json"
 # the same of the CUDA kernels: tests/support/cuda_gate.py writes it
 CUDA_REGISTERS = ROOT / "tests" / "data" / "cuda_registers.json"
+# parts of clips of vft.train.procedural and vft.train.named, as they were when the embedded models were trained
+PROCEDURAL = ROOT / "tests" / "data" / "procedural.safetensors"

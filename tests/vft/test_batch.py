@@ -227,16 +227,16 @@ def test_resumes_after_a_kill(tmp_path, folder, model, capsys):
 
 
 def test_an_interrupt_leaves_finished_videos_and_nothing_else(tmp_path, folder, model, monkeypatch, capsys):
-    encode, calls = Tokenizer.encode_chunks, []
+    launch, calls = Tokenizer.launch_chunks, []
 
     def interrupted(self, chunks):
         calls.append(len(chunks))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return encode(self, chunks)
+        return launch(self, chunks)
 
     threads = threading.active_count()
-    monkeypatch.setattr(Tokenizer, "encode_chunks", interrupted)
+    monkeypatch.setattr(Tokenizer, "launch_chunks", interrupted)
     assert cli.main(command(folder, tmp_path, model, "--packed", "1")) == 130
     assert capsys.readouterr().err == "vft: interrupted\n"
     assert threading.active_count() == threads

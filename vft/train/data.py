@@ -20,16 +20,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flexkernels.upload import upload
+
 from ..scan import find_videos
 from ..text import load_embeddings
 from ..tokens import VideoTokens
 from ..video import open_video, preprocess, probe_video
 from ..words import embed
-from . import named, procedural
+from . import named, procedural, render
+from .scene import Plan
 
 PROCEDURAL, NAMED = "procedural", "named"
 # encoded clips kept in memory; more are read again
 CACHE_BYTES = 2 << 30
+# on a GPU: those of all clips of the embedded recipe
+DEVICE_CACHE_BYTES = 1 << 29
 _TOKENS = ".vft"
 
 
@@ -52,10 +57,13 @@ class Procedural:
     def __init__(self, seed: int, shapes: Shapes, recipe: int = 1) -> None:
         self.seed, self.shapes, self.recipe, self.skipped = seed, shapes, recipe, {}
 
+    def plan(self, index: int) -> Plan:
+        frames, size = self.shapes(index)
+        return procedural.plan(self.seed, index, size, frames, self.recipe)
+
     def pixels(self, index: int) -> torch.Tensor:
         """uint8 ``[T, H, W, 3]``."""
-        frames, size = self.shapes(index)
-        return procedural.clip(self.seed, index, size, frames, self.recipe)
+        return render.one(self.plan(index))
 
     def clip(self, index: int) -> torch.Tensor:
         return procedural.scaled(self.pixels(index))
@@ -75,10 +83,13 @@ class Named:
     def __init__(self, seed: int, shapes: Shapes) -> None:
         self.seed, self.shapes, self.skipped = seed, shapes, {}
 
+    def plan(self, index: int) -> Plan:
+        frames, size = self.shapes(index)
+        return named.plan(self.seed, index, size, frames)
+
     def pixels(self, index: int) -> torch.Tensor:
         """uint8 ``[T, H, W, 3]``."""
-        frames, size = self.shapes(index)
-        return named.clip(self.seed, index, size, frames)
+        return render.one(self.plan(index))
 
     def clip(self, index: int) -> torch.Tensor:
         return procedural.scaled(self.pixels(index))
@@ -175,7 +186,8 @@ def _read(path: Path, frames: int, size: int, start: float) -> torch.Tensor:
 class Clips:
     """Clips as ``encode`` makes them, read ahead by threads or processes and kept while there is room.
 
-    encode: a batch of pixels ``[B, 3, T, H, W]`` of one shape -> B tensors.
+    encode: a batch of pixels ``[B, 3, T, H, W]`` of one shape -> B tensors; pixels are on the CPU, or where
+    :meth:`start_workers` says.
     """
 
     def __init__(self, encode: Callable, source: Procedural | Named | Videos) -> None:
@@ -185,6 +197,7 @@ class Clips:
         self._reading: dict[int, Future] = {}
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), thread_name_prefix="clips")
         self._make = source.clip
+        self.device = torch.device("cpu")
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -197,15 +210,25 @@ class Clips:
         """Of sources that have captions."""
         return self.source.captions(indices)
 
-    def start_workers(self, count: int) -> None:
-        """Lets ``count`` processes render, where clips are rendered: threads of one process hold each other up."""
-        if count and isinstance(self.source, (Procedural, Named)):
+    def start_workers(self, count: int, device: torch.device | None = None) -> None:
+        """Lets ``count`` processes render, where clips are rendered: threads of one process hold each other up.
+
+        From now on pixels are on ``device``; a GPU renders them itself, of choices that threads or processes draw.
+        """
+        rendered = isinstance(self.source, (Procedural, Named))
+        if device is not None and device.type != "cpu":
+            self.device, self.room = device, DEVICE_CACHE_BYTES
+            self.encoded.clear()
+            self._reading.clear()
+            self._make = self.source.plan if rendered else self.source.clip
+        elif count and rendered:
+            self._make = self.source.pixels
+        if count and rendered:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             _start_forkserver()
             self._pool.shutdown()
             self._pool = ProcessPoolExecutor(count, context, _start_worker)
-            self._make = self.source.pixels
 
     def close(self) -> None:
         """Ends what reads ahead."""
@@ -221,17 +244,23 @@ class Clips:
         self.fetch(indices)
         missing = sorted(set(indices) & self._reading.keys())
         clips = {i: self._reading.pop(i).result() for i in missing}
-        clips = {i: procedural.scaled(x) if x.dtype == torch.uint8 else x for i, x in clips.items()}
         made = {}
         for shape in {clip.shape for clip in clips.values()}:
             alike = [i for i in missing if clips[i].shape == shape]
-            made.update(zip(alike, self.encode(torch.stack([clips[i] for i in alike])), strict=True))
+            made.update(zip(alike, self.encode(self._pixels([clips[i] for i in alike])), strict=True))
         result = [made[i] if i in made else self.encoded[i] for i in indices]
         for i, tensor in made.items():
             self.room -= tensor.numel() * tensor.element_size()
             if self.room > 0:
                 self.encoded[i] = tensor.clone()
         return result
+
+    def _pixels(self, clips: list) -> torch.Tensor:
+        """Plans, uint8 ``[T, H, W, 3]`` or float ``[3, T, H, W]`` -> float ``[B, 3, T, H, W]`` on the device."""
+        if isinstance(clips[0], Plan):
+            return procedural.scaled(render.together(clips, self.device))
+        (pixels,) = upload([torch.stack(clips)], self.device)
+        return procedural.scaled(pixels) if pixels.dtype == torch.uint8 else pixels
 
 
 def _start_forkserver() -> None:
@@ -291,7 +320,7 @@ class TokenFiles(Folder):
         """Most latent frames of a file."""
         return max(len(ids) for ids, _ in self.found)
 
-    def start_workers(self, count: int) -> None:
+    def start_workers(self, count: int, device: torch.device | None = None) -> None:
         """Nothing to render."""
 
     def close(self) -> None:

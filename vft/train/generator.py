@@ -188,10 +188,12 @@ class GeneratorTask:
         # [B, 3, frames, H, W] -> ids [T, N] of each clip
         tokenizer = self.tokenizer.to(self.model.device)
         ids = tokenizer.encode_latents(tokenizer.codec.to(tokenizer.device).encode(clips.to(tokenizer.device)))
+        # one copy, for which the device is waited for once
+        ids = torch.cat(ids).cpu().split([len(i) for i in ids])
         # as Tokenizer.encode has them: what stands still repeats its ids
         stride = tokenizer.codec.temporal_stride
         still = [still_groups(clip.transpose(0, 1), stride) for clip in clips]
-        return [join_ids([i.cpu()], [groups]) for i, groups in zip(ids, still, strict=True)]
+        return [join_ids([i], [groups]) for i, groups in zip(ids, still, strict=True)]
 
     def recompute(self, on: bool) -> None:
         self.model.recompute = on

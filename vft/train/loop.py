@@ -220,7 +220,7 @@ class Trainer:
     def __init__(self, settings: Settings, task: Task, engine: Engine, group: parallel.Group) -> None:
         self.settings, self.task, self.group = settings, task, group
         self.parts = group.parts(settings.batch, engine.accumulate)
-        task.data.start_workers(engine.workers)
+        task.data.start_workers(engine.workers, group.device)
         # steps whose clips are read ahead: enough to keep all workers at work
         self.ahead = 1 + 2 * engine.workers // settings.batch
         task.model.to(group.device)
@@ -246,7 +246,8 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-        loss, norm = self.group.mean(total).item(), parallel.whole(norm, norm).item()
+        # the one wait of a step
+        loss, norm = torch.stack([self.group.mean(total), parallel.whole(norm, norm)]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             for each in dict.fromkeys(self.optimizer_of.values()):
                 for group in each.param_groups:

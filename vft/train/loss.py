@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import flexkernels
+from flexkernels.upload import upload
 
 from ..tokenizer import Tokenizer
 
@@ -77,17 +78,19 @@ def draw(
     prefix_t = PREFIX_NOISE * torch.rand(batch, generator=generator)
     seeds = torch.randint(2**62, (batch,), generator=generator)[part].tolist()
     own = [torch.Generator().manual_seed(seed) for seed in seeds]
-    device = latents[0].device
-    noise = [torch.randn(x.shape, generator=g).to(device) for x, g in zip(latents, own, strict=True)]
+    noise = [torch.randn(x.shape, generator=g) for x, g in zip(latents, own, strict=True)]
     counts = [x.shape[1] * registers for x in latents]
+    replaced = _replaced(counts, corruption, codebook, own) if corruption > 0 else ()
+    t = _times(t[part], chance[2], chance[3], noise_probability, uniform_probability)
+    t, prefix_t, *rest = upload([t, prefix_t[part], *noise, *replaced], latents[0].device)
     return Draw(
-        t=_times(t[part], chance[2], chance[3], noise_probability, uniform_probability).to(device),
-        noise=noise,
+        t=t,
+        noise=rest[: len(latents)],
         keep=torch.where(chance[4] < full_probability, registers, few[part]).tolist(),
         prefix_frames=[int(c < prefix_probability and x.shape[1] > 1) for c, x in zip(chance[0], latents, strict=True)],
         null=(chance[1] < null_probability).tolist(),
-        prefix_t=prefix_t[part].to(device),
-        replaced=_replaced(counts, corruption, codebook, own, device) if corruption > 0 else None,
+        prefix_t=prefix_t,
+        replaced=tuple(rest[len(latents) :]) or None,
     )
 
 
@@ -96,10 +99,10 @@ def _times(t, chance, uniform, noise_probability: float, uniform_probability: fl
     return torch.where(chance < noise_probability, 1.0, t)
 
 
-def _replaced(counts: list[int], corruption: float, codebook: int, generators, device):
+def _replaced(counts: list[int], corruption: float, codebook: int, generators) -> tuple[torch.Tensor, torch.Tensor]:
     hit = torch.cat([torch.rand(n, generator=g) < corruption for n, g in zip(counts, generators, strict=True)])
     ids = torch.cat([torch.randint(codebook, (n,), generator=g) for n, g in zip(counts, generators, strict=True)])
-    return hit.to(device), ids.to(device)
+    return hit, ids
 
 
 def flow_loss(

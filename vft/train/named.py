@@ -4,11 +4,15 @@ A textured thing of one colour before a background of another clip's kind, whose
 (seed, index) alone; units are those of :mod:`vft.train.procedural`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from ..words import COLOURS, MOTIONS, SHAPES
-from .scene import TAU, Scene, generator, plane
+from . import render
+from .scene import OBJECT, SIDES, TAU, Plan, Scene, generator, polygon
+from .scene import SHAPES as KINDS
 
 RGB = dict(
     zip(
@@ -19,8 +23,14 @@ RGB = dict(
     )
 )  # fmt: skip
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# height of a triangle's centre over its base, and of a square's over its side, in the unit circle
-TRIANGLE, SQUARE = np.float32(0.5), np.float32(0.5**0.5)
+# outlines in the unit circle as :mod:`vft.train.render` has them; the triangle has a tip upwards, as v grows downwards
+_SQUARE = polygon(np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]), np.full(4, 0.5**0.5))
+_TRIANGLE = polygon(np.array([[0, 1], [0.75**0.5, -0.5], [-(0.75**0.5), -0.5]]), np.full(3, 0.5))
+_REST = [0.0] * (3 * SIDES - 3)
+OUTLINES = {
+    "disc": (KINDS.index("blob"), [1.0, 0.0, 0.0, *_REST]), "ring": (KINDS.index("ring"), [0.75, 0.25, 0.0, *_REST]),
+    "square": (KINDS.index("polygon"), _SQUARE), "triangle": (KINDS.index("polygon"), _TRIANGLE),
+}  # fmt: skip
 
 
 def facts(seed: int, index: int) -> tuple[str, str, str]:
@@ -35,6 +45,11 @@ def caption(seed: int, index: int) -> str:
 
 def clip(seed: int, index: int, size: int = 64, frames: int = 17) -> torch.Tensor:
     """Renders one clip: uint8 ``[frames, size, size, 3]``. Raises ValueError as :func:`vft.train.procedural.clip`."""
+    return render.one(plan(seed, index, size, frames))
+
+
+def plan(seed: int, index: int, size: int = 64, frames: int = 17) -> Plan:
+    """The random choices of a clip, for :mod:`vft.train.render`; arguments and errors as of :func:`clip`."""
     if size < 1 or frames < 1:
         raise ValueError(f"size and frames must be >= 1, got {size} and {frames}")
     rng = generator(seed, index)
@@ -42,21 +57,23 @@ def clip(seed: int, index: int, size: int = 64, frames: int = 17) -> torch.Tenso
     scene = Scene(rng, "still", size, frames)
     scene.draw_background()
     # the background steps back behind what is named
-    scene.canvas *= 0.5
-    scene.canvas += 0.22
-    _draw(scene, rng, colour, shape, motion)
-    return torch.from_numpy(scene.develop())
+    scene.clip["dim"] = 0.5, 0.22
+    look, path = _draw(rng, colour, shape, motion, size, frames)
+    made = scene.plan()
+    kinds, images = np.array([OUTLINES[shape][0]]), np.array([0, scene.image])
+    return replace(made, objects=look[None], motion=path[None], kinds=kinds, images=images)
 
 
 def _facts(rng) -> tuple[str, str, str]:
     return tuple(str(words[rng.integers(len(words))]) for words in (COLOURS, SHAPES, MOTIONS))
 
 
-def _draw(scene: Scene, rng, colour: str, shape: str, motion: str) -> None:
-    time = np.arange(scene.canvas.shape[1]) / 16
+def _draw(rng, colour: str, shape: str, motion: str, size: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """How the thing looks, and its motion ``[T, 7]``."""
+    time = np.arange(frames) / 16
     radius, speed = rng.uniform(0.3, 0.5), rng.uniform(0.6, 1.1)
-    centre = rng.uniform(-0.35, 0.35, (2, 1)) + np.zeros((2, len(time)))
-    log_scale, angle = np.full(len(time), np.log(radius)), rng.uniform(-0.2, 0.2) + np.zeros(len(time))
+    centre = rng.uniform(-0.35, 0.35, (2, 1)) + np.zeros((2, frames))
+    log_scale, angle = np.full(frames, np.log(radius)), rng.uniform(-0.2, 0.2) + np.zeros(frames)
     kind, _, heading = motion.partition(" ")
     if kind == "moving":
         # half of the way before the middle, half after: the thing stays in the picture
@@ -65,31 +82,11 @@ def _draw(scene: Scene, rng, colour: str, shape: str, motion: str) -> None:
         log_scale += (1 if kind == "growing" else -1) * speed * (time - time[-1] / 2)
     elif kind == "turning":
         angle += rng.choice([-1, 1]) * 2 * speed * time
-    cos, sin = np.cos(angle) * np.exp(-log_scale), np.sin(angle) * np.exp(-log_scale)
-    shift = -centre
-    to_local = np.stack(
-        [
-            np.stack([cos, sin, cos * shift[0] + sin * shift[1]], -1),
-            np.stack([-sin, cos, cos * shift[1] - sin * shift[0]], -1),
-        ],
-        1,
-    )
-    u, v = plane(to_local, scene.axis, scene.axis)
-    pixels = np.exp(log_scale).astype(np.float32)[:, None, None] * np.float32(scene.size / 2)
-    alpha = np.clip(0.5 - _distance(shape, u, v) * pixels, 0, 1)
+    cos, sin, (x, y) = np.cos(angle) * np.exp(-log_scale), np.sin(angle) * np.exp(-log_scale), -centre
+    pixels = np.exp(log_scale) * size / 2
+    path = np.stack([cos, sin, cos * x + sin * y, -sin, cos, cos * y - sin * x, pixels], -1)
+    look = np.zeros((), OBJECT)
+    look["shape"], look["colour"], look["soft"], look["window"] = OUTLINES[shape][1], RGB[colour], 1, (0, size, 0, size)
     # shading across the thing shows that it turns
-    shade = 1 + 0.35 * np.cos(np.float32(rng.uniform(0, TAU))) * u + 0.25 * v
-    paint = np.array(RGB[colour], np.float32)[:, None, None, None] * shade
-    scene.canvas += alpha * (paint - scene.canvas)
-
-
-def _distance(shape: str, u, v):
-    """Signed distance to an outline in the unit circle, in local units."""
-    if shape == "disc":
-        return np.sqrt(u * u + v * v) - 1
-    if shape == "ring":
-        return np.abs(np.sqrt(u * u + v * v) - np.float32(0.75)) - np.float32(0.25)
-    if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) - SQUARE
-    # equilateral, a tip upwards: v grows downwards
-    return np.maximum(v, np.float32(0.75**0.5) * np.abs(u) - np.float32(0.5) * v) - TRIANGLE
+    look["shade"] = 0.35 * np.cos(rng.uniform(0, TAU)), 0.25
+    return look, path.astype(np.float32)

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from . import render
 from .natural import Filmed
-from .scene import FAMILIES, Scene, generator
+from .scene import FAMILIES, Plan, Scene, generator
 
 # 1: what the embedded models have seen; 2: every second clip as vft.train.natural films it
 RECIPES = (1, 2)
@@ -23,12 +24,29 @@ def label(seed: int, index: int) -> int:
     return int(generator(seed, index).integers(len(FAMILIES)))
 
 
+def plan(seed: int, index: int, size: int = 64, frames: int = 17, recipe: int = 1) -> Plan:
+    """The random choices of a clip, for :mod:`vft.train.render`; arguments and errors as of :func:`clip`."""
+    if size < 1 or frames < 1:
+        raise ValueError(f"size and frames must be >= 1, got {size} and {frames}")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {RECIPES}, got {recipe!r}")
+    rng = generator(seed, index)
+    family = FAMILIES[rng.integers(len(FAMILIES))]
+    kind = Filmed if recipe == 2 and index % 2 else Scene
+    scene = kind(rng, family, size, frames)
+    scene.draw_background()
+    count = int(rng.integers(6, 17))
+    for depth in np.sort(rng.uniform(0.35, 1.5, count)):
+        scene.draw_object(depth)
+    return scene.plan()
+
+
 def clip(seed: int, index: int, size: int = 64, frames: int = 17, recipe: int = 1) -> torch.Tensor:
     """Renders one clip: uint8 [frames, size, size, 3], the same for the same (seed, index, size, frames, recipe).
 
     Raises ValueError for a negative seed or index, a size or frame count below 1, or a recipe that is none of RECIPES.
     """
-    return torch.from_numpy(_render(seed, index, size, frames, recipe))
+    return render.one(plan(seed, index, size, frames, recipe))
 
 
 def batch(
@@ -51,21 +69,5 @@ def batch(
 
 
 def scaled(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [T, H, W, 3] -> float32 [3, T, H, W] in [-1, 1]."""
-    return pixels.permute(3, 0, 1, 2) * (1 / 127.5) - 1.0
-
-
-def _render(seed, index, size, frames, recipe):
-    if size < 1 or frames < 1:
-        raise ValueError(f"size and frames must be >= 1, got {size} and {frames}")
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {RECIPES}, got {recipe!r}")
-    rng = generator(seed, index)
-    family = FAMILIES[rng.integers(len(FAMILIES))]
-    kind = Filmed if recipe == 2 and index % 2 else Scene
-    scene = kind(rng, family, size, frames)
-    scene.draw_background()
-    count = int(rng.integers(6, 17))
-    for depth in np.sort(rng.uniform(0.35, 1.5, count)):
-        scene.draw_object(depth)
-    return scene.develop()
+    """uint8 [..., T, H, W, 3] -> float32 [..., 3, T, H, W] in [-1, 1]."""
+    return pixels.movedim(-1, -4) * (1 / 127.5) - 1.0

@@ -1,13 +1,68 @@
-"""One procedural scene: a moving "dead leaves" picture, painted back to front. Units: :mod:`vft.train.procedural`."""
+"""The random choices of a procedural scene: a moving "dead leaves" picture, back to front, painted by
+:mod:`vft.train.render`. Units: :mod:`vft.train.procedural`.
+
+Choices are drawn in one order that never changes, so a clip is the same wherever it is painted; what follows from them
+is computed for all objects of a clip at once.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 FAMILIES = ("pan", "zoom", "rotate", "translate", "orbit", "bounce", "pulse", "still")
 SHAPES = ("ellipse", "polygon", "leaf", "ring", "blob")
+SHARES = np.array([0.3, 0.3, 0.2, 0.08, 0.12]).cumsum()
+# sides that a polygon has at most: fewer are filled with the last one
+SIDES = 6
+# that an object's motion is made of, with its depth and margin
+NUMBERS = 16
 TEXELS = 64
 TAU = 2 * np.pi
+
+# What an object looks like. shape: what its outline needs, see vft.train.render; soft: one over the width of its edge
+# in pixels; texture: one over the step, and the offset; shade: slope of its brightness; halo, shadow: strength, and one
+# over the width; line: strength, and width; window: first and last (excluded) row and column that it is painted in.
+OBJECT = np.dtype(
+    [
+        ("shape", "f4", 3 * SIDES), ("soft", "f4"), ("colour", "f4", 3), ("contrast", "f4"), ("texture", "f4", 3),
+        ("shade", "f4", 2), ("halo", "f4", 2), ("shadow", "f4", 2), ("line", "f4", 2), ("window", "f4", 4),
+    ]
+)  # fmt: skip
+# Of a clip: the background, which is multiplied by dim[0], plus dim[1]; the light, as its mean and slopes in x and y;
+# vignette, contrast of the film around a half, and strength of its noise.
+CLIP = np.dtype(
+    [
+        ("colour", "f4", 3), ("contrast", "f4"), ("texture", "f4", 3), ("ramp", "f4", (3, 2)), ("dim", "f4", 2),
+        ("light", "f4", 3), ("vignette", "f4"), ("tone", "f4"), ("noise", "f4"),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a clip's pixels, in arrays of one row an object, back to front.
+
+    motion ``[N, T, 7]``: the affine map from the screen to an object's own axes, and pixels a local unit; track ``[T,
+    6]``: the map of the background. kinds: into SHAPES; images: which of ``materials [5, 3, 64, 64]`` an object shows,
+    the background's is behind them. grain ``[3, T, H, W]``: the film's noise, or None; blur: the lens's in pixels.
+    """
+
+    size: int
+    frames: int
+    clip: np.ndarray
+    track: np.ndarray
+    objects: np.ndarray
+    motion: np.ndarray
+    kinds: np.ndarray
+    images: np.ndarray
+    materials: np.ndarray
+    blur: float = 0.0
+    grain: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the pixels, as :attr:`torch.Tensor.shape`."""
+        return self.frames, self.size, self.size, 3
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -18,16 +73,18 @@ def generator(seed: int, index: int) -> np.random.Generator:
 
 
 class Scene:
-    """One clip under construction: a canvas [3, T, H, W] in [0, 1] that objects are painted on, back to front."""
+    """One clip's choices: the camera's at once, then a call for the background and for each object."""
 
     def __init__(self, rng, family, size, frames):
-        self.rng, self.family, self.size = rng, family, size
+        self.rng, self.family, self.size, self.frames = rng, family, size, frames
         self.time = np.arange(frames) / 16 * rng.uniform(0.3, 1.0)
-        self.axis = ((np.arange(size) + 0.5) * (2 / size) - 1).astype(np.float32)
-        self.canvas = np.empty((3, frames, size, size), np.float32)
         self.gains = _motion_gains(rng, family)
         self.tint = _chroma(rng) * rng.uniform(0, 0.7)
         self.materials = _materials(rng)
+        self.clip = np.zeros((), CLIP)
+        self.clip["dim"], self.clip["tone"] = (1, 0), 1
+        # of each object: appearance, kind, image, and the numbers of its motion
+        self.drawn = []
         self._aim_camera()
 
     def _aim_camera(self):
@@ -39,99 +96,100 @@ class Scene:
         self.roll = gains["rotate"] * rng.choice([-1, 1]) * rng.uniform(0.4, 1.4) * eased
 
     def draw_background(self):
-        rng = self.rng
-        to_local = self._world_to_local(0.3, np.zeros((2, 1)))
-        u, v = plane(to_local, self.axis, self.axis)
-        slope = rng.normal(0, 0.1, (3, 2)) + rng.normal(0, 0.15, 2)
-        ramp = [a * self.axis[None, :] + b * self.axis[:, None] for a, b in slope.astype(np.float32)]
-        image = self._colour() + rng.uniform(0.3, 0.8) * self.materials[rng.integers(2)]
-        self.canvas[:] = _sample(image, u, v, rng.uniform(1.5, 4), rng.uniform(-1, 1, 2))
-        self.canvas += np.stack(ramp)[:, None]
+        rng, clip = self.rng, self.clip
+        clip["ramp"] = rng.normal(0, 0.1, (3, 2)) + rng.normal(0, 0.15, 2)
+        clip["colour"], clip["contrast"] = self._colour(), rng.uniform(0.3, 0.8)
+        self.image = int(rng.integers(2))
+        clip["texture"] = 1 / rng.uniform(1.5, 4), *rng.uniform(-1, 1, 2)
 
     def draw_object(self, depth):
-        """Paints one object whose motion under the camera is scaled by depth (parallax)."""
-        rng = self.rng
-        shape, reach = _shape(rng)
+        """One object whose motion under the camera is scaled by depth (parallax)."""
+        rng, unit = self.rng, self.size / 64
+        look = np.zeros((), OBJECT)
+        kind, look["shape"] = _shape(rng)
         radius = _power_law(rng, 0.11, 0.9)
-        softness = rng.uniform(2, 6) * self.size / 64 if rng.random() < 0.2 else 1.0
-        halo = rng.uniform(2, 5) * self.size / 64 if rng.random() < 0.3 else 0.0
-        centre, angle, log_scale = self._object_motion(radius)
-        material, offset = self._material(), rng.uniform(-1, 1, 2)
-        texture_step = rng.uniform(1, 3) / radius
-        # pixels per local unit, [T]
+        softness = rng.uniform(2, 6) * unit if rng.random() < 0.2 else 1.0
+        halo = rng.uniform(2, 5) * unit if rng.random() < 0.3 else 0.0
+        motion = self._draw_motion(radius)
+        look["soft"] = 1 / softness
+        look["halo"] = (0.45, 0.5 / halo) if halo else 0
+        look["colour"], image, contrast = self._colour(), int(rng.integers(len(self.materials))), rng.uniform(0.3, 1.5)
+        look["contrast"] = contrast if rng.random() < 0.75 else 0
+        shade = rng.normal(0, 0.2, 2)
+        look["shade"] = shade if rng.random() < 0.6 else 0
+        offset = rng.uniform(-1, 1, 2)
+        look["texture"] = radius / rng.uniform(1, 3), *offset
+        self.drawn.append((look, kind, image, (depth, max(softness, 2 * halo), *motion)))
+
+    def _draw_motion(self, radius):
+        """What :func:`_paths` makes the motion of."""
+        rng = self.rng
+        angles = rng.uniform(0, TAU, 4)
+        start = rng.uniform(-1.2, 1.2, 2)
+        draw = rng.uniform
+        rest = (draw(0.3, 1.4), draw(0.8, 2.5), draw(0.6, 1.4), draw(0.4, 0.9), draw(-1.5, 1.5), draw(0, 0.4))
+        return np.log(radius), *angles, *start, *rest, draw(0.3, 0.7)
+
+    def plan(self):
+        """Draws the light, the last thing that is drawn, and derives what is painted."""
+        slope = self.rng.normal(0, 0.15, 2)
+        self.clip["light"] = self.rng.uniform(0.85, 1.1), *slope
+        looks, kinds, images, numbers = zip(*self.drawn, strict=True) if self.drawn else ((),) * 4
+        objects = np.array(list(looks), OBJECT)
+        motion, windows = self._moved(np.array(numbers, float).reshape(-1, NUMBERS))
+        objects["window"] = windows
+        # what no frame shows is not painted
+        shown = (windows[:, 0] < windows[:, 1]) & (windows[:, 2] < windows[:, 3])
+        return Plan(
+            self.size, self.frames, self.clip, self.to_local(0.3, np.zeros((1, 2, 1)))[0], objects[shown],
+            motion[shown], np.array(kinds, int)[shown], np.array([*np.array(images, int)[shown], self.image]),
+            self.materials,
+        )  # fmt: skip
+
+    def _moved(self, numbers):
+        """Motion ``[N, T, 7]`` and windows ``[N, 4]`` of objects."""
+        depth, margin, rest = numbers[:, 0, None], numbers[:, 1, None], numbers[:, 2:]
+        centre, angle, log_scale = _paths(rest, self.gains, self.time)
         pixels = np.exp(log_scale + depth * self.log_zoom) * self.size / 2
-        rows, columns = self._bounds(depth, centre, pixels * reach + max(softness, 2 * halo))
-        if rows.stop <= rows.start or columns.stop <= columns.start:
-            return
-        to_local = self._world_to_local(depth, centre, angle, log_scale)
-        u, v = plane(to_local, self.axis[columns], self.axis[rows])
-        # signed distance to the outline in pixels, [T, h, w]
-        distance = shape(u, v) * pixels.astype(np.float32)[:, None, None]
-        region = self.canvas[:, :, rows, columns]
-        if halo:
-            region *= 1 - 0.45 * np.clip(1 - distance * (0.5 / halo), 0, 1) ** 2
-        alpha = np.clip(0.5 - distance * (1 / softness), 0, 1)
-        paint = _paint(*material, u, v, texture_step, offset)
-        paint -= region
-        paint *= alpha
-        region += paint
-        self._trace(region, distance)
+        windows = self._windows(depth, centre, pixels + margin)
+        affine = self.to_local(depth[..., None], centre, angle, log_scale)
+        return np.concatenate([affine, pixels[..., None].astype(np.float32)], 2), windows
 
-    def _trace(self, region, distance):
-        """What an object gets on top, in its part of the canvas; distance in pixels to its outline, [T, h, w]."""
-
-    def develop(self):
-        """The finished clip under one smooth light: uint8 [T, H, W, 3]."""
-        slope = self.rng.normal(0, 0.15, 2).astype(np.float32)
-        light = self.rng.uniform(0.85, 1.1) + slope[0] * self.axis[None, :] + slope[1] * self.axis[:, None]
-        self.canvas *= np.maximum(light, 0.3, dtype=np.float32) * np.float32(255)
-        self.canvas += 0.5
-        np.clip(self.canvas, 0, 255, out=self.canvas)
-        return np.ascontiguousarray(self.canvas.astype(np.uint8).transpose(1, 2, 3, 0))
-
-    def _object_motion(self, radius):
-        """Centre [2, T], angle [T] and log scale [T] of one object in the world."""
-        rng, gains, time = self.rng, self.gains, self.time
-        heading, phase, beat, start = rng.uniform(0, TAU, 4)
-        centre = rng.uniform(-1.2, 1.2, (2, 1)) + np.zeros((2, len(time)))
-        centre += gains["translate"] * rng.uniform(0.3, 1.4) * np.outer([np.cos(heading), np.sin(heading)], time)
-        turn = gains["orbit"] * rng.uniform(0.8, 2.5) * time
-        centre = _rotation(turn, centre)
-        rate = rng.uniform(0.6, 1.4)
-        hop = np.abs(np.sin(np.pi * rate * time + phase)) - abs(np.sin(phase))
-        centre[1] -= gains["bounce"] * rng.uniform(0.4, 0.9) * hop
-        spin = gains["spin"] * (rng.uniform(-1.5, 1.5) * time + rng.uniform(0, 0.4) * np.sin(TAU * rate * time + beat))
-        swell = gains["pulse"] * rng.uniform(0.3, 0.7) * np.sin(TAU * rate * time + beat)
-        return centre, start + spin, np.log(radius) + swell
-
-    def _world_to_local(self, depth, centre, angle=0.0, log_scale=0.0):
-        """Per-frame affine map [T, 2, 3] from the screen to an object's own axes."""
-        shrink = np.exp(-log_scale - depth * self.log_zoom)
+    def to_local(self, depth, centre, angle=0.0, log_scale=0.0):
+        """Affine maps ``[N, T, 6]`` from the screen to objects' own axes; centre ``[N, 2, T]``, the rest ``[N, T]``."""
+        shrink = np.exp(-log_scale - np.reshape(depth, (-1, 1)) * self.log_zoom)
         cos, sin = np.cos(self.roll + angle) * shrink, np.sin(self.roll + angle) * shrink
-        shift = _rotation(angle, depth * self.pan - centre) * np.exp(-log_scale)
-        return np.stack([np.stack([cos, sin, shift[0]], -1), np.stack([-sin, cos, shift[1]], -1)], 1)
+        u, v = _rotation(angle, depth * self.pan - centre)
+        scale = np.exp(-log_scale)
+        return np.stack([cos, sin, u * scale, -sin, cos, v * scale], -1).astype(np.float32)
 
-    def _bounds(self, depth, centre, reach):
-        """The rows and columns that a disc around centre [2, T] of `reach` [T] pixels touches in any frame."""
-        screen = _rotation(-self.roll, centre - depth * self.pan) * np.exp(depth * self.log_zoom)
-        pixel = (screen + 1) * (self.size / 2)
-        first = np.floor(np.min(pixel - reach, 1)).astype(int).clip(0, self.size)
-        last = np.ceil(np.max(pixel + reach, 1)).astype(int).clip(0, self.size)
-        return slice(first[1], last[1]), slice(first[0], last[0])
+    def _windows(self, depth, centre, reach):
+        """Rows and columns that a disc around centre ``[N, 2, T]`` of `reach [N, T]` pixels touches in any frame."""
+        screen = np.stack(_rotation(-self.roll, centre - depth[..., None] * self.pan), 1)
+        pixel = (screen * np.exp(depth * self.log_zoom)[:, None] + 1) * (self.size / 2)
+        first = np.floor((pixel - reach[:, None]).min(2)).clip(0, self.size)
+        last = np.ceil((pixel + reach[:, None]).max(2)).clip(0, self.size)
+        return np.stack([first[:, 1], last[:, 1], first[:, 0], last[:, 0]], 1)
 
     def _colour(self):
-        """A random colour [3, 1, 1] near the clip's tint."""
+        """A random colour [3] near the clip's tint."""
         colour = self.rng.uniform(0.08, 0.92) + 0.22 * (self.tint + _chroma(self.rng))
-        return np.clip(colour, 0, 1).astype(np.float32)[:, None, None]
+        return np.clip(colour, 0, 1)
 
-    def _material(self):
-        """Texture image [3, N, N], or one colour [3, 1, 1], and the slope of the shading (or None)."""
-        rng = self.rng
-        image, texture, contrast = self._colour(), rng.integers(len(self.materials)), rng.uniform(0.3, 1.5)
-        if rng.random() < 0.75:
-            image = image + np.float32(contrast) * self.materials[texture]
-        slope = rng.normal(0, 0.2, 2).astype(np.float32)
-        return image, slope if rng.random() < 0.6 else None
+
+def _paths(numbers, gains, time):
+    """Centre ``[N, 2, T]``, angle ``[N, T]`` and log scale ``[N, T]`` of objects in the world."""
+    columns = numbers.T[:, :, None]
+    log_radius, heading, phase, beat, start, x, y, far, turns, rate, jump, twist, wobble, swell = columns
+    along = gains["translate"] * far * time
+    centre = np.stack(_rotation(
+        gains["orbit"] * turns * time, np.stack([x + along * np.cos(heading), y + along * np.sin(heading)], 1)
+    ), 1)  # fmt: skip
+    hop = np.abs(np.sin(np.pi * rate * time + phase)) - np.abs(np.sin(phase))
+    centre[:, 1] -= gains["bounce"] * jump * hop
+    wave = np.sin(TAU * rate * time + beat)
+    angle = start + gains["spin"] * (twist * time + wobble * wave)
+    return centre, angle, log_radius + gains["pulse"] * swell * wave
 
 
 def _motion_gains(rng, family):
@@ -144,12 +202,13 @@ def _motion_gains(rng, family):
 
 
 def _materials(rng):
-    """Texture images [3, N, N] whose channels share most of their variation, as in nature; the first 2 are plain."""
+    """Textures [5, 3, N, N] whose channels share most of their variation, as in nature; the first 2 are plain."""
     images = [_one_over_f(rng, rng.uniform(*powers)) for powers in ((0.9, 1.3), (1.3, 2.0))]
     images += [np.concatenate([0.6 * _pattern(rng) + 0.4 * images[k][k:][:1], images[k][1:]]) for k in range(2)]
     images.append(images[0][::-1, ::-1])
     mixes = 0.14 * np.ones((3, 1)) * [1, 0.15, 0.15] + 0.035 * rng.normal(size=(len(images), 3, 3))
-    return [(m @ i.reshape(3, -1)).reshape(i.shape) for m, i in zip(mixes.astype(np.float32), images, strict=True)]
+    flat = np.stack(images).reshape(len(images), 3, -1)
+    return (mixes.astype(np.float32) @ flat).reshape(len(images), 3, TEXELS, TEXELS)
 
 
 def _one_over_f(rng, power):
@@ -167,11 +226,19 @@ def _one_over_f(rng, power):
 def _pattern(rng):
     """Stripes, a checkerboard or dots, soft-edged, [1, N, N] in [-1.5, 1.5]."""
     angle, wave = rng.uniform(0, TAU), TAU / rng.uniform(5, 16)
-    x, y = np.meshgrid(np.arange(TEXELS) * wave, np.arange(TEXELS) * wave)
-    a, b = np.sin(np.cos(angle) * x + np.sin(angle) * y), np.sin(np.cos(angle) * y - np.sin(angle) * x)
+    place = np.arange(TEXELS) * wave
+    near, far = np.cos(angle) * place, np.sin(angle) * place
+    # of sums of a row's and a column's angle: sines of 2 N numbers, not of N * N
+    a, b = _sine_of_sums(far, near), _sine_of_sums(near, -far)
     kind = rng.integers(3)
     level = a if kind == 0 else a * b if kind == 1 else a + b - 1
-    return (1.5 * np.tanh(3 * level)).astype(np.float32)[None]
+    return 1.5 * np.tanh(3 * level)[None]
+
+
+def _sine_of_sums(rows, columns):
+    """sin(rows[i] + columns[j]), [N, N]."""
+    sums = np.outer(np.sin(rows), np.cos(columns)) + np.outer(np.cos(rows), np.sin(columns))
+    return sums.astype(np.float32)
 
 
 def _chroma(rng):
@@ -185,100 +252,47 @@ def _power_law(rng, low, high):
 
 
 def _rotation(angle, points):
+    """Points ``[2, T]`` or ``[N, 2, T]`` turned by ``angle``: x and y."""
     cos, sin = np.cos(angle), np.sin(angle)
-    return np.stack([cos * points[0] + sin * points[1], cos * points[1] - sin * points[0]])
+    x, y = points[..., 0, :], points[..., 1, :]
+    return cos * x + sin * y, cos * y - sin * x
 
 
-def plane(affine, x, y):
-    """Local coordinates u, v [T, h, w] of pixel centres x [w], y [h] under affine [T, 2, 3]."""
-    affine = affine.astype(np.float32)[..., None, None]
-    return tuple(affine[:, i, 0] * x + (affine[:, i, 1] * y[:, None] + affine[:, i, 2]) for i in (0, 1))
-
-
-def _sample(image, u, v, step, offset):
-    """Bilinear lookup of image [3, N, N] at (u, v) / step + offset, mirrored outside [-1, 1]: [3, T, h, w]."""
-    grid = np.empty((1, u.shape[0] * u.shape[1], u.shape[2], 2), np.float32)
-    for axis, coordinate in enumerate((u, v)):
-        grid[0, ..., axis] = (coordinate * np.float32(1 / step) + np.float32(offset[axis])).reshape(grid.shape[1:3])
-    image, grid = torch.from_numpy(image[None]), torch.from_numpy(grid)
-    out = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
-    return out.numpy().reshape(3, *u.shape)
-
-
-def _paint(image, slope, u, v, step, offset):
-    """An object's colour [3, T, h, w] at local coordinates u, v."""
-    if image.size == 3:
-        paint = np.empty((3, *u.shape), np.float32)
-        paint[:] = image[..., None]
-    else:
-        paint = _sample(image, u, v, step, offset)
-    if slope is not None:
-        paint *= np.float32(1) + slope[0] * u + slope[1] * v
-    return paint
+def polygon(normals, distances):
+    """The shape of the half-planes normals [n, 2] . (u, v) <= distances [n]."""
+    sides = np.concatenate([normals, distances[:, None]], 1)
+    return np.concatenate([sides, np.repeat(sides[-1:], SIDES - len(sides), 0)]).flatten()
 
 
 def _shape(rng):
-    """A random outline: (signed distance function of local u, v in local units, radius that contains it)."""
-    kind = SHAPES[rng.choice(len(SHAPES), p=[0.3, 0.3, 0.2, 0.08, 0.12])]
-    if kind == "ellipse":
-        return _ellipse(rng.uniform(0.35, 1)), 1.0
-    if kind == "polygon":
-        return _polygon(rng)
-    if kind == "leaf":
-        return _leaf(rng.uniform(0.25, 0.8)), 1.0
-    if kind == "ring":
-        width = np.float32(rng.uniform(0.12, 0.3))
-        return lambda u, v: np.abs(np.sqrt(u * u + v * v) - (1 - width)) - width, 1.0
-    return _blob(rng)
-
-
-def _ellipse(ratio):
-    """Half-axes 1 and ratio; f (f - 1) / |grad f**2 / 2| approximates the distance."""
-    inverse = np.float32(1 / ratio)
-
-    def distance(u, v):
-        w = v * inverse
-        uu, ww = u * u, w * w
-        f = uu + ww
-        return (f - np.sqrt(f)) / np.sqrt(uu + ww * inverse**2 + np.float32(1e-6))
-
-    return distance
+    """A random outline in the unit circle: its kind and numbers."""
+    kind = int(SHARES.searchsorted(rng.random(), "right"))
+    numbers = np.zeros(3 * SIDES)
+    match SHAPES[kind]:
+        case "ellipse":
+            # half-axes 1 and what is drawn
+            numbers[0] = 1 / rng.uniform(0.35, 1)
+        case "polygon":
+            numbers = _polygon(rng)
+        case "leaf":
+            # the intersection of two circles: tips at u = +-1
+            width = rng.uniform(0.25, 0.8)
+            rise = (1 - width * width) / (2 * width)
+            numbers[:2] = rise, rise + width
+        case "ring":
+            width = np.float32(rng.uniform(0.12, 0.3))
+            numbers[:2] = 1 - width, width
+        case "blob":
+            # radius 0.7 + a cos(3 angle) + b sin(2 angle)
+            numbers[:3] = 0.7, *rng.uniform(-0.15, 0.15, 2)
+    return kind, numbers
 
 
 def _polygon(rng):
     """A convex polygon of 3 to 6 sides, scaled into the unit circle."""
     sides = int(rng.integers(3, 7))
     angles = (np.arange(sides) + rng.uniform(-0.15, 0.15, sides)) * TAU / sides
-    normals = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     distances = rng.uniform(0.6, 1, sides)
     turn, following = np.roll(angles, -1) - angles, np.roll(distances, -1)
     corners = (distances**2 + following**2 - 2 * distances * following * np.cos(turn)) / np.sin(turn) ** 2
-    distances = (distances / np.sqrt(corners.max())).astype(np.float32)
-
-    def distance(u, v):
-        out = None
-        for (nx, ny), d in zip(normals, distances, strict=True):
-            side = nx * u + (ny * v - d)
-            out = side if out is None else np.maximum(out, side, out=out)
-        return out
-
-    return distance, 1.0
-
-
-def _leaf(width):
-    """The intersection of two circles: tips at u = +-1, half-width `width`."""
-    rise = np.float32((1 - width * width) / (2 * width))
-    radius = np.float32(rise + width)
-    return lambda u, v: np.sqrt(u * u + (np.abs(v) + rise) ** 2) - radius
-
-
-def _blob(rng):
-    """A star-like outline, radius 0.7 + a cos(3 angle) + b sin(2 angle)."""
-    a, b = rng.uniform(-0.15, 0.15, 2).astype(np.float32)
-
-    def distance(u, v):
-        r = np.sqrt(u * u + v * v) + np.float32(1e-6)
-        c, s = u / r, v / r
-        return r - (np.float32(0.7) + a * c * (4 * c * c - 3) + 2 * b * c * s)
-
-    return distance, 1.0
+    return polygon(np.stack([np.cos(angles), np.sin(angles)], 1), distances / np.sqrt(corners.max()))

@@ -50,7 +50,7 @@ class TokenShards:
         """What must be the same when a run is resumed."""
         return {"rows": len(self.rows), "digest": self._digest}
 
-    def start_workers(self, count: int) -> None:
+    def start_workers(self, count: int, device: torch.device | None = None) -> None:
         """Nothing to render."""
 
     def close(self) -> None:

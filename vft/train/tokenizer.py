@@ -122,8 +122,8 @@ class TokenizerTask:
             raise ValueError(f"the config must have the codec's {codec.channels} channels, got {config.channels}")
         if settings.edges and not getattr(codec, "linear", False):
             raise ValueError(f"edges must be 0 with {codec.name!r}, which is not linear, got {settings.edges}")
-        self.data = data.clips(codec.encode, settings, config.chunk_size, self.model.size)
         self.codec = codec.requires_grad_(False)
+        self.data = data.clips(self._encode, settings, config.chunk_size, self.model.size)
         if self.start is None:
             self._begin()
         elif settings.codec:
@@ -139,6 +139,9 @@ class TokenizerTask:
         rows, columns = (n // p for n, p in zip(shape[2:], config.patch[1:], strict=True))
         if initial.fits(model, rows, columns):
             initial.start(model, rows, columns, self.data.batch(range(min(64, settings.clips))))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.codec.to(pixels.device).encode(pixels)
 
     def recompute(self, on: bool) -> None:
         self.model.encoder.recompute = self.model.decoder.recompute = on

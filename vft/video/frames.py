@@ -105,17 +105,24 @@ def preprocess(frames: torch.Tensor, size: int | None = None, device: torch.devi
     Raises:
         ValueError: frames have another shape, dtype, no frame, or a side below 16 and no ``size``.
     """
+    return from_uint8(fitted(frames, size).to(device, non_blocking=True))
+
+
+def fitted(frames: torch.Tensor, size: int | None) -> torch.Tensor:
+    """The frames that :func:`preprocess` takes, still uint8 ``[T, H', W', 3]`` and where they were."""
     check_frames(frames)
     if frames.shape[0] == 0:
         raise ValueError("frames must hold at least one frame, got none")
     if size is not None:
-        frames = fit(frames, size)
-    else:
-        height, width = (side - side % PATCH for side in frames.shape[1:3])
-        if not height or not width:
-            raise ValueError(f"frames must be at least {PATCH} pixels on each side, got {list(frames.shape[1:3])}")
-        frames = _crop(frames, height, width)
-    frames = frames.to(device, non_blocking=True)
+        return fit(frames, size)
+    height, width = (side - side % PATCH for side in frames.shape[1:3])
+    if not height or not width:
+        raise ValueError(f"frames must be at least {PATCH} pixels on each side, got {list(frames.shape[1:3])}")
+    return _crop(frames, height, width)
+
+
+def from_uint8(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[T, H, W, 3]`` -> float32 ``[3, T, H, W]`` in [-1, 1]."""
     return frames.permute(3, 0, 1, 2).to(torch.float32).div_(127.5).sub_(1)
 
 

@@ -1,0 +1,32 @@
+"""Data of the host on a device, by one transfer that the host does not wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# of a tensor's first byte, as torch's own allocations are on a GPU
+_ALIGNED = 512
+
+
+def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """CPU tensors as tensors on ``device``, contiguous, in the order of their stream there; on the CPU themselves.
+
+    A copy out of pageable memory would wait for all work on a GPU: they are gathered in pinned memory first.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    starts, end = [], 0
+    for x in tensors:
+        starts.append(end)
+        end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED
+    flat = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, part in zip(tensors, _views(flat, starts, tensors), strict=True):
+        part.copy_(x)
+    return _views(flat.to(device, non_blocking=True), starts, tensors)
+
+
+def _views(flat: torch.Tensor, starts: list[int], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = [flat[start : start + x.numel() * x.element_size()] for start, x in zip(starts, like, strict=True)]
+    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, like, strict=True)]
