@@ -98,7 +98,8 @@ class StepGraphs:
         """A run of these settings, which is nobody else's until it ends."""
         weights = (*velocity.decoder.parameters(), *velocity.decoder.buffers())
         held = tuple((t.data_ptr(), t.dtype) for t in weights)
-        key = velocity.key, settings, held, library.current_backend()
+        # tensors made in inference mode cannot be written outside of it
+        key = velocity.key, settings, held, library.current_backend(), torch.is_inference_mode_enabled()
         run = self._kept.pop(key, None) or Run(settings, velocity.codes.device)
         try:
             yield run

@@ -147,16 +147,18 @@ class _State:
         self.shapes = settings.shapes[part]
         self.noised, frames = settings.noised, settings.frames and settings.frames[part]
         total = sum(shape.numel() for shape in self.shapes)
-        self.stage, *buffers = torch.empty(1 + settings.states + settings.past, total, device=device)
+        count = 1 + settings.states + settings.past
+        self.stage, *buffers = (torch.empty(total, device=device) for _ in range(count))
         # without stages inside of steps the stage is the end of the latest one
         self.states = [buffers[0] if settings.staged else self.stage, *buffers[1 : settings.states]]
         self.past = buffers[settings.states :]
         self.offsets = _row_offsets(self.shapes, device)
         self.prefix = None
         if frames is not None:
-            offsets = _row_offsets([(c, k, h, w) for (c, _, h, w), k in zip(self.shapes, frames, strict=True)], device)
-            values, noise = torch.empty(2, int(offsets[-1]), device=device)
-            self.prefix = Prefix(values, offsets, noise if self.noised else None)
+            shapes = [torch.Size((c, k, h, w)) for (c, _, h, w), k in zip(self.shapes, frames, strict=True)]
+            values = torch.empty(sum(shape.numel() for shape in shapes), device=device)
+            noise = torch.empty_like(values) if self.noised else None
+            self.prefix = Prefix(values, _row_offsets(shapes, device), noise)
 
     def begin(self, noise, prefix) -> None:
         self.stage.copy_(_flat(noise))
@@ -220,5 +222,5 @@ def _flat(samples: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _row_offsets(shapes, device) -> torch.Tensor:
-    lengths = [torch.Size(shape[1:]).numel() for shape in shapes for _ in range(shape[0])]
+    lengths = [shape[1:].numel() for shape in shapes for _ in range(shape[0])]
     return torch.tensor([0, *accumulate(lengths)], device=device)

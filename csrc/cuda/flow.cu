@@ -121,10 +121,9 @@ __device__ FlowCoefficients<float> coefficients(const FlowUpdate& p, int64_t beg
   return flow_needs_sums(p) ? rescaled<X, V>(p, begin, end, aligned) : flow_plain<float>(p);
 }
 
-// x += weight * term[i ..], which is not read where the weight is 0
+// x += weight * term[i ..]
 template <int N, typename T>
 __device__ __forceinline__ void add_term(const T* term, int64_t i, float weight, float (&x)[N]) {
-  if (weight == 0) return;
   float value[N];
   load_floats<N>(term + i, value);
 #pragma unroll
@@ -135,7 +134,8 @@ template <typename X, typename V>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
   // scalars come with float32 states alone: the other kernels spare their registers
-  if (sizeof(X) < sizeof(float) && p.scalars) __builtin_unreachable();
+  constexpr bool kScalars = sizeof(X) == sizeof(float);
+  if (!kScalars && p.scalars) __builtin_unreachable();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     load_floats<N>(static_cast<const X*>(p.x[0]) + i, state);
     if (p.guidance != kFlowNone) difference<N, V>(p, i, v, d);
     if (p.momentum_next) store_floats<N>(p.momentum_next + i, d);
-    const float a = flow_a(p, 0), b = flow_b(p);
+    const float a = kScalars ? flow_a(p, 0) : p.a[0], b = kScalars ? flow_b(p) : p.b;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       v[j] = fmaf(k.beta, d[j], k.alpha * v[j]);
@@ -157,9 +157,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
     if (p.velocity) store_floats<N>(p.velocity + i, v);
 #pragma unroll 1
-    for (int s = 1; s < p.states; ++s) add_term<N>(static_cast<const X*>(p.x[s]), i, flow_a(p, s), x);
+    for (int s = 1; s < p.states; ++s) {
+      const float weight = kScalars ? flow_a(p, s) : p.a[s];
+      if (!kScalars || weight != 0) add_term<N>(static_cast<const X*>(p.x[s]), i, weight, x);
+    }
 #pragma unroll 1
-    for (int s = 0; s < p.pasts; ++s) add_term<N>(p.past[s], i, flow_past_b(p, s), x);
+    for (int s = 0; s < p.pasts; ++s) {
+      const float weight = kScalars ? flow_past_b(p, s) : p.past_b[s];
+      if (!kScalars || weight != 0) add_term<N>(p.past[s], i, weight, x);
+    }
     if (i - begin < given) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
