@@ -36,15 +36,20 @@ VIDEO = (17, 8, 8) if STANDIN else (17, 256, 256)
 GENERATOR = {"depth": 1, "vocab": 64, "seq_len": 40} if STANDIN else {"depth": 16, "vocab": 64000, "seq_len": 1280}
 
 
-def seconds_of(function, repeats: int) -> float:
-    """The mean of `repeats` calls after one that compiles and captures."""
+def timed(function, repeats: int) -> tuple[float, float]:
+    """Seconds of a first call, which compiles and captures, and the mean of `repeats` after it."""
+    start = time.perf_counter()
     function()
     synchronize(DEVICE)
-    start = time.perf_counter()
+    first = time.perf_counter()
     for _ in range(repeats):
         function()
     synchronize(DEVICE)
-    return (time.perf_counter() - start) / repeats
+    return first - start, (time.perf_counter() - first) / repeats
+
+
+def seconds_of(function, repeats: int) -> float:
+    return timed(function, repeats)[1]
 
 
 def tokenizer():
@@ -62,13 +67,27 @@ def tokenizer():
     note = f"{parameters / 1e9:.2f} B parameters, random weights, bf16, {STEPS} Euler steps, APG"
     registers = model.registers
     few = min(32, registers)
-    for batch, keep, graphs in ((1, few, True), (8, few, True), (1, registers, True), (1, few, False)):
+    few_steps = {"steps": max(1, STEPS // 2), "solver": "ab2"}
+    fewer = few_steps | {"null_every": 2}
+    for batch, keep, graphs, fp8, label, options in (
+        (1, few, True, False, "", {}),
+        (8, few, True, False, "", {}),
+        (8, few, True, False, ", ab2 in half the steps", few_steps),
+        (1, registers, True, False, "", {}),
+        (1, few, False, False, ", no CUDA graph", {}),
+        (8, few, True, True, ", fp8", {}),
+        (8, few, True, True, ", fp8, ab2 in half the steps, null_every 2", fewer),
+    ):
         ids = [torch.randint(model.config.codebook_size, (LATENTS[1], registers), device=DEVICE) for _ in range(batch)]
         noise = [torch.randn(LATENTS, device=DEVICE) for _ in range(batch)]
+        name = f"tokenizer decode, batch {batch}, keep {keep}{label}"
+        sampler = {"steps": STEPS, "guidance": GUIDANCE, "noise": noise} | options
         model.cuda_graphs = graphs
-        call = lambda i=ids, k=keep, n=noise: model.decode_latents(i, k, STEPS, GUIDANCE, noise=n)  # noqa: E731
-        name = f"tokenizer decode, batch {batch}, keep {keep}{'' if graphs else ', no CUDA graph'}"
-        yield name, seconds_of(call, 1 if batch > 1 else 2) / batch, "s a clip", note
+        if fp8:
+            model.quantize()
+        first, seconds = timed(lambda: model.decode_latents(ids, keep, **sampler), 1 if batch > 1 else 2)  # noqa: B023
+        yield name, seconds / batch, "s a clip", note
+        yield f"{name}, first call beside the work", first - seconds, "s", note
     for batch in (1, 8):
         latents = [torch.randn(LATENTS, device=DEVICE) for _ in range(batch)]
         seconds = seconds_of(lambda x=latents: model.encode_latents(x), 5)

@@ -4,8 +4,8 @@
 
 A row is one way to decode: sequences that the transformer computes a sample (conditional and unconditional ones), the
 time a call takes as a share of the first row's (medians of calls in turn), the relative L2 distance of the latents from
-those of 1000 Euler steps with the same guidance from the same noise, and the PSNR to the source of the video that they
-decode to; means over procedural clips that the model was not trained on.
+those of 1000 Euler steps in float32 with the same guidance from the same noise, and the PSNR to the source of the video
+that they decode to; means over procedural clips that the model was not trained on.
 """
 
 import argparse
@@ -34,27 +34,31 @@ ROWS = {
     "null_every=2": {"steps": 40, "null_every": 2},
     "ab2, 20 steps, guidance for t in 0.2 to 0.8": {"steps": 20, "solver": "ab2", "guidance": INTERVAL},
     "ab2, 20 steps, null_every=2": {"steps": 20, "solver": "ab2", "null_every": 2},
+    "fp8 weights": {"steps": 40, "weights": "fp8"},
+    "fp8 weights, ab2, 20 steps, `null_every=2`": {"steps": 20, "solver": "ab2", "null_every": 2, "weights": "fp8"},
     "no guidance, Euler, 40 steps": {"steps": 40, "guidance": None},
+    "no guidance, fp8 weights": {"steps": 40, "guidance": None, "weights": "fp8"},
 }
 
 
-def sequences(steps: int, solver: str = "euler", guidance=GUIDANCE, null_every: int = 1) -> int:
-    """Sequences that the transformer computes for a sample."""
+def sequences(steps: int, solver: str = "euler", guidance=GUIDANCE, null_every: int = 1, weights=None) -> int:
+    """Sequences that the transformer computes for a sample, with whatever weights."""
     plan = evaluations(solver, schedule(steps))
     guided = sum(resolve(guidance, evaluation.t) is not None for evaluation in plan)
     return len(plan) + -(-guided // null_every)
 
 
 def rows(clips: int, reference_steps: int, seconds: float) -> list[dict]:
-    model = vft.Tokenizer.from_pretrained("tiny")
+    models = {weights: vft.Tokenizer.from_pretrained("tiny", weights=weights) for weights in (None, "fp8")}
+    model = models[None]
     source = batch(SEED, range(clips))
     latents = list(model.codec.encode(source))
     ids = model.encode_latents(latents)
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(x.shape, generator=generator) for x in latents]
 
-    def run(**options) -> list[torch.Tensor]:
-        return model.decode_latents(ids, KEEP, noise=noise, **{"guidance": GUIDANCE} | options)
+    def run(weights: str | None = None, **options) -> list[torch.Tensor]:
+        return models[weights].decode_latents(ids, KEEP, noise=noise, **{"guidance": GUIDANCE} | options)
 
     exact = {}
     for guidance in (GUIDANCE, None):

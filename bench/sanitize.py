@@ -11,7 +11,7 @@ import sys
 import torch
 
 import flexkernels
-from flexkernels import APG, CFG
+from flexkernels import APG, CFG, solvers
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +51,13 @@ def flow(device, dtype):
         "flow_update",
         flexkernels.flow_update([x], [1.0], v, b=-0.1),
         flexkernels.flow_update_ref([x], [1.0], v, b=-0.1),
+    )
+    given = {"past": [x.float()], "past_b": [0.5], "guidance": CFG(3.0)}
+    scalars = torch.tensor(solvers.scalars([1.0], -0.1, [0.5], 3.0), device=device)
+    yield (
+        "flow_update with scalars",
+        flexkernels.flow_update([x], [1.0], v, u, b=-0.1, scalars=scalars, **given),
+        flexkernels.flow_update_ref([x], [1.0], v, u, b=-0.1, **given),
     )
 
 

@@ -21,6 +21,7 @@ from .flow_math import (
     MAX_TERMS,
     NO_GUIDANCE,
     NUMBERS,
+    SCALARS,
     Numbers,
     Rows,
     Tensors,
@@ -127,6 +128,7 @@ def flow_update(
     row_offsets: torch.Tensor | None = None,
     prefix: Prefix | None = None,
     return_velocity: bool = False,
+    scalars: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """sum a_i x_i + b * v + sum past_b_j past_j with the guided velocity v, in one pass over memory.
 
@@ -140,6 +142,9 @@ def flow_update(
     momentum_buffer: float32 like x, the buffer that the update before returned, zeros for the first; with a momentum
         it must be given.
     prefix: conditioning values, which overwrite the first elements of each row.
+    scalars: float32 [9] on x's device, read there in place of numbers given here: three of a, b, three of past_b, the
+        guidance's scale and the prefix's time (`solvers.scalars`), so that a captured update can be replayed with
+        others. How many a and past_b there are is as given. For float32 states, without a gradient.
 
     Returns x_next in x's shape and dtype, and the momentum buffer for the next update (float32, x's shape) when
     guidance is APG with a momentum, else None; with return_velocity also v (float32, x's shape), which the prefix does
@@ -152,7 +157,8 @@ def flow_update(
     Source: arXiv 2410.02416, algorithm 1, with norms per channel as in VideoFlexTok (arXiv 2604.12887).
     """
     terms, b = _terms(x, a, past, past_b), _number("b", b)
-    arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, return_velocity)
+    settings = guidance, momentum_buffer, row_offsets, prefix, return_velocity, scalars
+    arguments = _arguments(*terms, v_cond, v_uncond, b, *settings)
     return _results(arguments, *_flow_update_op(*arguments))
 
 
@@ -170,6 +176,7 @@ def flow_update_(
     row_offsets: torch.Tensor | None = None,
     prefix: Prefix | None = None,
     return_velocity: bool = False,
+    scalars: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """`flow_update` that writes x_next into x[0], which must be contiguous and share no memory with the other tensors.
 
@@ -177,7 +184,8 @@ def flow_update_(
     gradient.
     """
     terms, b = _terms(x, a, past, past_b), _number("b", b)
-    arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, return_velocity)
+    settings = guidance, momentum_buffer, row_offsets, prefix, return_velocity, scalars
+    arguments = _arguments(*terms, v_cond, v_uncond, b, *settings)
     return _results(arguments, x[0], *_flow_update_inplace_op(*arguments))
 
 
@@ -195,10 +203,12 @@ def flow_update_ref(
     row_offsets: torch.Tensor | None = None,
     prefix: Prefix | None = None,
     return_velocity: bool = False,
+    scalars: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The specification of `flow_update` in plain, differentiable PyTorch; it takes float64 too and computes so."""
     terms, b = _terms(x, a, past, past_b), _number("b", b)
-    arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, return_velocity)
+    settings = guidance, momentum_buffer, row_offsets, prefix, return_velocity, scalars
+    arguments = _arguments(*terms, v_cond, v_uncond, b, *settings)
     _check_flow_update(*arguments, floats=(*checks.FLOATS, torch.float64), wide=(torch.float32, torch.float64))
     double = torch.float64 in (x[0].dtype, v_cond.dtype)
     return _results(arguments, *update(*split(arguments), torch.float64 if double else torch.float32))
@@ -221,7 +231,7 @@ def flow_step(
     Returns x_next and the momentum buffer for the next step, or None without a momentum.
     """
     terms, b = (x, [], [], _ONE, ()), _number("dt", dt)
-    arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, False)
+    arguments = _arguments(*terms, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, False, None)
     return _results(arguments, *_flow_update_op(*arguments))
 
 
@@ -259,8 +269,9 @@ _NO_PREFIX = (None, None, None, 0.0)
 
 
 def _arguments(
-    x, more_x, past, a, past_b, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, return_velocity
-) -> tuple:
+    x, more_x, past, a, past_b, v_cond, v_uncond, b, guidance, momentum_buffer, row_offsets, prefix, return_velocity,
+    scalars,
+) -> tuple:  # fmt: skip
     """Those of the op's schema."""
     numbers = _NO_GUIDANCE if guidance is None else _guidance_numbers(guidance)
     values, offsets, noise, time = _NO_PREFIX if prefix is None else _prefix_arguments(prefix)
@@ -273,6 +284,7 @@ def _arguments(
         values,
         offsets,
         noise,
+        scalars,
         more_x,
         past,
         a,
@@ -356,6 +368,11 @@ def _check_flow_update(*args, floats=checks.FLOATS, wide=(torch.float32,)):
     _check_buffer(tensors, numbers, wide)
     _check_rows(x, tensors.row_offsets)
     _check_prefix(tensors, wide)
+    if tensors.scalars is not None:
+        checks.tensor("x with scalars", x, wide)
+        checks.tensor("scalars", tensors.scalars, (torch.float32,))
+        checks.shape("scalars", tensors.scalars, (SCALARS,))
+        checks.same_device("scalars", tensors.scalars, "x", x)
 
 
 def _check_flow_update_inplace(*args):
@@ -455,6 +472,8 @@ def _flow_update_inplace_fake(*args):
 
 def _flow_update_setup(ctx, inputs, output):
     tensors, ctx.numbers, ctx.return_velocity = split(inputs)
+    if tensors.scalars is not None:
+        checks.reject("scalars", "be None where a gradient is asked for", "a tensor")
     ctx.x_dtype = tensors.x.dtype
     # x_next is linear in the states and the past velocities, so they are not kept
     ctx.save_for_backward(*tensors[1:8])
@@ -480,13 +499,13 @@ def _flow_update_backward(ctx, grad_x_next, grad_momentum_next, grad_velocity):
     past = [g.view(shape) for g in grads.past]
     # autograd takes an empty list of numbers for one of tensors
     numbers = Numbers(*[None] * NUMBERS)._replace(past_b=None if numbers.past_b else [])
-    return states[0], *rest, states[1:], past, *numbers, None
+    return states[0], *rest, None, states[1:], past, *numbers, None
 
 
 _ARGUMENTS = (
     "Tensor v_cond, Tensor? v_uncond, Tensor? momentum_buffer, Tensor? row_offsets, Tensor? prefix, "
-    "Tensor? prefix_offsets, Tensor? prefix_noise, Tensor[] more_x, Tensor[] past, float[] a, float b, "
-    "float[] past_b, int guidance, float scale, float threshold, float eta, float momentum, float rescale, "
+    "Tensor? prefix_offsets, Tensor? prefix_noise, Tensor? scalars, Tensor[] more_x, Tensor[] past, float[] a, "
+    "float b, float[] past_b, int guidance, float scale, float threshold, float eta, float momentum, float rescale, "
     "float prefix_time, bool return_velocity"
 )
 _flow_update_op = library.Op(

@@ -10,6 +10,8 @@ import torch
 
 # the most states and the most past velocities that one update takes
 MAX_TERMS = 3
+# numbers of an update that may lie on the device: MAX_TERMS of a, b, MAX_TERMS of past_b, scale, prefix_time
+SCALARS = 2 * MAX_TERMS + 3
 # what the ops and the kernels call the three kinds of guidance
 NO_GUIDANCE, GUIDANCE_CFG, GUIDANCE_APG = 0, 1, 2
 SMALLEST_NORM = 1e-12
@@ -26,6 +28,7 @@ class Tensors(NamedTuple):
     prefix: torch.Tensor | None
     prefix_offsets: torch.Tensor | None
     prefix_noise: torch.Tensor | None
+    scalars: torch.Tensor | None = None
     more_x: Sequence[torch.Tensor] = ()
     past: Sequence[torch.Tensor] = ()
 
@@ -61,11 +64,22 @@ def count_rows(tensors: Tensors) -> int:
 
 
 def used_terms(tensors: Tensors, numbers: Numbers) -> tuple[list, list, list, list]:
-    """The states, their numbers, the past velocities, theirs: less those, but the first state, whose number is 0."""
-    states = [(x, a) for x, a in zip(tensors.more_x, numbers.a[1:], strict=True) if a]
-    past = [(v, b) for v, b in zip(tensors.past, numbers.past_b, strict=True) if b]
+    """The states, their numbers, the past velocities, theirs: less those, but the first state, whose number is known
+    to be 0."""
+    unknown = tensors.scalars is not None
+    states = [(x, a) for x, a in zip(tensors.more_x, numbers.a[1:], strict=True) if unknown or a]
+    past = [(v, b) for v, b in zip(tensors.past, numbers.past_b, strict=True) if unknown or b]
     states = [(tensors.x, numbers.a[0]), *states]
     return [x for x, _ in states], [a for _, a in states], [v for v, _ in past], [b for _, b in past]
+
+
+def read_scalars(tensors: Tensors, numbers: Numbers) -> tuple[Tensors, Numbers]:
+    """The numbers with those of `tensors.scalars`, of no dimensions; zeros for the terms whose number is 0."""
+    a, b, past_b, (scale, prefix_time) = tensors.scalars.split([MAX_TERMS, 1, MAX_TERMS, 2])
+    a, past_b = a.unbind()[: len(numbers.a)], past_b.unbind()[: len(numbers.past_b)]
+    read = lambda terms, weights: [torch.where(w == 0, 0, x) for x, w in zip(terms, weights, strict=True)]  # noqa: E731
+    tensors = tensors._replace(more_x=read(tensors.more_x, a[1:]), past=read(tensors.past, past_b))
+    return tensors, numbers._replace(a=a, b=b[0], past_b=past_b, scale=scale, prefix_time=prefix_time)
 
 
 def empty_results(tensors: Tensors, numbers: Numbers, return_velocity: bool):
@@ -120,15 +134,15 @@ class Rows:
 
 
 def flatten(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """Every float tensor flat and in `dtype`; the offsets as they are."""
+    """Every float tensor flat and in `dtype`; offsets and scalars as they are."""
 
     def flat(value):
         if isinstance(value, (list, tuple)):
             return [flat(each) for each in value]
         return None if value is None else value.reshape(-1).to(dtype)
 
-    offsets = (tensors.row_offsets, tensors.prefix_offsets)
-    return Tensors(*map(flat, tensors))._replace(row_offsets=offsets[0], prefix_offsets=offsets[1])
+    as_they_are = {name: getattr(tensors, name) for name in ("row_offsets", "prefix_offsets", "scalars")}
+    return Tensors(*map(flat, tensors))._replace(**as_they_are)
 
 
 def direction(flat: Tensors, numbers: Numbers) -> torch.Tensor:
@@ -190,6 +204,8 @@ def update(tensors: Tensors, numbers: Numbers, return_velocity: bool, wide: torc
     """x_next, the next momentum buffer and the velocity, the last two empty where there is none; `wide` inside."""
     x = tensors.x
     flat, row = flatten(tensors, wide), Rows(count_rows(tensors), tensors.row_offsets, x)
+    if flat.scalars is not None:
+        flat, numbers = read_scalars(flat, numbers)
     v = velocity(flat, row, numbers)
     out = combine(flat, numbers, v)
     if tensors.prefix is not None:
@@ -223,7 +239,7 @@ def update_backward(
     grads = _velocity_backward(flat, row, numbers, grad_v, grad_momentum_next)
     grad_x, *grad_more_x = (weight * grad_x_next for weight in numbers.a)
     grad_past = [weight * grad_x_next for weight in numbers.past_b]
-    return Tensors(grad_x, *grads, None, grad_prefix, None, grad_noise, grad_more_x, grad_past)
+    return Tensors(grad_x, *grads, None, grad_prefix, None, grad_noise, None, grad_more_x, grad_past)
 
 
 def _velocity_backward(flat: Tensors, row: Rows, numbers: Numbers, grad: torch.Tensor, grad_direction):

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from . import checks
+from .flow_math import MAX_TERMS
 
 
 class Step(NamedTuple):
@@ -26,6 +27,23 @@ class Step(NamedTuple):
     b: float
     past_b: tuple[float, ...] = ()
     at: float = 0.0
+
+
+def scalars(
+    a: Sequence[float], b: float, past_b: Sequence[float], scale: float = 1.0, time: float = 0.0
+) -> list[float]:
+    """The numbers that `flow_update` reads from a float32 tensor of these: a, b and past_b (missing ones as 0), the
+    guidance's scale, the prefix's time.
+
+    Raises ValueError for more than three of a or past_b, and for numbers that are not finite.
+    """
+    row = []
+    for name, numbers in (("a", a), ("past_b", past_b)):
+        if len(numbers) > MAX_TERMS:
+            checks.reject(name, f"have at most {MAX_TERMS} entries", len(numbers))
+    for name, numbers, count in (("a", a, MAX_TERMS), ("b", [b], 1), ("past_b", past_b, MAX_TERMS)):
+        row += [checks.finite(name, number) for number in numbers] + [0.0] * (count - len(numbers))
+    return [*row, checks.finite("scale", scale), checks.finite("time", time)]
 
 
 class Tableau(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 
 from flexkernels.library import current_backend
 
-from . import measure, profiling, solver
+from . import measure, profiling, states
 from .codec import VIDTOK
 from .config import make_config, parse_config
 from .generation import DEFAULT_SIZE
@@ -100,7 +100,7 @@ def decode_job(tokenizer, *, batch: int, frames: int, keep: int | None, size: in
     )
     decoder = tokenizer.decoder
     parts = (
-        ("VAE", tokenizer.codec, "decode"), ("sampler", solver._State, "update"),
+        ("VAE", tokenizer.codec, "decode"), ("sampler", states._State, "update"),
         *(("transformer", decoder, name) for name in ("velocity", "embed_registers", "modulation")),
     )  # fmt: skip
     return Job(title, call, batch * length, batch * frames * keep, tokenizer.device, parts)

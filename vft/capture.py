@@ -22,6 +22,11 @@ def capture(run: Callable[[], Any], changed: Sequence[torch.Tensor] = (), pool=N
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
     torch.cuda.current_stream().wait_stream(stream)
+    return record(run, pool)
+
+
+def record(run: Callable[[], Any], pool=None) -> tuple:
+    """:func:`capture` of what has run before: ``run`` is called for the capture alone, which computes nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         out = run()

@@ -22,11 +22,12 @@ import flexkernels
 from flexkernels import sample_logits, transformer_step_
 from flexkernels.typed import called_as
 
-from . import checkpoint, codebook, decoding, generation, speculation
+from . import checkpoint, codebook, decoding, fp8, generation, speculation
 from .conditions import check_conditions, class_index
 from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
-from .generator_layers import FP8, PARTS, SKINNY_ROWS, Block, Linear, RMSNorm, parts
+from .fp8 import FP8
+from .generator_layers import PARTS, SKINNY_ROWS, Block, Linear, RMSNorm, parts
 from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 WEIGHTS = (None, "int8", "fp8")
-# of GPUs that multiply fp8
-FP8_CAPABILITY = (8, 9)
 
 
 class Generator(nn.Module):
@@ -90,7 +89,7 @@ class Generator(nn.Module):
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be None, 'int8' or 'fp8', got {weights!r}")
         if weights == "fp8":
-            _check_fp8(device)
+            fp8.check_device(device)
         raw, tensors, name = checkpoint.read(reference, checkpoint.GENERATOR)
         raw, tensors = codebook.expand(raw, tensors)
         model = cls(parse_generator_config(raw), name)
@@ -441,15 +440,6 @@ class Generator(nn.Module):
         if ids.numel():
             decoding.check_range("flat_ids", ids, config.vocab)
         return ids.to(self.device).long()
-
-
-def _check_fp8(device: torch.device | str | None) -> None:
-    """Raises ValueError for a GPU that does not multiply fp8."""
-    if device is not None and torch.device(device).type == "cuda":
-        have = torch.cuda.get_device_capability(device)
-        if have < FP8_CAPABILITY:
-            need, have = (".".join(map(str, each)) for each in (FP8_CAPABILITY, have))
-            raise ValueError(f"weights 'fp8' needs a GPU of compute capability {need}, got {have}")
 
 
 def time_first(ids: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,12 @@ from torch import nn
 import flexkernels
 from flexkernels import decode_attention, kv_append_, rms_norm, skinny_linear, swiglu
 
+from . import fp8
 from .config import GeneratorConfig
+from .fp8 import FP8
 
 # rows that skinny_linear serves at once
 SKINNY_ROWS = 16
-FP8 = torch.float8_e4m3fn
-# the largest value of each kind of quantized weights
-LARGEST = {"int8": 127, "fp8": 448}
 # Rows that are served in parts of at most so many, where reading the weights once a part costs less than what torch
 # would do: on a CPU its products of few rows; for int8, which torch has no product of, making a dense matrix.
 PARTS = {"cpu": 2 * SKINNY_ROWS, "int8": 4 * SKINNY_ROWS}
@@ -61,9 +60,9 @@ class Linear(nn.Module):
         if norm is not None and (self.weight.dtype == FP8 or not skinny):
             x, norm = norm(x), None
         if self.weight.dtype == FP8:
-            x, product = self._fp8(x)
-            if product is not None:
-                return _after(product, residual, activation)
+            if fp8.multiplies(x, self.weight):
+                return _after(fp8.product(x, self.weight, self.scale, self.bias), residual, activation)
+            x = fp8.widen(*fp8.round_rows(x), x.dtype)
         if skinny:
             return self._skinny(x, residual, activation, norm)
         weight = self.dense(x.dtype)
@@ -88,16 +87,6 @@ class Linear(nn.Module):
             for part in parts(len(x))
         ])  # fmt: skip
 
-    def _fp8(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x rounded to fp8 with a scale a row, and x W^T + bias where the device multiplies fp8."""
-        scale = (x.float().abs().amax(1, keepdim=True) / LARGEST["fp8"]).clamp_min(1e-30)
-        rounded = (x.float() / scale).to(FP8)
-        # its products of rows with scales have bfloat16 results and sides that are multiples of 16
-        if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(side % 16 for side in self.weight.shape):
-            return (rounded.float() * scale).to(x.dtype), None
-        out = torch._scaled_mm(rounded, self.weight.T, scale, self.scale[None], out_dtype=x.dtype)
-        return x, out if self.bias is None else out + self.bias
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W in ``dtype``, itself where it is not quantized."""
         return self.weight if self.scale is None else (self.weight.float() * self.scale[:, None]).to(dtype)
@@ -110,9 +99,13 @@ class Linear(nn.Module):
         """W = round(W / scale) as int8 or fp8, with scale = max |W| / 127 or 448 for each output."""
         weight = self.weight.detach().float()
         del self.weight
-        self.scale = weight.abs().amax(1).clamp(min=1e-30) / LARGEST[weights]
-        scaled = weight / self.scale[:, None]
-        self.register_buffer("weight", scaled.round_().to(torch.int8) if weights == "int8" else scaled.to(FP8))
+        if weights == "fp8":
+            rounded, scale = fp8.round_rows(weight)
+            self.scale = scale[:, 0]
+        else:
+            self.scale = weight.abs().amax(1).clamp(min=fp8.SMALLEST_SCALE) / 127
+            rounded = (weight / self.scale[:, None]).round_().to(torch.int8)
+        self.register_buffer("weight", rounded)
 
 
 def _after(out: torch.Tensor, residual: torch.Tensor | None, activation: str | None) -> torch.Tensor:

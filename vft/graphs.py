@@ -1,66 +1,110 @@
-"""CUDA graphs of the decoder's velocity: one launch in place of some hundred."""
+"""CUDA graphs of the sampler: an evaluation, from the rounding of the state to the next state, is one launch."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from flexkernels import library
 
-from .capture import capture
-from .layers import Decoder, Modulation
+from .capture import record
+from .layers import Modulation
 from .packing import Packing
+from .states import Flow, Settings, Turn
+from .velocity import GuidedVelocity
 
-# graphs kept, the latest used ones; each holds its own activations
-GRAPHS = 8
+# runs kept, the latest used ones; each holds its state and the activations of its graphs
+KEPT = 4
 
 
-class VelocityGraph:
-    """``decoder.velocity`` of one packing, captured once; a call copies its inputs in and replays.
+class Run:
+    """The buffers of a decode and the graphs that read and write them, for all decodes of its shapes and settings.
 
-    Registers stay the same through a decode: those of the call before are not copied again, and must not have been
-    changed in place. What a call returns is overwritten by the next one.
+    Turns of one kind differ in their numbers, which a graph reads from ``scalars``, and in the modulations of their
+    time: both are copied in before each replay. The first turn of a kind runs as it is, which compiles its kernels; the
+    second is captured.
     """
 
-    def __init__(self, decoder: Decoder, latents, registers, modulation: Modulation, packed: Packing) -> None:
-        self.latents = [x.clone() for x in latents]
-        self.given = registers
-        self.registers, self.modulation = registers.clone(), Modulation(*(x.clone() for x in modulation))
-        # what the graph reads must outlive the packing's own cache
-        self.packed = packed
-        run = lambda: decoder.velocity(self.latents, self.registers, self.modulation, packed)  # noqa: E731
-        self.graph, self.out = capture(run)
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.flow = Flow(settings, device)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.seen: set[tuple] = set()
+        self.scalars = self.modulation = None
+        # {guided: (packing, registers in their place, those they are copies of)}: graphs read what packings hold
+        self.sequences: dict[bool, tuple[Packing, torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, latents, registers, modulation: Modulation) -> list[torch.Tensor]:
-        if registers is not self.given:
-            self.registers.copy_(registers)
+    def begin(self, noise, prefix, velocity: GuidedVelocity, turns: Sequence[Turn]) -> None:
+        self.flow.begin(noise, prefix)
+        self.velocity, self.turns = velocity, turns
+        # one copy to the device for the whole decode
+        rows = [self.flow.scalars(turn) for turn in turns]
+        self.rows = torch.tensor(rows, dtype=torch.float32).to(noise[0].device)
+
+    def advance(self, i: int) -> None:
+        """The turn i."""
+        turn = self.turns[i]
+        kind = self.flow.kind(turn)
+        if kind not in self.seen:
+            self.flow.advance(lambda x, fresh: self.velocity(x, i, fresh), turn)
+            self.seen.add(kind)
+            return
+        inputs = self._load(i, turn.fresh)
+        if kind not in self.graphs:
+            velocity = lambda x, fresh: self.velocity.compute(x, *inputs)  # noqa: E731
+            self.graphs[kind], _ = record(partial(self.flow.advance, velocity, turn, self.scalars), self.pool)
+        self.graphs[kind].replay()
+
+    def _load(self, i: int, guided: bool) -> tuple[Packing, torch.Tensor, Modulation]:
+        """Brings what the turn i reads to where graphs read it."""
+        if self.modulation is None:
+            self.scalars = self.rows[i].clone()
+            self.modulation = Modulation(*(part.clone() for part in self.velocity.table[i]))
+        else:
+            self.scalars.copy_(self.rows[i])
+            for mine, given in zip(self.modulation, self.velocity.table[i], strict=True):
+                mine.copy_(given)
+        packing, registers = self.velocity.packed(guided)
+        if guided not in self.sequences:
+            self.sequences[guided] = packing, registers.clone(), registers
+        packing, mine, given = self.sequences[guided]
+        if registers is not given:
+            mine.copy_(registers)
             # held, so that no other tensor takes its place
-            self.given = registers
-        for mine, given in zip((*self.latents, *self.modulation), (*latents, *modulation), strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.out
+            self.sequences[guided] = packing, mine, registers
+        return packing, mine, self.modulation
+
+    def end(self) -> None:
+        """Lets go of what belongs to one decode."""
+        self.velocity = self.turns = self.rows = None
 
 
-class VelocityGraphs:
-    """The graphs of one decoder, made when a packing is first seen on a CUDA device; elsewhere the plain call."""
+class StepGraphs:
+    """The runs of one decoder, kept between calls."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple, VelocityGraph] = OrderedDict()
+        self._kept: OrderedDict[tuple, Run] = OrderedDict()
 
     def __reduce__(self):
         # of copies and pickles: graphs hold addresses of one model's weights
-        return VelocityGraphs, ()
+        return StepGraphs, ()
 
-    def __call__(self, decoder: Decoder, latents, registers, modulation, packed: Packing) -> list[torch.Tensor]:
-        weight = decoder.head.weight
-        if weight.device.type != "cuda":
-            return decoder.velocity(latents, registers, modulation, packed)
-        key = (id(packed), weight.data_ptr(), weight.dtype, library.current_backend())
-        if key not in self._graphs:
-            if len(self._graphs) == GRAPHS:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = VelocityGraph(decoder, latents, registers, modulation, packed)
-        self._graphs.move_to_end(key)
-        return self._graphs[key](latents, registers, modulation)
+    @contextmanager
+    def run(self, velocity: GuidedVelocity, settings: Settings) -> Iterator[Run]:
+        """A run of these settings, which is nobody else's until it ends."""
+        weights = (*velocity.decoder.parameters(), *velocity.decoder.buffers())
+        held = tuple((t.data_ptr(), t.dtype) for t in weights)
+        # tensors made in inference mode cannot be written outside of it
+        key = velocity.key, settings, held, library.current_backend(), torch.is_inference_mode_enabled()
+        run = self._kept.pop(key, None) or Run(settings, velocity.codes.device)
+        try:
+            yield run
+        finally:
+            run.end()
+            self._kept[key] = run
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import flexkernels
 
 from .config import PosEmb, TokenizerConfig, Trunk
+from .fp8 import Fp8Linear
 from .packing import Member, Packing, packing
 
 EPS = 1e-5
@@ -81,6 +82,8 @@ class Merged(nn.Module):
     """
 
     _joined: dict[str, torch.Tensor] | None = None
+    # set where the weights were rounded: then there is nothing to join
+    quantized = False
 
     def _join(self) -> dict[str, torch.Tensor | None]:
         raise NotImplementedError
@@ -90,6 +93,8 @@ class Merged(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
+        if self.quantized:
+            return
         first = next(self.parameters())
         # weights that somebody else moved or cast have left the tensor
         if self._joined is not None and first.data_ptr() == self._joined["weight"].data_ptr():
@@ -153,8 +158,14 @@ class Attention(Merged):
         for name, whole in joined.items():
             _take_views(whole, (self.wq, self.wk, self.wv), name, (0, width, 2 * width))
 
+    def quantize(self) -> None:
+        """Rounds the matrices to fp8, in place."""
+        self.qkv, self.proj = Fp8Linear(**self._join()), Fp8Linear(self.proj.weight, self.proj.bias)
+        del self.wq, self.wk, self.wv
+        self.quantized, self._joined = True, None
+
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-        qkv = F.linear(x, **self.joined())
+        qkv = self.qkv(x) if self.quantized else F.linear(x, **self.joined())
         q, k, v = flexkernels.qk_norm(qkv, self.heads, norm="layer", eps=EPS)
         out = flexkernels.attention(
             q, k, v, packing.layout, softmax_scale=8 / self.head_dim, key_log_weight=packing.key_log_weight
@@ -187,7 +198,17 @@ class GatedMLP(Merged):
             _take_views(joined[name], (self.fc1, self.fc3), name, (0, half))
         self.fc2.weight.data = joined["weight_out"][:, : self.fc2.in_features]
 
+    def quantize(self) -> None:
+        """Rounds the matrices to fp8, in place."""
+        joined = self._join()
+        self.fc13 = Fp8Linear(joined["weight"], joined["bias"])
+        self.fc2 = Fp8Linear(joined["weight_out"], self.fc2.bias)
+        del self.fc1, self.fc3
+        self.quantized, self._joined = True, None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantized:
+            return self.fc2(flexkernels.swiglu(self.fc13(x)))
         joined = self.joined()
         hidden = flexkernels.swiglu(F.linear(x, joined["weight"], joined["bias"]))
         return F.linear(hidden, joined["weight_out"], self.fc2.bias)

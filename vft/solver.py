@@ -6,15 +6,16 @@ in shape: guidance, the solver's sum and the conditioning frames in one kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice, pairwise
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 
-import flexkernels
-from flexkernels import APG, CFG, Prefix, solvers
+from flexkernels import APG, CFG, solvers
+
+from .graphs import StepGraphs
+from .states import Evaluation, Flow, Settings, Turn
 
 # velocities that a step of each solver evaluates; the first step of ab3 evaluates two
 SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1, "ab3": 1, "dpm2m": 1}
@@ -49,20 +50,6 @@ def schedule(steps: int | Sequence[float], shift: float = 1.0) -> list[float]:
     return uniform if shift == 1 else [shift * t / (1 + (shift - 1) * t) for t in uniform]
 
 
-class Evaluation(NamedTuple):
-    """One velocity of a solver, at time t, and the update that follows it.
-
-    step: its coefficients; t_next: the time that its result belongs to; last: whether it ends a step of the solver;
-    keep: which velocities the next evaluation looks back at, as places among those it was given itself and its own.
-    """
-
-    t: float
-    step: solvers.Step
-    t_next: float
-    last: bool
-    keep: tuple[int, ...]
-
-
 def evaluations(solver: str, times: Sequence[float]) -> list[Evaluation]:
     """All evaluations of a solver over a schedule, in order.
 
@@ -76,7 +63,7 @@ def evaluations(solver: str, times: Sequence[float]) -> list[Evaluation]:
             found += _runge_kutta(_TABLEAUS[solver], t, t_next)
         elif solver == "dpm2m":
             step = solvers.dpm2m(t, t_next, times[i - 1] if i else None)
-            found.append(Evaluation(t, step, t_next, last=True, keep=(int(i > 0),)))
+            found.append(Evaluation(t, step, t_next, last=True, takes=True))
         else:
             found += _adams_bashforth(int(solver[-1]) - 1, times, i)
     return found
@@ -86,21 +73,18 @@ def _adams_bashforth(back: int, times: Sequence[float], i: int) -> list[Evaluati
     """Step i, which looks at most `back` steps back."""
     if back > 1 and i == 0:
         # an Euler step here would cost the method its third order
-        first, second = _runge_kutta(solvers.HEUN, *times[:2])
-        return [first, second._replace(keep=(0,))]
+        return _runge_kutta(solvers.HEUN, *times[:2])
     step = solvers.adams_bashforth(times[max(0, i - back) : i + 2])
-    keep = range(len(step.past_b) + 1)[-back:]
-    return [Evaluation(times[i], step, times[i + 1], last=True, keep=tuple(keep))]
+    return [Evaluation(times[i], step, times[i + 1], last=True, takes=True)]
 
 
 def _runge_kutta(tableau: solvers.Tableau, t: float, t_next: float) -> list[Evaluation]:
     steps = solvers.runge_kutta(tableau, t_next - t)
     at = [t + step.at * (t_next - t) for step in steps]
     *stages, end = [
-        Evaluation(at[j], step, (*at, t_next)[j + 1], last=False, keep=tuple(range(j + 1)))
-        for j, step in enumerate(steps)
+        Evaluation(at[j], step, (*at, t_next)[j + 1], last=False, takes=True) for j, step in enumerate(steps)
     ]
-    return [*stages, end._replace(last=True, keep=())]
+    return [*stages, end._replace(last=True, takes=False)]
 
 
 def sample(
@@ -114,6 +98,7 @@ def sample(
     compat: Sequence[str] = (),
     null_every: int = 1,
     progress: Callable[[int], None] | None = None,
+    graphs: StepGraphs | None = None,
 ) -> list[torch.Tensor]:
     """Integrates the guided velocity.
 
@@ -130,6 +115,7 @@ def sample(
         null_every: the unconditional velocity is computed in every so many guided evaluations; in those between, it is
             the conditional one less what both last differed by. 1 computes all.
         progress: called with the number of steps done after each.
+        graphs: where evaluations are replayed from, of a velocity that is a :class:`vft.velocity.GuidedVelocity`.
 
     Returns:
         The latents at t = 0, list of float32 ``[C, T, H, W]``.
@@ -140,31 +126,38 @@ def sample(
     _check(prefix_mode, compat)
     if null_every < 1:
         raise ValueError(f"null_every must be at least 1, got {null_every}")
-    prefix = [None] * len(noise) if prefix is None else prefix
-    if "shared_momentum" in compat:
-        if len({x.shape for x in noise}) > 1:
-            raise ValueError("compat shared_momentum needs samples of one shape, as the published code does")
-        states = [_State([x], [p], prefix_mode) for x, p in zip(noise, prefix, strict=True)]
-    else:
-        states = [_State(noise, prefix, prefix_mode)]
-    momentum, done, guided, difference = None, 0, 0, None
-    for i, evaluation in enumerate(plan):
+    shared = "shared_momentum" in compat
+    if shared and len({x.shape for x in noise}) > 1:
+        raise ValueError("compat shared_momentum needs samples of one shape, as the published code does")
+    settings = Settings.of(noise, plan, guidance, prefix, prefix_mode == "sdedit", shared)
+    turns = _turns(plan, guidance, null_every)
+    if graphs is not None:
+        with graphs.run(velocity, settings) as run:
+            run.begin(noise, prefix, velocity, turns)
+            _integrate(turns, run.advance, progress)
+            return [x.clone() for x in run.flow.samples()]
+    flow = Flow(settings, noise[0].device)
+    flow.begin(noise, prefix)
+    _integrate(turns, lambda i: flow.advance(lambda x, fresh: velocity(x, i, fresh), turns[i]), progress)
+    return flow.samples()
+
+
+def _turns(plan: Sequence[Evaluation], guidance: CFG | APG | None, null_every: int) -> list[Turn]:
+    guided, turns = 0, []
+    for evaluation in plan:
         now = resolve(guidance, evaluation.t)
-        x = [sample for state in states for sample in state.samples()]
-        fresh = now is not None and guided % null_every == 0
-        conditional, unconditional = velocity(x, i, fresh)
-        if null_every > 1 and fresh:
-            difference = [c - u for c, u in zip(conditional, unconditional, strict=True)]
-        elif now is not None and not fresh:
-            unconditional = [c - d for c, d in zip(conditional, difference, strict=True)]
+        turns.append(Turn(evaluation, now, now is not None and guided % null_every == 0))
         guided += now is not None
-        conditional, unconditional = iter(conditional), iter(unconditional or ())
-        for state in states:
-            momentum = state.update(evaluation, conditional, unconditional, now, momentum)
-        done += evaluation.last
-        if progress is not None and evaluation.last:
+    return turns
+
+
+def _integrate(turns: Sequence[Turn], advance: Callable[[int], None], progress: Callable[[int], None] | None) -> None:
+    done = 0
+    for i, turn in enumerate(turns):
+        advance(i)
+        done += turn.evaluation.last
+        if progress is not None and turn.evaluation.last:
             progress(done)
-    return [sample for state in states for sample in state.samples()]
 
 
 def resolve(guidance: CFG | APG | None, t: float) -> CFG | APG | None:
@@ -192,74 +185,3 @@ def _check(prefix_mode: str, compat: Sequence[str]) -> None:
     unknown = set(compat) - set(COMPAT)
     if unknown:
         raise ValueError(f"compat must be among {', '.join(COMPAT)}, got {sorted(unknown)}")
-
-
-class _State:
-    """Samples that take their steps together, in one flat buffer; a row is one channel of one sample.
-
-    stage: where the next velocity is evaluated; states: at the ends of the latest two steps, newest first; past: guided
-    velocities that the next evaluation looks back at, oldest first.
-    """
-
-    def __init__(self, noise, prefix, prefix_mode: str) -> None:
-        self.shapes = [x.shape for x in noise]
-        self.stage = _flat(noise)
-        self.offsets = _row_offsets(self.shapes, self.stage.device)
-        self.noised = prefix_mode == "sdedit"
-        self.prefix = None
-        if prefix[0] is not None:
-            self._take_prefix(noise, prefix)
-        self.states, self.past = [self.stage], []
-
-    def _take_prefix(self, noise, prefix) -> None:
-        frames = [p.shape[1] for p in prefix]
-        taken = _flat([x[:, :k] for x, k in zip(noise, frames, strict=True)]) if self.noised else None
-        offsets = _row_offsets([p.shape for p in prefix], self.stage.device)
-        self.prefix = Prefix(_flat(prefix).float(), offsets, taken)
-        if not self.noised:
-            for x, p, k in zip(self.samples(), prefix, frames, strict=True):
-                x[:, :k] = p
-
-    def samples(self) -> list[torch.Tensor]:
-        sizes = [shape.numel() for shape in self.shapes]
-        return [x.view(shape) for x, shape in zip(self.stage.split(sizes), self.shapes, strict=True)]
-
-    def update(self, evaluation: Evaluation, conditional: Iterator, unconditional: Iterator, guidance, momentum):
-        """Takes this state's velocities from the two iterators and moves the stage on; returns the momentum buffer."""
-        step, count = evaluation.step, len(self.shapes)
-        if momentum is None and isinstance(guidance, APG) and guidance.momentum:
-            momentum = torch.zeros_like(self.stage)
-        self.stage, momentum, *v = flexkernels.flow_update(
-            self.states[: len(step.a)],
-            step.a,
-            _flat(islice(conditional, count)),
-            _flat(islice(unconditional, count)) if guidance is not None else None,
-            b=step.b,
-            past=self.past,
-            past_b=step.past_b,
-            guidance=guidance,
-            momentum_buffer=momentum,
-            row_offsets=self.offsets,
-            prefix=self._overwrite(evaluation),
-            return_velocity=len(evaluation.keep) > 0,
-        )
-        known = [*self.past, *v]
-        self.past = [known[i] for i in evaluation.keep]
-        if evaluation.last:
-            self.states = [self.stage, self.states[0]]
-        return momentum
-
-    def _overwrite(self, evaluation: Evaluation) -> Prefix | None:
-        at_end = evaluation.last and evaluation.t_next == 0
-        if self.prefix is None or (self.noised and at_end):
-            return None
-        return replace(self.prefix, time=evaluation.t_next) if self.noised else self.prefix
-
-
-def _flat(samples: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([x.reshape(-1) for x in samples])
-
-
-def _row_offsets(shapes, device) -> torch.Tensor:
-    lengths = [shape[1:].numel() for shape in shapes for _ in range(shape[0])]
-    return torch.tensor([0, *accumulate(lengths)], device=device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
 from itertools import islice
 from typing import Any, overload
 
@@ -25,15 +24,15 @@ from .budget import Curves, Predictor, choose
 from .codec import Codec
 from .config import TokenizerConfig, parse_config
 from .fingerprint import check_tokens, fingerprint
-from .graphs import VelocityGraphs
+from .fp8 import check_device
+from .graphs import StepGraphs
 from .layers import Decoder, Encoder, Merged
-from .modulation import ModulationTable
-from .packing import Member
-from .solver import Velocity, evaluations, sample, schedule
+from .solver import evaluations, sample, schedule
 from .stills import hold, join_ids, repeats, still_groups
 from .tokens import VideoTokens
 from .transfer import Download, Uploads
 from .vae import load_codec
+from .velocity import GuidedVelocity
 from .video import Video, cut_chunks, open_video
 from .video.frames import fitted, from_uint8
 
@@ -60,7 +59,7 @@ class Tokenizer(nn.Module):
         self._codec: Codec | None = None
         self._codec_state: dict[str, torch.Tensor] | None = None
         self._fingerprint: str | None = None
-        self.cuda_graphs, self._graphs = True, VelocityGraphs()
+        self.cuda_graphs, self._graphs = True, StepGraphs()
         self._uploads: Uploads | None = None
 
     @classmethod
@@ -70,15 +69,23 @@ class Tokenizer(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        weights: str | None = None,
         check_finite: bool = True,
     ) -> Tokenizer:
         """Loads ``"tiny"``, a directory, a safetensors file, or a hub id ``"org/repo[@revision][/subdirectory]"``.
 
+        ``weights="fp8"`` keeps the matrices of the decoder's blocks as float8_e4m3fn and rounds what they are
+        multiplied with to it too (docs/tokenizer.md): for GPUs that multiply it, with ``dtype`` bfloat16; elsewhere
+        the same formula in ``dtype``. ids do not depend on it.
         ``check_finite=False`` loads weights that are NaN or infinite, and does not look for them.
 
         Raises:
             CheckpointError, ConfigError (both ValueError): the checkpoint is missing, damaged, or does not fit.
         """
+        if weights not in (None, "fp8"):
+            raise ValueError(f"weights must be None or 'fp8', got {weights!r}")
+        if weights == "fp8":
+            check_device(device)
         raw, tensors, name = checkpoint.read(reference)
         raw, tensors = semantok.unwrap(raw, tensors)
         sampler = raw.pop("sampler", None)
@@ -88,7 +95,15 @@ class Tokenizer(nn.Module):
         model._fingerprint = fingerprint(model)
         if sampler is not None:
             model.steps, model.guidance = _read_sampler(sampler)
-        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        return model if weights is None else model.quantize()
+
+    def quantize(self) -> Tokenizer:
+        """Rounds the matrices of the decoder's blocks to fp8, in place; see :meth:`from_pretrained`."""
+        for module in self.decoder.modules():
+            if isinstance(module, Merged) and not module.quantized:
+                module.quantize()
+        return self
 
     def save(
         self,
@@ -101,7 +116,10 @@ class Tokenizer(nn.Module):
 
         Of the latent codec's weights those that are given are in it. ``dtype`` is that of the stored weights, by
         default the model's own.
+
+        Raises ValueError for a model with fp8 weights, which are rounded.
         """
+        self.check_exact()
         guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
         extra = {"sampler": {"steps": self.steps, "guidance": guidance}}
         checkpoint.write(path, self, self.config, extra, dtype, codec or {})
@@ -121,7 +139,9 @@ class Tokenizer(nn.Module):
 
         Raises:
             OSError: a file cannot be written.
+            ValueError: the model has fp8 weights, which are rounded.
         """
+        self.check_exact()
         share.save_folder(self, folder, dtype, data, evaluation)
 
     def push_to_hub(self, repo: str, *, private: bool = False, **options: Any) -> str:
@@ -130,6 +150,11 @@ class Tokenizer(nn.Module):
         Needs huggingface_hub, whose login is used. Returns the address of the commit.
         """
         return share.push(self, repo, private, **options)
+
+    def check_exact(self) -> None:
+        """Raises ValueError where weights were rounded to fp8."""
+        if any(isinstance(module, Merged) and module.quantized for module in self.modules()):
+            raise ValueError("a model with fp8 weights cannot be saved: save the one it was made from")
 
     @property
     def codec_state(self) -> dict[str, torch.Tensor] | None:
@@ -284,35 +309,19 @@ class Tokenizer(nn.Module):
         velocity = self.guided_velocity(noise, plan, codes, keep, frames, collapse=collapse)
         return sample(
             velocity, noise, plan, guidance=guidance, prefix=prefix, prefix_mode=prefix_mode, compat=compat,
-            null_every=null_every, progress=progress,
+            null_every=null_every, progress=progress, graphs=self.step_graphs,
         )  # fmt: skip
 
     def guided_velocity(
         self, shaped, plan, codes, keep, frames, *, collapse: bool = True, registers: int | None = None
-    ) -> Velocity:
-        """What :func:`vft.solver.sample` calls; all that does not depend on x or t is done here, once.
+    ) -> GuidedVelocity:
+        """What :func:`vft.solver.sample` calls; the arguments are those of :class:`vft.velocity.GuidedVelocity`."""
+        return GuidedVelocity(self.prepare().decoder, shaped, plan, codes, keep, frames, collapse, registers)
 
-        shaped: list of tensors in the shape of the latents; plan: from :func:`vft.solver.evaluations`; codes, keep,
-        frames, registers: as the codes, keep, prefix_frames and registers of :class:`vft.layers.Decoder`, unchecked.
-        """
-        decoder, count = self.prepare().decoder, len(shaped)
-        table = ModulationTable(decoder, [evaluation.t for evaluation in plan])
-
-        @cache
-        def packed(guided: bool):
-            conditional = tuple(Member(i, keep[i], frames[i]) for i in range(count))
-            null = tuple(m._replace(null=True) for m in conditional) if guided else ()
-            made = decoder.packing(shaped, conditional + null, collapse, registers)
-            return made, decoder.embed_registers(codes, made)
-
-        def velocity(x, i, guided):
-            made, registers = packed(guided)
-            run = partial(self._graphs, decoder) if self.cuda_graphs else decoder.velocity
-            # the update takes the velocities in their own dtype, and the decoder rounds all patches at once
-            out = run(x, registers, table[i], made)
-            return out[:count], out[count:] if guided else None
-
-        return velocity
+    @property
+    def step_graphs(self) -> StepGraphs | None:
+        """Where the solver's steps are replayed from; None where they are not."""
+        return self._graphs if self.cuda_graphs and self.device.type == "cuda" else None
 
     @overload
     def encode(

@@ -13,6 +13,16 @@ enum FlowGuidance : int { kFlowNone = 0, kFlowCFG = 1, kFlowAPG = 2 };
 // the most states and the most past velocities
 constexpr int kFlowMaxTerms = 3;
 
+// what FlowUpdate::scalars holds, one after the other: a, b, past_b, scale, prefix_time
+enum FlowScalar : int {
+  kFlowA = 0,
+  kFlowB = kFlowMaxTerms,
+  kFlowPastB,
+  kFlowScale = kFlowPastB + kFlowMaxTerms,
+  kFlowPrefixTime,
+  kFlowScalars
+};
+
 struct FlowUpdate {
   const void* x[kFlowMaxTerms];      // [total] each
   const float* past[kFlowMaxTerms];  // [total] each
@@ -25,6 +35,7 @@ struct FlowUpdate {
   const float* prefix;            // flat, or null
   const int64_t* prefix_offsets;  // [rows + 1] or null: prefix_length in each row
   const float* prefix_noise;      // like prefix, or null
+  const float* scalars;           // [kFlowScalars], which stand for the members of their names, or null
   void* x_next;                   // [total], may be x[0]
   float* momentum_next;           // [total] or null
   float* velocity;                // [total] or null
@@ -34,6 +45,22 @@ struct FlowUpdate {
   float b, scale, threshold, eta, momentum, rescale, prefix_time;
   Dtype x_dtype, v_dtype;
 };
+
+FLEXKERNELS_HD float flow_a(const FlowUpdate& p, int state) {
+  return p.scalars ? p.scalars[kFlowA + state] : p.a[state];
+}
+
+FLEXKERNELS_HD float flow_b(const FlowUpdate& p) { return p.scalars ? p.scalars[kFlowB] : p.b; }
+
+FLEXKERNELS_HD float flow_past_b(const FlowUpdate& p, int past) {
+  return p.scalars ? p.scalars[kFlowPastB + past] : p.past_b[past];
+}
+
+FLEXKERNELS_HD float flow_scale(const FlowUpdate& p) { return p.scalars ? p.scalars[kFlowScale] : p.scale; }
+
+FLEXKERNELS_HD float flow_prefix_time(const FlowUpdate& p) {
+  return p.scalars ? p.scalars[kFlowPrefixTime] : p.prefix_time;
+}
 
 template <typename Real>
 struct FlowCoefficients {
@@ -66,13 +93,13 @@ FLEXKERNELS_HD FlowCoefficients<Real> flow_apg(const FlowUpdate& p, Real dd, Rea
   }
   const Real norm = sqrt(cc) < Real(1e-12) ? Real(1e-12) : sqrt(cc);
   const Real a = k * (dc / norm / norm);
-  const Real gain = Real(p.scale) - 1;
+  const Real gain = Real(flow_scale(p)) - 1;
   return {1 + gain * (Real(p.eta) - 1) * a, gain * k};
 }
 
 template <typename Real>
 FLEXKERNELS_HD FlowCoefficients<Real> flow_plain(const FlowUpdate& p) {
-  return {Real(1), p.guidance == kFlowCFG ? Real(p.scale) - 1 : Real(0)};
+  return {Real(1), p.guidance == kFlowCFG ? Real(flow_scale(p)) - 1 : Real(0)};
 }
 
 // CFG with rescale of one row of n, from sums over c = v_cond - v_cond[0] and g = v - v[0], v the velocity of plain
@@ -82,12 +109,13 @@ FLEXKERNELS_HD FlowCoefficients<Real> flow_rescaled(const FlowUpdate& p, Real n,
   const Real varies_c = cc - c * (c / n), varies_g = gg - g * (g / n);
   const Real ratio = varies_g <= 0 ? Real(1) : varies_c <= 0 ? Real(0) : sqrt(varies_c / varies_g);
   const Real factor = p.rescale * ratio + (1 - Real(p.rescale));
-  return {factor, factor * (Real(p.scale) - 1)};
+  return {factor, factor * (Real(flow_scale(p)) - 1)};
 }
 
 FLEXKERNELS_HD float flow_prefix(const FlowUpdate& p, int64_t i) {
   if (!p.prefix_noise) return p.prefix[i];
-  return (1.0f - p.prefix_time) * p.prefix[i] + p.prefix_time * p.prefix_noise[i];
+  const float time = flow_prefix_time(p);
+  return (1.0f - time) * p.prefix[i] + time * p.prefix_noise[i];
 }
 
 }  // namespace flexkernels

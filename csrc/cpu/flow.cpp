@@ -142,10 +142,33 @@ inline __attribute__((always_inline)) void update_row(const FlowUpdate& p, int64
   });
 }
 
+// `p` with its scalars as members, less the terms whose number is 0
+FlowUpdate with_numbers(FlowUpdate p) {
+  if (!p.scalars) return p;
+  int states = 0, pasts = 0;
+  for (int s = 0; s < p.states; ++s) {
+    p.a[states] = flow_a(p, s);
+    p.x[states] = p.x[s];
+    states += s == 0 || p.a[states] != 0;
+  }
+  for (int s = 0; s < p.pasts; ++s) {
+    p.past_b[pasts] = flow_past_b(p, s);
+    p.past[pasts] = p.past[s];
+    pasts += p.past_b[pasts] != 0;
+  }
+  p.states = states;
+  p.pasts = pasts;
+  p.b = flow_b(p);
+  p.scale = flow_scale(p);
+  p.prefix_time = flow_prefix_time(p);
+  p.scalars = nullptr;
+  return p;
+}
+
 template <typename X, typename V>
 void update_rows(const FlowUpdate& args, int64_t begin, int64_t end) {
   // a copy of our own: the compiler sees that stores to x_next cannot change it
-  const FlowUpdate p = args;
+  const FlowUpdate p = with_numbers(args);
   const bool guided = p.guidance != kFlowNone;
   const bool euler = p.states == 1 && p.pasts == 0 && !p.velocity && !p.momentum_next;
   for (int64_t row = begin; row < end; ++row) {

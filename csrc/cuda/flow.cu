@@ -102,7 +102,7 @@ __device__ FlowCoefficients<float> apg(const FlowUpdate& p, int64_t begin, int64
 template <typename X, typename V>
 __device__ FlowCoefficients<float> rescaled(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
   if (begin >= end) return flow_plain<float>(p);
-  const float gain = p.scale - 1, first_c = to_float(static_cast<const V*>(p.v_cond)[begin]);
+  const float gain = flow_scale(p) - 1, first_c = to_float(static_cast<const V*>(p.v_cond)[begin]);
   const float first_g = first_c + gain * (first_c - to_float(static_cast<const V*>(p.v_uncond)[begin]));
   float sums[4] = {};
   sum_row<X, V>(p, begin, end, aligned, sums, [&](float v, float d, float (&of)[4]) {
@@ -133,6 +133,9 @@ __device__ __forceinline__ void add_term(const T* term, int64_t i, float weight,
 template <typename X, typename V>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
+  // scalars come with float32 states alone: the other kernels spare their registers
+  constexpr bool kScalars = sizeof(X) == sizeof(float);
+  if (!kScalars && p.scalars) __builtin_unreachable();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
@@ -146,16 +149,23 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     load_floats<N>(static_cast<const X*>(p.x[0]) + i, state);
     if (p.guidance != kFlowNone) difference<N, V>(p, i, v, d);
     if (p.momentum_next) store_floats<N>(p.momentum_next + i, d);
+    const float a = kScalars ? flow_a(p, 0) : p.a[0], b = kScalars ? flow_b(p) : p.b;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       v[j] = fmaf(k.beta, d[j], k.alpha * v[j]);
-      x[j] = fmaf(p.a[0], state[j], p.b * v[j]);
+      x[j] = fmaf(a, state[j], b * v[j]);
     }
     if (p.velocity) store_floats<N>(p.velocity + i, v);
 #pragma unroll 1
-    for (int s = 1; s < p.states; ++s) add_term<N>(static_cast<const X*>(p.x[s]), i, p.a[s], x);
+    for (int s = 1; s < p.states; ++s) {
+      const float weight = kScalars ? flow_a(p, s) : p.a[s];
+      if (!kScalars || weight != 0) add_term<N>(static_cast<const X*>(p.x[s]), i, weight, x);
+    }
 #pragma unroll 1
-    for (int s = 0; s < p.pasts; ++s) add_term<N>(p.past[s], i, p.past_b[s], x);
+    for (int s = 0; s < p.pasts; ++s) {
+      const float weight = kScalars ? flow_past_b(p, s) : p.past_b[s];
+      if (!kScalars || weight != 0) add_term<N>(p.past[s], i, weight, x);
+    }
     if (i - begin < given) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {

@@ -116,7 +116,7 @@ void take_velocities(const Tensor& x, Tensor& v_cond, OptionalTensor& v_uncond, 
   p.momentum_buffer = p.momentum != 0 ? data : nullptr;
 }
 
-// the states x, *more_x and the past velocities with their numbers, less those whose number is 0
+// the states x, *more_x and the past velocities with their numbers, less those whose number is 0 where it is known here
 void take_terms(const Tensor& x, Tensors& more_x, Tensors& past, const Numbers& a, const Numbers& past_b,
                 FlowUpdate& p) {
   STD_TORCH_CHECK(more_x.size() < kFlowMaxTerms, "more_x must hold at most ", kFlowMaxTerms - 1, " tensors, got ",
@@ -132,7 +132,7 @@ void take_terms(const Tensor& x, Tensors& more_x, Tensors& past, const Numbers& 
   p.states = 1;
   for (size_t i = 0; i < more_x.size(); ++i) {
     check_like("more_x", more_x[i], x);
-    if (a[i + 1] == 0) continue;
+    if (a[i + 1] == 0 && !p.scalars) continue;
     more_x[i] = as_contiguous(more_x[i]);
     p.a[p.states] = static_cast<float>(a[i + 1]);
     p.x[p.states++] = more_x[i].const_data_ptr();
@@ -140,7 +140,7 @@ void take_terms(const Tensor& x, Tensors& more_x, Tensors& past, const Numbers& 
   for (size_t j = 0; j < past.size(); ++j) {
     check_scalar_type("past", past[j], ScalarType::Float);
     check_shape("past", past[j], x);
-    if (past_b[j] == 0) continue;
+    if (past_b[j] == 0 && !p.scalars) continue;
     past[j] = as_contiguous(past[j]);
     p.past_b[p.pasts] = static_cast<float>(past_b[j]);
     p.past[p.pasts++] = read<float>(past[j]);
@@ -154,9 +154,9 @@ using Results = std::conditional_t<kInPlace, std::tuple<Tensor, Tensor>, std::tu
 template <bool kInPlace>
 Results<kInPlace> flow_update(const Tensor& x, Tensor v_cond, OptionalTensor v_uncond, OptionalTensor momentum_buffer,
                               OptionalTensor row_offsets, OptionalTensor prefix, OptionalTensor prefix_offsets,
-                              OptionalTensor prefix_noise, Tensors more_x, Tensors past, Numbers a, double b,
-                              Numbers past_b, int64_t guidance, double scale, double threshold, double eta,
-                              double momentum, double rescale, double prefix_time, bool return_velocity) {
+                              OptionalTensor prefix_noise, OptionalTensor scalars, Tensors more_x, Tensors past,
+                              Numbers a, double b, Numbers past_b, int64_t guidance, double scale, double threshold,
+                              double eta, double momentum, double rescale, double prefix_time, bool return_velocity) {
   STD_TORCH_CHECK(guidance >= kFlowNone && guidance <= kFlowAPG, "guidance must be 0, 1 or 2, got ", guidance);
   check_finite("b", b);
   check_finite("scale", scale);
@@ -183,6 +183,15 @@ Results<kInPlace> flow_update(const Tensor& x, Tensor v_cond, OptionalTensor v_u
   STD_TORCH_CHECK(!kCuda || p.rows <= INT32_MAX, "rows must be below 2**31, got ", p.rows);
   STD_TORCH_CHECK(!kInPlace || x.is_contiguous(), "x must be contiguous to be written in place, got other strides");
   const Tensor state = as_contiguous(x);
+  if (scalars) {
+    check_scalar_type("x with scalars", x, ScalarType::Float);
+    check_scalar_type("scalars", *scalars, ScalarType::Float);
+    check_device("scalars", *scalars, x);
+    check_dim("scalars", *scalars, 1);
+    check_numel("scalars", *scalars, kFlowScalars);
+    scalars = as_contiguous(scalars);
+    p.scalars = read<float>(*scalars);
+  }
   take_velocities(x, v_cond, v_uncond, momentum_buffer, p);
   take_terms(state, more_x, past, a, past_b, p);
 

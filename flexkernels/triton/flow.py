@@ -6,7 +6,7 @@ With c = v_cond, d = c - v_uncond + momentum * buffer:
     APG: s = min(1, threshold / |d|), p = s * d.c / max(|c|, 1e-12)^2,
          alpha = 1 - (scale - 1) * (1 - eta) * p, beta = (scale - 1) * s
     x_next = sum a_i x_i + b * v + sum past_b_j past_j
-and the first elements of the row become clean * prefix + noisy * prefix_noise
+and the first elements of the row become (1 - prefix_time) * prefix + prefix_time * prefix_noise
 """
 
 import torch
@@ -36,6 +36,7 @@ def flow_update_kernel(
     p_prefix,
     p_prefix_offsets,
     p_prefix_noise,
+    p_scalars,
     p_x_next,
     p_momentum,
     p_velocity,
@@ -49,19 +50,24 @@ def flow_update_kernel(
     past_b0,
     past_b1,
     past_b2,
-    gain,
+    scale,
     threshold,
     shed,
     momentum,
     rescale,
-    clean,
-    noisy,
+    prefix_time,
     APG: tl.constexpr,
     THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # gain = scale - 1, shed = 1 - eta, clean = 1 - prefix_time, noisy = prefix_time
+    # shed = 1 - eta
+    if p_scalars is not None:
+        a0, a1, a2 = tl.load(p_scalars), tl.load(p_scalars + 1), tl.load(p_scalars + 2)
+        b = tl.load(p_scalars + 3)
+        past_b0, past_b1, past_b2 = tl.load(p_scalars + 4), tl.load(p_scalars + 5), tl.load(p_scalars + 6)
+        scale, prefix_time = tl.load(p_scalars + 7), tl.load(p_scalars + 8)
+    gain = scale - 1.0
     row = tl.program_id(0).to(tl.int64)
     start = row * length
     end = start + length
@@ -93,26 +99,29 @@ def flow_update_kernel(
                 tl.store(p_momentum + o_row, b_d, mask=m_row)
         if p_velocity is not None:
             tl.store(p_velocity + o_row, b_v, mask=m_row)
-        b_x = add_term(b * b_v, p_x, a0, o_row, m_row)
-        b_x = add_term(b_x, p_x1, a1, o_row, m_row)
-        b_x = add_term(b_x, p_x2, a2, o_row, m_row)
-        b_x = add_term(b_x, p_past0, past_b0, o_row, m_row)
-        b_x = add_term(b_x, p_past1, past_b1, o_row, m_row)
-        b_x = add_term(b_x, p_past2, past_b2, o_row, m_row)
+        b_x = add_term(b * b_v, p_x, a0, o_row, m_row, False)
+        b_x = add_term(b_x, p_x1, a1, o_row, m_row, p_scalars is not None)
+        b_x = add_term(b_x, p_x2, a2, o_row, m_row, p_scalars is not None)
+        b_x = add_term(b_x, p_past0, past_b0, o_row, m_row, p_scalars is not None)
+        b_x = add_term(b_x, p_past1, past_b1, o_row, m_row, p_scalars is not None)
+        b_x = add_term(b_x, p_past2, past_b2, o_row, m_row, p_scalars is not None)
         if p_prefix is not None:
             o_prefix = prefix_start + o_row - start
             m_prefix = m_row & (o_prefix < prefix_end)
-            b_prefix = clean * tl.load(p_prefix + o_prefix, mask=m_prefix, other=0.0)
+            b_prefix = tl.load(p_prefix + o_prefix, mask=m_prefix, other=0.0)
             if p_prefix_noise is not None:
-                b_prefix += noisy * tl.load(p_prefix_noise + o_prefix, mask=m_prefix, other=0.0)
+                b_noise = tl.load(p_prefix_noise + o_prefix, mask=m_prefix, other=0.0)
+                b_prefix = (1.0 - prefix_time) * b_prefix + prefix_time * b_noise
             b_x = tl.where(m_prefix, b_prefix, b_x)
         tl.store(p_x_next + o_row, b_x.to(p_x_next.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
-def add_term(b_sum, p_term, weight, o_row, m_row):
-    """b_sum + weight * term, where there is a term."""
+def add_term(b_sum, p_term, weight, o_row, m_row, SCALARS: tl.constexpr):
+    """b_sum + weight * term, where there is a term; a weight from the device may be 0: the term is then not read."""
     if p_term is not None:
+        if SCALARS:
+            m_row = m_row & (weight != 0)
         b_sum += weight * tl.load(p_term + o_row, mask=m_row, other=0.0).to(tl.float32)
     return b_sum
 
@@ -211,7 +220,6 @@ def launch_update(tensors, rows, numbers, x_next, momentum_next, velocity):
     states, a, past, past_b = used_terms(tensors, numbers)
     apg, rescaled = numbers.guidance == GUIDANCE_APG, numbers.rescale > 0
     splits = 1 if apg or rescaled else max(1, triton.cdiv(length, BLOCK * BLOCKS_EACH))
-    noisy = 0.0 if tensors.prefix_noise is None else numbers.prefix_time
     with torch.cuda.device_of(x_next):
         flow_update_kernel[(rows, splits)](
             *_padded(states, None),
@@ -223,6 +231,7 @@ def launch_update(tensors, rows, numbers, x_next, momentum_next, velocity):
             tensors.prefix,
             tensors.prefix_offsets,
             tensors.prefix_noise,
+            tensors.scalars,
             x_next,
             momentum_next,
             velocity,
@@ -232,13 +241,12 @@ def launch_update(tensors, rows, numbers, x_next, momentum_next, velocity):
             *_padded(a, 0.0),
             numbers.b,
             *_padded(past_b, 0.0),
-            numbers.scale - 1,
+            numbers.scale,
             numbers.threshold,
             1 - numbers.eta,
             numbers.momentum,
             numbers.rescale,
-            1 - noisy,
-            noisy,
+            numbers.prefix_time,
             APG=apg,
             THRESHOLD=numbers.threshold > 0,
             RESCALE=rescaled,
@@ -248,8 +256,8 @@ def launch_update(tensors, rows, numbers, x_next, momentum_next, velocity):
 
 
 def _contiguous(tensors):
-    one_each = (None if value is None else value.contiguous() for value in tensors[:8])
-    return type(tensors)(*one_each, *([value.contiguous() for value in several] for several in tensors[8:]))
+    one_each = (None if value is None else value.contiguous() for value in tensors[:9])
+    return type(tensors)(*one_each, *([value.contiguous() for value in several] for several in tensors[9:]))
 
 
 def _padded(values, rest):

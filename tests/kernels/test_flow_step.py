@@ -241,13 +241,14 @@ def test_opcheck(guidance):
     numbers = dataclasses.asdict(guidance) if guidance else {"scale": 1.0}
     rest = [float(numbers.get(name, 0.0)) for name in ("scale", "threshold", "eta", "momentum", "rescale")]
     names = ("x", "v_cond", "v_uncond", "momentum_buffer", "row_offsets")
-    names = (*names, "prefix.values", "prefix.offsets", "prefix.noise")
+    names = (*names, "prefix.values", "prefix.offsets", "prefix.noise", "scalars")
     for arguments in (draw(guidance, (2, 3, 4, 5), prefix=(2, 3, 1, 5)), draw_ragged(guidance)):
         for terms, grad in (([], True), ([torch.randn(arguments["x"].shape)] * 2, True), ([], False)):
             tensors = tensors_of(convert(arguments, DEVICE, grad=grad))
             terms = [term.to(DEVICE).requires_grad_(grad) for term in terms]
             weights = [0.5 - i for i in range(len(terms))]
             more = (terms, terms, [1.0, *weights], -0.05, weights, kind, *rest, 0.3, len(terms) > 0)
+            tensors["scalars"] = None if grad else torch.rand(9, device=DEVICE)
             for name in ("flow_update",) if grad else ("flow_update", "flow_update_"):
                 torch.library.opcheck(getattr(op, name).default, (*map(tensors.get, names), *more))
 

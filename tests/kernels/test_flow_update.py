@@ -1,12 +1,15 @@
 """flow_update beyond Euler's step (test_flow_step.py): several states, past velocities, in place, rescale."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flow_cases import convert, draw, draw_ragged, every_guidance, gradients
 from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, on_every_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexkernels
-from flexkernels import CFG, Prefix
+from flexkernels import CFG, Prefix, solvers
 
 
 def with_terms(arguments, states=3, past=2, **settings):
@@ -104,6 +107,76 @@ def test_empty_input_and_velocity_under_a_prefix(place):
     assert torch.equal(x_next, values) and not torch.equal(v, x_next)
 
 
+def with_scalars(arguments):
+    """The same update, its numbers on the device, others in their place."""
+    guidance, prefix = arguments["guidance"], arguments.get("prefix")
+    scale, time = guidance.scale if guidance else 1.0, prefix.time if prefix else 0.0
+    row = solvers.scalars(arguments["a"], arguments["b"], arguments["past_b"], scale, time)
+    changed = {"a": [7.0] * len(arguments["a"]), "b": 7.0, "past_b": [7.0] * len(arguments["past_b"])}
+    changed |= {"guidance": replace(guidance, scale=7.0)} if guidance else {}
+    changed |= {"prefix": replace(prefix, time=0.7)} if prefix else {}
+    return arguments | changed | {"scalars": torch.tensor(row)}
+
+
+@on_every_backend
+@every_guidance
+@pytest.mark.parametrize("function", [flexkernels.flow_update, flexkernels.flow_update_])
+def test_scalars_on_the_device_give_the_same_bits(place, guidance, function):
+    for arguments in (draw_ragged(guidance), draw(guidance, (2, 3, 33), v_dtype=torch.bfloat16, prefix=(2, 3, 5))):
+        arguments = with_terms(arguments)
+        for result, wanted in zip(
+            update(place, with_scalars(arguments), function), update(place, arguments), strict=True
+        ):
+            assert (result is None and wanted is None) or torch.equal(result, wanted)
+
+
+@on_every_backend
+def test_terms_whose_scalar_is_zero_are_not_read(place):
+    arguments = with_terms(draw(None, (1, 2, 40)), states=3, past=2, a=[1.0, 0.0, 0.5], past_b=[0.0, 0.5])
+    expected = update(place, arguments)
+    arguments["x"][1].fill_(torch.nan)
+    arguments["past"][0].fill_(torch.nan)
+    assert torch.equal(update(place, with_scalars(arguments))[0], expected[0])
+
+
+def test_scalars_are_for_float32_states():
+    half = {"x": [X.half()], "a": [1.0], "v_cond": X, "b": 0.5}
+    with pytest.raises(TypeError, match=r"x with scalars must be float32.*got float16"):
+        flexkernels.flow_update(**half, scalars=torch.zeros(9))
+
+
+@pytest.mark.parametrize(
+    ("scalars", "error", "message"),
+    [
+        (torch.zeros(8), ValueError, r"scalars must have the shape \[9\], got \[8\]"),
+        (torch.zeros(9).double(), TypeError, "scalars must be float32"),
+        ([0.0] * 9, TypeError, "scalars must be a tensor"),
+    ],
+)
+def test_wrong_scalars_are_refused(scalars, error, message):
+    for function in (flexkernels.flow_update, flexkernels.flow_update_, flexkernels.flow_update_ref):
+        with pytest.raises(error, match=message):
+            function(**CALL, scalars=scalars)
+
+
+def test_scalars_have_no_gradient():
+    for tensor in ("v_cond", "scalars"):
+        given = {"v_cond": X, "scalars": torch.zeros(9)}
+        given[tensor] = given[tensor].clone().requires_grad_()
+        with pytest.raises(ValueError, match="scalars must be None where a gradient is asked for"):
+            flexkernels.flow_update([X], [1.0], b=1.0, **given)
+
+
+def test_rows_of_scalars():
+    row = solvers.scalars([1.0, 0.5], -0.1, [0.25], 3.0, 0.75)
+    assert row == [1.0, 0.5, 0.0, -0.1, 0.25, 0.0, 0.0, 3.0, 0.75]
+    for name, given in (("a", ([1.0] * 4, 0.0, [])), ("past_b", ([], 0.0, [1.0] * 4))):
+        with pytest.raises(ValueError, match=f"{name} must have at most 3 entries, got 4"):
+            solvers.scalars(*given)
+    with pytest.raises(ValueError, match="b must be finite, got inf"):
+        solvers.scalars([1.0], torch.inf, [])
+
+
 # CFG with rescale
 
 
@@ -185,6 +258,16 @@ def test_compiles_to_one_graph(function, compiler):
     results = torch.compile(function, fullgraph=True, backend=compiler)(**arguments)
     assert torch.equal(results[0], expected[0]) and torch.equal(results[2], expected[2])
     assert torch.equal(arguments["x"][0], results[0]) == (function is flexkernels.flow_update_)
+
+
+def test_one_compiled_graph_serves_all_scalars():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flexkernels.flow_update, fullgraph=True, backend=counter)
+    arguments = convert(with_scalars(with_terms(draw(CFG(3.0), (2, 3, 8)))), device=DEVICE)
+    for _ in range(3):
+        arguments["scalars"] = torch.rand(9, device=DEVICE)
+        assert torch.equal(compiled(**arguments)[0], flexkernels.flow_update(**arguments)[0])
+    assert counter.frame_count == 1
 
 
 # wrong input

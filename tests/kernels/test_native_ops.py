@@ -43,7 +43,7 @@ def flow_step(x, v_cond, v_uncond, buffer, offsets, guidance, prefix=None, prefi
     numbers |= dict(momentum=0.0 if buffer is None else MOMENTUM, rescale=0.0, prefix_time=0.25, return_velocity=False)
     tensors = (x, v_cond, v_uncond, buffer, offsets, prefix, prefix_offsets, noise)
     x_next, momentum_next, _ = torch.ops.flexkernels.flow_update(
-        *tensors, **dict(more_x=[], past=[]) | numbers | changes
+        *tensors, **dict(scalars=None, more_x=[], past=[]) | numbers | changes
     )
     return x_next, momentum_next
 

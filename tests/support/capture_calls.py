@@ -80,7 +80,7 @@ def transformer_step(device):
     return lambda: flexkernels.transformer_step_(x, weights, *caches, lengths)
 
 
-def flow(update, guidance):
+def flow(update, guidance, scalars=False):
     def make(device):
         x, v, u, past = rows(device, 4, 2, 3, 4, 5, 6)
         buffer = torch.zeros_like(x) if isinstance(guidance, APG) and guidance.momentum else None
@@ -88,6 +88,8 @@ def flow(update, guidance):
         if update == "flow_step":
             return lambda: flexkernels.flow_step(x, v, u, dt=-0.1, **settings)
         function = getattr(flexkernels, update)
+        if scalars:
+            settings["scalars"] = rows(device, 1, 9)[0]
         return lambda: function([x], [1.0], v, u, b=-0.1, past=[past], past_b=[0.5], **settings)
 
     return make
@@ -163,6 +165,7 @@ CALLS = {
     "flow_step CFG": flow("flow_step", CFG(3.0, 0.7)),
     "flow_step APG": flow("flow_step", APG(25.0, 0.6, 0.1, -0.5)),
     "flow_update": flow("flow_update", CFG(3.0)),
+    "flow_update with scalars": flow("flow_update", APG(25.0, 0.6), scalars=True),
     "flow_update_": flow("flow_update_", APG(25.0, 0.6)),
     "fsq_quantize": fsq_quantize,
     "fsq_dequantize": fsq_dequantize,

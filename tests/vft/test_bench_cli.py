@@ -79,6 +79,15 @@ def test_encode_and_generate(generator, capsys):
     assert any("transformer_step" in name for name in rows) and "flexkernels::sample_logits" in rows
 
 
+def test_fp8_is_for_what_decodes_and_generates(capsys):
+    argv = ["--fp8", "--profile", "--top", "200", *QUICK]
+    assert cli.main(["bench", "decode", "--steps", "1", "--guidance", "none", *argv]) == 0
+    # the rows that are rounded have their largest value looked for
+    assert "aten::linalg_vector_norm" in rows_of(capsys.readouterr().out)
+    assert cli.main(["bench", "encode", *argv]) == 2
+    assert "bench encode has no such weights: leave out --int8 and --fp8" in capsys.readouterr().err
+
+
 def test_train_profile(monkeypatch, capsys):
     # how a new model begins takes clips and no part of a step
     monkeypatch.setattr(initial, "fits", lambda *_: False)

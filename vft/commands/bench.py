@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", "--keep", type=positive, help="registers, or tokens, of every latent frame")
     add("--size", type=options.at_least(16), help="side of the frames, where the model takes any size")
     options.add_dtype(parser)
-    options.add_weights(parser, "generate: ")
+    options.add_weights(parser, int8="generate: ", fp8="decode, generate: ")
     add("--temperature", type=float, default=1.0, help="generate: of the tokens (default: 1)")
     add("--token-guidance", type=float, help="generate: guidance scale (default: off)")
     add("--seconds", type=float, default=2.0, help="how long it is timed (default: 2)")
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--random takes the place of --model, in bench encode and decode")
     if args.model is not None and args.what == "train":
         raise ValueError("bench train times the training of the embedded tokenizer: leave out --model")
+    if (args.fp8 and args.what not in ("decode", "generate")) or (args.int8 and args.what != "generate"):
+        raise ValueError(f"bench {args.what} has no such weights: leave out --int8 and --fp8")
     common = {"batch": args.batch, "frames": args.frames}
     if args.what == "generate":
         generator = options.load_generator(args)
@@ -67,6 +69,7 @@ def _tokenizer(args: argparse.Namespace):
     from vft import bench
 
     if args.random is None:
-        return options.load_tokenizer(args, dtype=args.dtype)
+        return options.load_tokenizer(args, dtype=args.dtype, weights="fp8" if args.fp8 else None)
     config = None if args.random == "published" else Path(args.random)
-    return bench.random_tokenizer(config, options.device(args), getattr(torch, args.dtype), args.seed)
+    tokenizer = bench.random_tokenizer(config, options.device(args), getattr(torch, args.dtype), args.seed)
+    return tokenizer.quantize() if args.fp8 else tokenizer

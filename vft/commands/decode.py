@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_memory(parser)
     options.add_sampler(parser)
     options.add_video_output(parser)
+    options.add_dtype(parser)
+    parser.add_argument("--fp8", action="store_true", help="keep the decoder's matrices as fp8 (docs/tokenizer.md)")
     parser.add_argument("--force", action="store_true", help="decode the tokens of another model, too")
     parser.add_argument("input", help=".vft file; -: standard input")
     reading.add_audio(parser, "the track that encode --audio copy kept goes into the video")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     options.check_keep(args.keep, tokens.registers)
     if args.model is None and tokens.model != options.DEFAULT_MODEL:
         raise ValueError(f"{args.input} was made by the model {tokens.model!r}: name it with --model")
-    tokenizer = options.load_tokenizer(args)
+    tokenizer = options.load_tokenizer(args, dtype=args.dtype, weights="fp8" if args.fp8 else None)
     shown = resized(pieces(tokenizer, tokens, args, force=args.force), args.size)
     track = sidecar(args.input) if args.audio == "copy" else None
     count = write_video(args.output, shown, tokens.fps, args.quality, track)

@@ -144,15 +144,17 @@ def return_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED)
 
 
-def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype: str = "float32"):
+def load_tokenizer(
+    args: argparse.Namespace, reference: str | None = None, dtype: str = "float32", weights: str | None = None
+):
     """The tokenizer that ``reference``, else ``--model``, and ``--device`` ask for."""
     import torch
 
     from vft import Tokenizer
 
     reference = reference or args.model or DEFAULT_MODEL
-    checks = {"check_finite": not args.unchecked_weights}
-    tokenizer = Tokenizer.from_pretrained(reference, device=device(args), dtype=getattr(torch, dtype), **checks)
+    kind = {"dtype": getattr(torch, dtype), "weights": weights, "check_finite": not args.unchecked_weights}
+    tokenizer = Tokenizer.from_pretrained(reference, device=device(args), **kind)
     if getattr(args, "memory", None) is not None:
         if not hasattr(tokenizer.codec, "memory"):
             raise ValueError(
@@ -163,10 +165,10 @@ def load_tokenizer(args: argparse.Namespace, reference: str | None = None, dtype
     return tokenizer
 
 
-def add_weights(parser: argparse.ArgumentParser, help: str = "") -> None:
+def add_weights(parser: argparse.ArgumentParser, int8: str = "", fp8: str = "") -> None:
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--int8", action="store_true", help=f"{help}keep the generator's matrices as int8")
-    kind.add_argument("--fp8", action="store_true", help=f"{help}keep them as fp8, for GPUs that multiply it")
+    kind.add_argument("--int8", action="store_true", help=f"{int8}keep the generator's matrices as int8")
+    kind.add_argument("--fp8", action="store_true", help=f"{fp8}keep matrices as fp8, for GPUs that multiply it")
 
 
 def load_generator(args: argparse.Namespace):

@@ -169,20 +169,14 @@ class Engine:
         codes, keep, frames, registers = self.read_registers(data_dict, latents)
         # the very times of the published loop, which a guidance scale may compare with
         plan = evaluations("euler", schedule([i / timesteps for i in range(timesteps, -1, -1)]))
-        shapes = [x.shape for x in latents]
         with _no_autocast(latents), tqdm(total=timesteps, disable=not verbose) as bar:
-            inner = self.tokenizer.guided_velocity(
+            velocity = self.tokenizer.guided_velocity(
                 latents, plan, codes, keep, frames, collapse=self.collapse, registers=registers
             )
-
-            def velocity(x, i, guided):
-                x = [z.reshape(shape) for z, shape in zip(x, shapes, strict=True)]
-                return inner(x, i, guided)
-
             out = sample(
                 velocity, [x[0].float() if x.dim() == 5 else x.float() for x in noise], plan, guidance=guidance,
                 prefix=None if prefix is None else [p[0] for p in prefix], prefix_mode=prefix_mode,
-                compat=self.compat, progress=lambda done: bar.update(done - bar.n),
+                compat=self.compat, progress=lambda done: bar.update(done - bar.n), graphs=self.tokenizer.step_graphs,
             )  # fmt: skip
         return [x.reshape(z.shape) for x, z in zip(out, noise, strict=True)]
 

@@ -19,9 +19,10 @@ def launches():
         (flow_math.GUIDANCE_APG, 0.0),
     ):
         apg = kind == flow_math.GUIDANCE_APG
-        for x, everything in ((torch.zeros(64), False), (torch.zeros(64, dtype=torch.bfloat16), True)):
+        plain, half = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
+        for x, everything, scalars in ((plain, False, None), (half, True, None), (plain, True, torch.zeros(9))):
             wide, last = torch.zeros(64), torch.zeros(64) if apg and everything else None
-            tensors = flow_math.Tensors(x, x, x if kind else None, last, None, None, None, None)
+            tensors = flow_math.Tensors(x, x, x if kind else None, last, None, None, None, None, scalars)
             a, past_b = [1.0], []
             if everything:
                 tensors = tensors._replace(row_offsets=offsets, prefix=wide, prefix_offsets=offsets, prefix_noise=wide)
