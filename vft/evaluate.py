@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,11 +39,13 @@ def budgets(registers: int) -> list[int]:
 
 
 def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> dict[str, dict[str, float]]:
-    """Mean metrics of ``count`` held-out clips for each k, and under "codec" those of the latent codec alone.
+    """Mean metrics of ``count`` held-out clips for each k, with the :func:`rate`, and under "codec" those of the latent
+    codec alone.
 
     ``options`` (steps, guidance, ...) go to ``model.decode_latents``.
     """
     rows: dict[str, list[dict]] = {}
+    every: list[torch.Tensor] = []
     for start in progress.bar(range(0, count, BATCH), desc="held-out clips", unit="batch"):
         clips = _clips(model, range(start, min(start + BATCH, count)))
         latents = model.codec.encode(clips)
@@ -53,7 +56,21 @@ def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> d
         for name, z in decoded.items():
             video = model.codec.decode(z)
             rows.setdefault(name, []).append({metric: f(video, clips) for metric, f in METRICS.items()})
-    return {name: _means(parts) for name, parts in rows.items()}
+        every += ids
+    means = {name: _means(parts) for name, parts in rows.items()}
+    pixels, codes = count * clips[0, 0].numel(), math.prod(model.config.levels)
+    for k in keeps:
+        means[str(k)] |= rate(torch.cat(every)[:, :k], pixels, codes)
+    return means
+
+
+def rate(ids: torch.Tensor, pixels: int, codes: int) -> dict[str, float]:
+    """Of ids ``[latent frames, k]`` of videos of so many pixels in all: ``bits_per_pixel`` at 16 bits an id, as files
+    hold them, and ``codebook_use``, the share of the codes that occur."""
+    return {
+        "bits_per_pixel": round(16 * ids.numel() / pixels, 6),
+        "codebook_use": round(len(ids.unique()) / codes, 6),
+    }
 
 
 def distances(model: Tokenizer, networks: Sequence[Network], count: int, keeps: Sequence[int], **options) -> dict:

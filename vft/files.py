@@ -1,6 +1,7 @@
 """Output files that are either complete or not there: written beside the target, then renamed. One writer a folder."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,6 +12,10 @@ try:
 except ImportError:
     # not on Windows, where two writers are not noticed
     fcntl = None  # type: ignore[assignment]
+
+
+# names of _beside
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp")
 
 
 def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None] = ()) -> Path:
@@ -65,10 +70,12 @@ def only_writer(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[No
     """Keeps other runs from writing into ``folder``; the system lets go when the process ends, however it does.
 
     The processes of one run share ``.lock``, which a run of a single process has for itself, and each has its own
-    ``.lock.<rank>``. The files stay, empty.
+    ``.lock.<rank>``. The files stay, empty. A run of a single process removes what a killed one has left half-written.
 
     Raises OSError where another run writes there.
     """
+    # whether nobody else can be writing here
+    alone = world_size == 1 and fcntl is not None
     with ExitStack() as held:
         for name, shared in ((".lock", world_size > 1), (f".lock.{rank}", False)):
             file = held.enter_context(open(folder / name, "a"))
@@ -82,7 +89,11 @@ def only_writer(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[No
                     ) from error
                 except OSError:
                     # a file system without locks
-                    pass
+                    alone = False
+        if alone:
+            for path in folder.rglob(".*.tmp"):
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         yield
 
 

@@ -44,6 +44,24 @@ def test_distances_order_clips():
     assert metrics.gmsd(slight, clip) < metrics.gmsd(strong, clip) - 0.02
 
 
+def test_rate_counts_bits_and_codes():
+    ids = torch.tensor([[1, 2, 3], [1, 2, 7]])
+    assert evaluate.rate(ids, 960, 8) == {"bits_per_pixel": 0.1, "codebook_use": 0.5}
+    assert evaluate.rate(ids[:, :1], 960, 8) == {"bits_per_pixel": round(32 / 960, 6), "codebook_use": 0.125}
+
+
+def test_held_out_states_the_rate_of_each_k():
+    model = vft.Tokenizer(parse_config(SMALL))
+    rows = evaluate.held_out(model, 2, [1, 3], steps=1)
+    clips = evaluate._clips(model, range(2))
+    ids = torch.cat(model.encode_latents(model.codec.encode(clips)))
+    assert "bits_per_pixel" not in rows["codec"] and ids.shape == (2 * 5, 3)
+    for k in (1, 3):
+        # 17 frames of 16 x 16 in 5 latent frames
+        assert rows[str(k)]["bits_per_pixel"] == round(16 * 5 * k / (17 * 16 * 16), 6)
+        assert rows[str(k)]["codebook_use"] == round(len(ids[:, :k].unique()) / 64000, 6) > 0
+
+
 def test_budgets():
     assert evaluate.budgets(32) == [1, 2, 4, 8, 16, 32]
     assert evaluate.budgets(5) == [1, 2, 4, 5]

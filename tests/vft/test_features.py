@@ -131,7 +131,10 @@ def test_eval_writes_distances_their_protocol_and_a_table(files, capsys):
     assert [row["k"] for row in rows] == ["codec", "1", "2"] and rows[1]["model"] == "small"
     assert float(rows[2]["fvd"]) == pytest.approx(result["distances"]["rows"]["2"]["fvd"], rel=1e-5)
     lines = (files / "a.md").read_text().splitlines()
-    assert lines[0] == "| model | k | psnr | ssim | gmsd | fvd | fid | lpips |" and len(lines) == 5
+    assert (
+        lines[0] == "| model | k | psnr | ssim | gmsd | fvd | fid | lpips | bits_per_pixel | codebook_use |"
+        and len(lines) == 5
+    )
     capsys.readouterr()
 
 

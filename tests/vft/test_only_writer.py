@@ -9,7 +9,7 @@ from train_worker import SETTINGS, SMALL
 from vft import Tokenizer, batch
 from vft.config import make_config, parse_config
 from vft.data import Encoder, encode
-from vft.files import only_writer
+from vft.files import only_writer, replacing
 from vft.train.tokenizer import train
 
 REFUSED = "is being written by another run"
@@ -52,6 +52,24 @@ def test_a_killed_run_holds_nothing(tmp_path):
         holder.communicate()
     with only_writer(tmp_path):
         pass
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    left = [tmp_path / ".0123456789ab.tmp", tmp_path / "a" / ".ba9876543210.tmp"]
+    kept = [tmp_path / ".mine.tmp", tmp_path / "a" / "0123456789ab.tmp", tmp_path / "a" / ".0123456789ab.tmp.vft"]
+    (tmp_path / "a").mkdir()
+    for path in (*left, *kept):
+        path.touch()
+    # others of the same run may be writing
+    with only_writer(tmp_path, 0, 2), only_writer(tmp_path, 1, 2):
+        assert all(path.exists() for path in left)
+    with only_writer(tmp_path):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+        with replacing(tmp_path / "new") as temporary:
+            temporary.touch()
+            with pytest.raises(OSError, match=REFUSED), only_writer(tmp_path):
+                pass
+    assert (tmp_path / "new").exists()
 
 
 def test_encoding_and_training_are_refused_and_change_nothing(tmp_path):
