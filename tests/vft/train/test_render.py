@@ -54,7 +54,7 @@ def test_what_is_stored_has_everything():
     assert {(procedural.label(int(k[1]), int(k[2])), k[5]) for k in found if k[0] == "procedural"} == {
         (family, recipe) for family in range(len(FAMILIES)) for recipe in "12"
     }
-    assert {plan_of(key).kinds[i] for key in STORED for i in range(len(plan_of(key).kinds))} == set(range(len(SHAPES)))
+    assert {int(kind) for key in STORED for kind in plan_of(key).kinds} == set(range(len(SHAPES)))
 
 
 def test_one_by_one_they_are_those_that_models_were_trained_on():
