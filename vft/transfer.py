@@ -15,6 +15,10 @@ class Uploads:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def __reduce__(self):
+        # a stream is neither copied nor pickled
+        return Uploads, (self.device,)
+
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self.stream is None:
             return [x.to(self.device) for x in tensors]

@@ -1,6 +1,7 @@
 """Batches of chunks on two streams: what is copied, computed and waited for, in which order. Recorders stand in for
 CUDA."""
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,12 @@ def test_copies_have_a_stream_of_their_own_which_computing_waits_for(cuda):
         "copied on copies", "pinned", "copied on copies", "copies records", "compute waits", "kept for compute",
         "kept for compute",
     ]  # fmt: skip
+
+
+def test_a_copy_has_its_own_stream(cuda):
+    uploads = transfer.Uploads(CUDA)
+    again = copy.deepcopy(uploads)
+    assert again.device == CUDA and again.stream is not uploads.stream
 
 
 def test_on_the_cpu_nothing_is_copied():

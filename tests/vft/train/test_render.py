@@ -54,7 +54,7 @@ def test_what_is_stored_has_everything():
     assert {(procedural.label(int(k[1]), int(k[2])), k[5]) for k in found if k[0] == "procedural"} == {
         (family, recipe) for family in range(len(FAMILIES)) for recipe in "12"
     }
-    assert {plan_of(key).kinds[i] for key in STORED for i in range(len(plan_of(key).kinds))} == set(range(len(SHAPES)))
+    assert {int(kind) for key in STORED for kind in plan_of(key).kinds} == set(range(len(SHAPES)))
 
 
 def test_one_by_one_they_are_those_that_models_were_trained_on():
@@ -109,16 +109,16 @@ def test_a_device_gets_one_copy_a_batch_and_is_not_waited_for(uploads):
 @pytest.mark.parametrize("words", [False, True])
 def test_a_step_of_training_copies_without_waiting(words, uploads, monkeypatch):
     source = data.NAMED if words else data.PROCEDURAL
-    settings = TokenizerSettings(batch=4, clips=64, corruption=0.1, edges=1.0, recipe=2, data=source)
+    # another seed: packings of equal numbers of registers are kept
+    settings = TokenizerSettings(batch=4, clips=64, corruption=0.1, edges=1.0, recipe=2, data=source, seed=7 + words)
     # it knows no "meta"
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     task = TokenizerTask(settings, SMALL)
     task.data.start_workers(0, META)
     task.model.to(META)
-    # the codec goes to the device at a first step
+    # the codec goes to the device at a first step, and what the encoder packs
     task.loss(draws(settings, 0)).backward()
-    # clips; noise, times and replaced tokens; layout and packing of the encoder and of the decoder
-    assert len(uploads) == 6
-    # the encoder's packing is that of the step before
+    uploads.clear()
     forbidden(lambda: task.loss(draws(settings, 1)).backward())
-    assert len(uploads) == 10
+    # clips; noise, times and replaced tokens; the decoder's layout; its packing
+    assert len(uploads) == 4
