@@ -150,7 +150,7 @@ def test_scalars_are_for_float32_states():
     [
         (torch.zeros(8), ValueError, r"scalars must have the shape \[9\], got \[8\]"),
         (torch.zeros(9).double(), TypeError, "scalars must be float32"),
-        ([0.0] * 9, TypeError, "scalars must be a tensor"),
+        ([0.0] * 9, TypeError, r"scalars must be a torch\.Tensor, got list"),
     ],
 )
 def test_wrong_scalars_are_refused(scalars, error, message):
