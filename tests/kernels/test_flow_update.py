@@ -120,9 +120,9 @@ def with_scalars(arguments):
 
 @on_every_backend
 @every_guidance
-@pytest.mark.parametrize("function", [flexkernels.flow_update, flexkernels.flow_update_])
-def test_scalars_on_the_device_give_the_same_bits(place, guidance, function):
-    for arguments in (draw_ragged(guidance), draw(guidance, (2, 3, 33), v_dtype=torch.bfloat16, prefix=(2, 3, 5))):
+def test_scalars_on_the_device_give_the_same_bits(place, guidance):
+    half = draw(guidance, (2, 3, 33), v_dtype=torch.bfloat16, prefix=(2, 3, 5))
+    for arguments, function in ((draw_ragged(guidance), flexkernels.flow_update), (half, flexkernels.flow_update_)):
         arguments = with_terms(arguments)
         for result, wanted in zip(
             update(place, with_scalars(arguments), function), update(place, arguments), strict=True
@@ -150,7 +150,7 @@ def test_scalars_are_for_float32_states():
     [
         (torch.zeros(8), ValueError, r"scalars must have the shape \[9\], got \[8\]"),
         (torch.zeros(9).double(), TypeError, "scalars must be float32"),
-        ([0.0] * 9, TypeError, "scalars must be a tensor"),
+        ([0.0] * 9, TypeError, r"scalars must be a torch\.Tensor, got list"),
     ],
 )
 def test_wrong_scalars_are_refused(scalars, error, message):
