@@ -121,7 +121,8 @@ def add_term(b_sum, p_term, weight, o_row, m_row, SCALARS: tl.constexpr):
     """b_sum + weight * term, where there is a term; a weight from the device may be 0: the term is then not read."""
     if p_term is not None:
         if SCALARS:
-            m_row = m_row & (weight != 0)
+            # compared as a block, which the interpreter can combine with another
+            m_row = m_row & (tl.zeros_like(b_sum) + weight != 0)
         b_sum += weight * tl.load(p_term + o_row, mask=m_row, other=0.0).to(tl.float32)
     return b_sum
 
