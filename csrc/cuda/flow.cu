@@ -11,8 +11,9 @@ namespace flexkernels::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512, kShareThreads = 256;
-// packs of a row that a thread has under way in the pass that sums
-constexpr int kUnroll = 3;
+// packs of N elements of a row that a thread has under way in the pass that sums: what 64 registers hold
+template <int N>
+constexpr int kUnroll = N > 4 ? 2 : 3;
 
 // elements a thread takes at once: 16 bytes of the wider type
 template <typename X, typename V>
@@ -62,17 +63,17 @@ __device__ __forceinline__ void sum_row(const FlowUpdate& p, int64_t begin, int6
   __shared__ float of_warps[kMaxThreads / 32][Count];
   const int64_t packed = packed_end<N>(begin, end, aligned), step = static_cast<int64_t>(blockDim.x) * N;
 #pragma unroll 1
-  for (int64_t base = begin + threadIdx.x * N; base < packed; base += kUnroll * step) {
-    float c[kUnroll][N] = {}, d[kUnroll][N] = {};
+  for (int64_t base = begin + threadIdx.x * N; base < packed; base += kUnroll<N> * step) {
+    float c[kUnroll<N>][N] = {}, d[kUnroll<N>][N] = {};
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<N>; ++u) {
       const int64_t i = base + u * step;
       if (i >= packed) continue;
       load_floats<N>(static_cast<const V*>(p.v_cond) + i, c[u]);
       difference<N, V>(p, i, c[u], d[u]);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll<N>; ++u) {
       if (base + u * step >= packed) continue;
 #pragma unroll
       for (int j = 0; j < N; ++j) term(c[u][j], d[u][j], sums);
@@ -133,9 +134,6 @@ __device__ __forceinline__ void add_term(const T* term, int64_t i, float weight,
 template <typename X, typename V>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
-  // scalars come with float32 states alone: the other kernels spare their registers
-  constexpr bool kScalars = sizeof(X) == sizeof(float);
-  if (!kScalars && p.scalars) __builtin_unreachable();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
@@ -149,22 +147,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     load_floats<N>(static_cast<const X*>(p.x[0]) + i, state);
     if (p.guidance != kFlowNone) difference<N, V>(p, i, v, d);
     if (p.momentum_next) store_floats<N>(p.momentum_next + i, d);
-    const float a = kScalars ? flow_a(p, 0) : p.a[0], b = kScalars ? flow_b(p) : p.b;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       v[j] = fmaf(k.beta, d[j], k.alpha * v[j]);
-      x[j] = fmaf(a, state[j], b * v[j]);
+      x[j] = fmaf(flow_a(p, 0), state[j], flow_b(p) * v[j]);
     }
     if (p.velocity) store_floats<N>(p.velocity + i, v);
 #pragma unroll 1
     for (int s = 1; s < p.states; ++s) {
-      const float weight = kScalars ? flow_a(p, s) : p.a[s];
-      if (!kScalars || weight != 0) add_term<N>(static_cast<const X*>(p.x[s]), i, weight, x);
+      const float weight = flow_a(p, s);
+      if (!p.scalars || weight != 0) add_term<N>(static_cast<const X*>(p.x[s]), i, weight, x);
     }
 #pragma unroll 1
     for (int s = 0; s < p.pasts; ++s) {
-      const float weight = kScalars ? flow_past_b(p, s) : p.past_b[s];
-      if (!kScalars || weight != 0) add_term<N>(p.past[s], i, weight, x);
+      const float weight = flow_past_b(p, s);
+      if (!p.scalars || weight != 0) add_term<N>(p.past[s], i, weight, x);
     }
     if (i - begin < given) {
 #pragma unroll
