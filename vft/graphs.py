@@ -25,8 +25,8 @@ class Run:
     """The buffers of a decode and the graphs that read and write them, for all decodes of its shapes and settings.
 
     Turns of one kind differ in their numbers, which a graph reads from ``scalars``, and in the modulations of their
-    time: both are copied in before each replay. The first turn of a kind runs as it is, which compiles its kernels; the
-    second is captured.
+    time: both are copied in before each turn. The first turn of a kind makes the calls that a graph would, which
+    compiles and loads their kernels; the second is captured.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -49,14 +49,15 @@ class Run:
         """The turn i."""
         turn = self.turns[i]
         kind = self.flow.kind(turn)
-        if kind not in self.seen:
-            self.flow.advance(lambda x, fresh: self.velocity(x, i, fresh), turn)
-            self.seen.add(kind)
-            return
         inputs = self._load(i, turn.fresh)
         if kind not in self.graphs:
             velocity = lambda x, fresh: self.velocity.compute(x, *inputs)  # noqa: E731
-            self.graphs[kind], _ = record(partial(self.flow.advance, velocity, turn, self.scalars), self.pool)
+            step = partial(self.flow.advance, velocity, turn, self.scalars)
+            if kind not in self.seen:
+                step()
+                self.seen.add(kind)
+                return
+            self.graphs[kind], _ = record(step, self.pool)
         self.graphs[kind].replay()
 
     def _load(self, i: int, guided: bool) -> tuple[Packing, torch.Tensor, Modulation]:
@@ -98,9 +99,12 @@ class StepGraphs:
         """A run of these settings, which is nobody else's until it ends."""
         weights = (*velocity.decoder.parameters(), *velocity.decoder.buffers())
         held = tuple((t.data_ptr(), t.dtype) for t in weights)
+        device = velocity.codes.device
         # tensors made in inference mode cannot be written outside of it
-        key = velocity.key, settings, held, library.current_backend(), torch.is_inference_mode_enabled()
-        run = self._kept.pop(key, None) or Run(settings, velocity.codes.device)
+        mode = library.current_backend(), torch.is_inference_mode_enabled()
+        # a stream comes to a decode when it is through with the one before, another one does not wait for that
+        key = velocity.key, settings, held, mode, _stream(device)
+        run = self._kept.pop(key, None) or Run(settings, device)
         try:
             yield run
         finally:
@@ -108,3 +112,8 @@ class StepGraphs:
             self._kept[key] = run
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream that work is given to on a GPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

@@ -320,8 +320,12 @@ class Tokenizer(nn.Module):
 
     @property
     def step_graphs(self) -> StepGraphs | None:
-        """Where the solver's steps are replayed from; None where they are not."""
-        return self._graphs if self.cuda_graphs and self.device.type == "cuda" else None
+        """Where the solver's steps are replayed from; None where they are not.
+
+        Nor are they under autocast: a graph would keep its dtypes, and read casts of weights that end with it.
+        """
+        served = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        return self._graphs if self.cuda_graphs and served else None
 
     @overload
     def encode(

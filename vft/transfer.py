@@ -8,8 +8,8 @@ import torch
 
 
 class Uploads:
-    """Copies to a device. On a GPU they take a stream of their own, beside what it computes, and out of pinned memory,
-    so that the host does not wait; what is then given to the GPU waits for them there."""
+    """Copies to a device. On a GPU those of the host's tensors take a stream of their own, beside what it computes, and
+    out of pinned memory, so that the host does not wait; what is then given to the GPU waits for them there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,7 +20,8 @@ class Uploads:
         return Uploads, (self.device,)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if self.stream is None:
+        # what lies on a GPU is in the order of its current stream
+        if self.stream is None or any(x.device.type != "cpu" for x in tensors):
             return [x.to(self.device) for x in tensors]
         computing = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.stream):

@@ -7,6 +7,7 @@ import tape
 import torch
 from golden_tokenizer import load, samples
 
+import flexkernels
 import vft
 from vft import graphs
 from vft.solver import SOLVERS, interval
@@ -194,6 +195,34 @@ def test_other_weights_are_another_run_and_copies_keep_none(made, model):
     model.double().float()
     assert_same(model, steps=4)
     assert len(model._graphs._kept) == 2
+
+
+def test_a_first_turn_makes_the_calls_that_are_captured(made, model, monkeypatch):
+    """A kernel that is first launched in a capture would be compiled and loaded there."""
+    inner, given = flexkernels.flow_update, []
+
+    def noting(*args, **options):
+        given.append(options["scalars"] is not None)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(flexkernels, "flow_update", noting)
+    decode(model, True, steps=4, guidance=vft.CFG(3.0))
+    assert given == [True, True] and len(made) == 1
+
+
+def test_streams_have_buffers_of_their_own(made, model, monkeypatch):
+    """The host is through with a decode before the stream is."""
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(graphs, "_stream", lambda device: stream)  # noqa: B023
+        assert_same(model, steps=4)
+    assert len(made) == len(model._graphs._kept) == 2
+
+
+def test_under_autocast_there_are_none(model, monkeypatch):
+    monkeypatch.setattr(vft.Tokenizer, "device", torch.device("cuda", 0))
+    assert model.step_graphs is model._graphs
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert model.step_graphs is None
 
 
 def test_graphs_are_for_gpus(model):

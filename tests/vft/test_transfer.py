@@ -35,6 +35,8 @@ class Stream:
 class Tensor:
     """A host's tensor, pinned or not."""
 
+    device = torch.device("cpu")
+
     def __init__(self, log, stream, pinned):
         self.log, self.stream, self.pinned = log, stream, pinned
 
@@ -76,6 +78,12 @@ def test_copies_have_a_stream_of_their_own_which_computing_waits_for(cuda):
         "copied on copies", "pinned", "copied on copies", "copies records", "compute waits", "kept for compute",
         "kept for compute",
     ]  # fmt: skip
+
+
+def test_what_lies_on_a_gpu_is_not_pinned(cuda):
+    """Frames that a decoder of video left there, for one."""
+    there = SimpleNamespace(device=CUDA, to=lambda device: there)
+    assert transfer.Uploads(CUDA)([there]) == [there] and cuda.log == []
 
 
 def test_a_copy_has_its_own_stream(cuda):
