@@ -32,7 +32,7 @@ class LappedCodec(Codec):
     """
 
     name = LAPPED
-    linear = True
+    linear = wide = True
 
     def __init__(self, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
         super().__init__()

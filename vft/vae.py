@@ -29,7 +29,7 @@ class LinearCodec(Codec):
     """
 
     name = LINEAR
-    linear = True
+    linear = wide = True
 
     def __init__(self, first_basis, first_mean, group_basis, group_mean, scale, metadata=None):
         super().__init__()

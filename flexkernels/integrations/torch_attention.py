@@ -63,8 +63,9 @@ def _with_fallback(name: str, device: str, implementation: Callable[..., Any]) -
             return result
         if original is None:
             raise ValueError(
-                f"{name} on {device} must have packed sequences with offsets, full or causal, without dropout, as "
-                f"torch has no kernel of its own there, got another call"
+                f"{name} on {device} must have packed sequences with offsets, full or causal, without dropout, of "
+                f"float32, bfloat16 or float16 and a head_dim up to {MAX_HEAD_DIM}, as torch has no kernel of its own "
+                f"there, got another call"
             )
         return original.call_boxed(keyset, *args, **options)
 

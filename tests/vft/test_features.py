@@ -220,6 +220,8 @@ def test_wrong_networks(files, capsys):
         assert cli.main(["eval", "-o", "a.json", "--metrics", text]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert cli.main(["eval", "-o", "a.json", "--metrics", "fvd=video.pt", "fvd=video.pt"]) == 2
+    assert "--metrics must name each metric once" in capsys.readouterr().err
     assert cli.main(["eval", "-o", "a.json", "--table", "a.txt"]) == 2
     assert "table must end in .csv, .md or .png" in capsys.readouterr().err
     assert cli.main(["eval", "-o", "a.json", "--beside", "bad.pt"]) == 2

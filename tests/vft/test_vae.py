@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import flexkernels
 from vft.train import procedural
-from vft.vae import LINEAR, VIDTOK, LinearCodec, fit_linear_codec, load_codec
+from vft.vae import LAPPED, LINEAR, VIDTOK, LinearCodec, fit_linear_codec, load_codec
 from vft.vidtok import VidTokCodec
 
 WIDTH = 8
@@ -117,6 +117,17 @@ def test_linear_reconstruction_quality(linear, clips):
 def test_linear_decode_inverts_encode(linear):
     latents = torch.randn(2, 16, 5, 3, 2)
     torch.testing.assert_close(linear.encode(linear.decode(latents)), latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [LINEAR, LAPPED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_embedded_codecs_stay_in_float32(name, dtype, clips):
+    """A tokenizer that is cast after a first use takes its codec along."""
+    codec = load_codec(name)
+    latents = codec.encode(clips[:1])
+    cast = copy.deepcopy(codec).to(dtype)
+    assert torch.equal(cast.encode(clips[:1]), latents) and torch.equal(cast.decode(latents), codec.decode(latents))
+    assert cast.to("meta").decode(latents.to("meta")).is_meta
 
 
 def test_linear_latents_suit_a_flow_model(linear, clips):

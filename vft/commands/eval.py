@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
             plots.figure(1, 1)
     others = [evaluate.read_result(path) for path in args.beside]
     networks = [network(text) for text in args.metrics]
+    if len({net.kind for net in networks}) < len(networks):
+        raise ValueError("--metrics must name each metric once")
     # of video files with captions; the others are of procedural clips
     captions = next((net for net in networks if net.kind == "viclip"), None)
     networks = [net for net in networks if net.kind != "viclip"]

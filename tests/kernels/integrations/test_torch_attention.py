@@ -5,6 +5,7 @@ import torch
 from helpers import DEVICE
 
 import flexkernels
+from flexkernels.attention import MAX_HEAD_DIM
 from flexkernels.integrations import torch_attention
 
 registry = pytest.importorskip("torch.nn.attention.varlen")
@@ -89,8 +90,9 @@ def test_what_is_not_served_is_refused_where_torch_has_no_kernel(active, case):
         registry.varlen_attn(q, k, v, cu_q, cu_k, 40, 41, **OTHERS[case])
     with pytest.raises(ValueError, match="on CPU must have packed sequences"):
         torch.ops.aten._flash_attention_forward(*[q[None]] * 3, None, None, 49, 49, 0.0, False, False)
-    with pytest.raises(ValueError, match="on CPU must have packed sequences"):
-        registry.varlen_attn(*[q.double()] * 3, cu_q, cu_q, 40, 40)
+    for wrong in (q.double(), q.new_empty(*q.shape[:2], MAX_HEAD_DIM + 1)):
+        with pytest.raises(ValueError, match=f"of float32, bfloat16 or float16 and a head_dim up to {MAX_HEAD_DIM}"):
+            registry.varlen_attn(*[wrong] * 3, cu_q, cu_q, 40, 40)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="takes the place of torch's kernel")
