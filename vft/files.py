@@ -41,7 +41,7 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | N
         probe.touch(exist_ok=False)
     except OSError as error:
         raise OSError(f"output {str(path)!r} is not writable: {error.strerror}") from error
-    probe.unlink()
+    probe.unlink(missing_ok=True)
     return target
 
 
@@ -70,11 +70,12 @@ def only_writer(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[No
     """Keeps other runs from writing into ``folder``; the system lets go when the process ends, however it does.
 
     The processes of one run share ``.lock``, which a run of a single process has for itself, and each has its own
-    ``.lock.<rank>``. The files stay, empty. A run of a single process removes what a killed one has left half-written.
+    ``.lock.<rank>``. The files stay, empty. A run of a single process removes what a killed one has left half-written,
+    but not from a folder where any process is writing through :func:`replacing`.
 
     Raises OSError where another run writes there.
     """
-    # whether nobody else can be writing here
+    # whether no other run can be writing here
     alone = world_size == 1 and fcntl is not None
     with ExitStack() as held:
         for name, shared in ((".lock", world_size > 1), (f".lock.{rank}", False)):
@@ -91,10 +92,34 @@ def only_writer(folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[No
                     # a file system without locks
                     alone = False
         if alone:
-            for path in folder.rglob(".*.tmp"):
-                if _TEMPORARY.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+            _tidy(folder)
         yield
+
+
+def _tidy(folder: Path) -> None:
+    """Removes temporary files below ``folder`` that nobody is writing."""
+    left = [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
+    for parent in {path.parent for path in left}:
+        with _locked(parent, shared=False) as unused:
+            for path in left:
+                if unused and path.parent == parent:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, shared: bool) -> Iterator[bool]:
+    """A lock of a folder itself, and whether it was given: those who write there share it. Nobody waits for it."""
+    with ExitStack() as held:
+        given = fcntl is not None
+        if given:
+            try:
+                descriptor = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError:
+                # it cannot be read, a file system without locks, or somebody is writing there
+                given = False
+        yield given
 
 
 @contextmanager
@@ -102,12 +127,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; rename it onto ``path`` at the end, remove it on any error."""
     target = check_output(path)
     temporary = _beside(target)
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    with _locked(target.parent, shared=True):
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
 
 
 def _beside(target: Path) -> Path:

@@ -72,6 +72,21 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     assert (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["film.mp4", "sub/a.vft"])
+def test_what_somebody_is_writing_stays(name, tmp_path):
+    """A video that is decoded into the folder, and a run of its own in a folder below."""
+    (tmp_path / "sub").mkdir()
+    left, folder = tmp_path / "sub" / "other", tmp_path / ".0123456789ab.tmp"
+    left.mkdir()
+    folder.mkdir()
+    (left / ".0123456789ab.tmp").touch()
+    with replacing(tmp_path / name) as temporary:
+        temporary.touch()
+        with only_writer(tmp_path):
+            assert temporary.exists() and folder.exists() and not (left / ".0123456789ab.tmp").exists()
+    assert (tmp_path / name).exists()
+
+
 def test_encoding_and_training_are_refused_and_change_nothing(tmp_path):
     videos, output = tmp_path / "videos", tmp_path / "output"
     videos.mkdir()
