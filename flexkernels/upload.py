@@ -14,9 +14,13 @@ def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.
     """CPU tensors as tensors on ``device``, contiguous, in the order of their stream there; on the CPU themselves.
 
     A copy out of pageable memory would wait for all work on a GPU: they are gathered in pinned memory first.
+
+    Raises RuntimeError in the capture of a CUDA graph, whose replays would read that memory after it was given back.
     """
     if device.type == "cpu":
         return list(tensors)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("layouts must be made before the capture of a CUDA graph: make the call once before it")
     starts, end = [], 0
     for x in tensors:
         starts.append(end)

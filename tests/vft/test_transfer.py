@@ -10,6 +10,7 @@ import pytest
 import torch
 from host_copies import forbidden
 
+from flexkernels.upload import upload
 from vft import batch, tokenizer, transfer
 from vft.config import make_config, parse_config
 from vft.tokenizer import Tokenizer
@@ -84,6 +85,13 @@ def test_what_lies_on_a_gpu_is_not_pinned(cuda):
     """Frames that a decoder of video left there, for one."""
     there = SimpleNamespace(device=CUDA, to=lambda device: there)
     assert transfer.Uploads(CUDA)([there]) == [there] and cuda.log == []
+
+
+def test_a_capture_takes_no_data_of_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="layouts must be made before the capture of a CUDA graph"):
+        upload([torch.arange(3)], CUDA)
+    assert len(upload([torch.arange(3)], torch.device("cpu"))) == 1
 
 
 def test_a_copy_has_its_own_stream(cuda):
