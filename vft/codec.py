@@ -22,8 +22,6 @@ class Codec(torch.nn.Module):
     spatial_stride = 8
     # whether decoding is linear, a constant aside
     linear = False
-    # whether its weights stay in float32, whatever it is cast to
-    wide = False
     name: str
     channels: int
 
@@ -66,14 +64,6 @@ class Codec(torch.nn.Module):
         if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape[2:]:
             raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
         return self.render(latents)
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        if self.wide:
-            for name, buffer in self.named_buffers():
-                setattr(self, name, before[name].to(buffer.device))
-        return self
 
     def _encode(self, video: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         raise NotImplementedError

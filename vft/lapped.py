@@ -32,7 +32,7 @@ class LappedCodec(Codec):
     """
 
     name = LAPPED
-    linear = wide = True
+    linear = True
 
     def __init__(self, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class LappedCodec(Codec):
         return (weight / weight.mean())[:, :, None, None]
 
     def _encode(self, video, generator):
-        first, groups = to_blocks(video.float())
+        first, groups = to_blocks(video.to(self.first_mean.dtype))
         first = around(first - self.first_mean) @ self.first_analysis.T
         groups = around(groups - self.group_mean) @ self.group_analysis.T
         return torch.cat([first, groups], 1).permute(0, 4, 1, 2, 3).contiguous()
 
     def _decode(self, latents):
-        z = latents.float().permute(0, 2, 3, 4, 1)
+        z = latents.to(self.first_mean.dtype).permute(0, 2, 3, 4, 1)
         first = around(z[:, :1]) @ self.first_synthesis.T + self.first_mean
         groups = around(z[:, 1:]) @ self.group_synthesis.T + self.group_mean
         groups[:, :1] += z[:, :1][:, : groups.shape[1]] @ self.after_first.T

@@ -29,7 +29,7 @@ class LinearCodec(Codec):
     """
 
     name = LINEAR
-    linear = wide = True
+    linear = True
 
     def __init__(self, first_basis, first_mean, group_basis, group_mean, scale, metadata=None):
         super().__init__()
@@ -64,13 +64,13 @@ class LinearCodec(Codec):
         return (weight / weight.mean())[:, :, None, None]
 
     def _encode(self, video, generator):
-        first, groups = to_blocks(video.float())
+        first, groups = to_blocks(video.to(self.scale.dtype))
         first = (first - self.first_mean) @ self.first_basis.T * self.scale[0]
         groups = (groups - self.group_mean) @ self.group_basis.T * self.scale[1]
         return torch.cat([first, groups], 1).permute(0, 4, 1, 2, 3).contiguous()
 
     def _decode(self, latents):
-        latents = latents.float().permute(0, 2, 3, 4, 1)
+        latents = latents.to(self.scale.dtype).permute(0, 2, 3, 4, 1)
         first = (latents[:, :1] / self.scale[0]) @ self.first_basis + self.first_mean
         groups = (latents[:, 1:] / self.scale[1]) @ self.group_basis + self.group_mean
         return torch.cat([to_frames(first, 1), to_frames(groups, 4)], 2)

@@ -120,14 +120,13 @@ def test_linear_decode_inverts_encode(linear):
 
 
 @pytest.mark.parametrize("name", [LINEAR, LAPPED])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_embedded_codecs_stay_in_float32(name, dtype, clips):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
+def test_embedded_codecs_compute_in_the_dtype_of_their_weights(name, dtype, tolerance, clips):
     """A tokenizer that is cast after a first use takes its codec along."""
     codec = load_codec(name)
-    latents = codec.encode(clips[:1])
-    cast = copy.deepcopy(codec).to(dtype)
-    assert torch.equal(cast.encode(clips[:1]), latents) and torch.equal(cast.decode(latents), codec.decode(latents))
-    assert cast.to("meta").decode(latents.to("meta")).is_meta
+    cast, latents = copy.deepcopy(codec).to(dtype), codec.encode(clips[:1])
+    for got, want in ((cast.encode(clips[:1]), latents), (cast.decode(latents), codec.decode(latents))):
+        assert got.dtype == torch.float32 and (got - want).norm() < tolerance * want.norm()
 
 
 def test_linear_latents_suit_a_flow_model(linear, clips):
