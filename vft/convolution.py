@@ -90,6 +90,11 @@ def native(x: torch.Tensor) -> bool:
     return cpu and current_backend() in ("auto", "cpu") and flexkernels.available_backends()["cpu"] is None
 
 
+def by_triton(x: torch.Tensor) -> bool:
+    """Whether our Triton kernels serve x."""
+    return x.is_cuda and current_backend() in ("auto", "triton") and flexkernels.available_backends()["triton"] is None
+
+
 @dataclass(frozen=True)
 class Plain:
     """The same in PyTorch's convolutions; weight as in ``taps``, or for ``upsample`` [4 * outputs, C, t, 2, 2]."""

@@ -17,7 +17,7 @@ from flexkernels import norm_silu
 
 from . import tiling
 from .codec import VIDTOK, Codec
-from .convolution import Convolution, State, convolutions, native
+from .convolution import Convolution, State, by_triton, convolutions, native
 from .tiling import Stage
 
 
@@ -337,9 +337,9 @@ class _Norm(nn.Module):
         return self.norm(x)
 
     def silu(self, x, state=None):
-        if not native(x):
+        if not (native(x) or by_triton(x)):
             return F.silu(self.norm(x))
-        return norm_silu(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+        return norm_silu(x, self.norm.weight.float(), self.norm.bias.float(), eps=self.norm.eps)
 
 
 def _conv(kind, before, here, size=3):

@@ -5,7 +5,7 @@ from peers import conv as conv_peers
 
 import flexkernels
 
-from .case import Case, accurate, case, size
+from .case import Case, accurate, case, compiled, size
 
 
 def conv_case(device: str, channels: int, frames: int, side: int, taps: tuple[int, int, int]) -> Case:
@@ -42,10 +42,22 @@ def wide(device: str) -> Case:
     return conv_case(device, 512, 10, 32, (1, 3, 3))
 
 
+def norm_case(device: str, dtype: torch.dtype, rows: int) -> Case:
+    x, (weight, bias) = torch.randn(rows, 128, device=device, dtype=dtype), torch.randn(2, 128, device=device)
+    ours = lambda: flexkernels.norm_silu(x, weight, bias)  # noqa: E731
+    peer = lambda: conv_peers.norm_silu(x, weight.to(dtype), bias.to(dtype))  # noqa: E731
+    exact = lambda: conv_peers.norm_silu(*(t.double() for t in (x, weight, bias)))  # noqa: E731
+    check = lambda: accurate(ours(), peer(), exact())  # noqa: E731
+    peers = {"layer_norm, silu": peer} | compiled(peer, device)
+    return Case(dtype, list(x.shape), ours, peers, check, size(x, x), 0)
+
+
 @case("norm_silu_fp32")
 def norm(device: str) -> Case:
-    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((81_920, 128), (128,), (128,)))
-    ours = lambda: flexkernels.norm_silu(x, weight, bias)  # noqa: E731
-    peer = lambda: conv_peers.norm_silu(x, weight, bias)  # noqa: E731
-    check = lambda: accurate(ours(), peer(), conv_peers.norm_silu(x.double(), weight.double(), bias.double()))  # noqa: E731
-    return Case(torch.float32, list(x.shape), ours, {"layer_norm, silu": peer}, check, size(x, x), 0)
+    return norm_case(device, torch.float32, 81_920)
+
+
+@case("norm_silu_bf16")
+def norm_bf16(device: str) -> Case:
+    """A clip of 17 x 256 x 256 at full resolution on a GPU."""
+    return norm_case(device, torch.bfloat16, 1_114_112 if device == "cuda" else 81_920)

@@ -87,7 +87,8 @@ def test_one_graph_serves_all_steps_and_schedules(solver, made, model):
         ("clean", dict(guidance=vft.CFG(3.0), null_every=2)),
         (None, dict(guidance=vft.CFG(interval(3.0, 0.1, 0.9)), null_every=3, solver="ab2")),
     ],
-    ids=str,
+    # not of their values: those of functions hold addresses
+    ids=["none", "apg", "momentum", "rescale", "interval heun", "interval momentum", "null_every", "interval ab2"],
 )
 def test_guidance_and_prefixes(prefix, options, made, model):
     if prefix is not None:

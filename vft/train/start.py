@@ -1,7 +1,7 @@
 """Where a run that continues a checkpoint starts: its weights, in a model that may have other sizes.
 
 What both models have is reused; tables that grow (registers, positions, classes) keep their entries, and the new ones
-start as those of a new model do. Nothing else may differ.
+start as those of a new model do, registers at the places of earlier ones. Nothing else may differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..fingerprint import add_tensors
 from ..generator import Generator
 from ..layers import patchify
 from ..tokenizer import Tokenizer
-from . import loss
+from . import initial, loss
 
 # of learned positions: dictionary entries in the published config
 _TABLES = {
@@ -80,9 +80,28 @@ def tokenizer(
         now[both] = before[both]
         if added := now.numel() - now[both].numel():
             new[name] = added
+    _place_registers(model, old)
     return model.train(), Start(
         reference, digest(old.named_parameters()), new, sum(p.numel() for p in model.parameters())
     )
+
+
+@torch.no_grad()
+def _place_registers(model: Tokenizer, old: Tokenizer) -> None:
+    """New registers look where those of the checkpoint do, by turns: they take the channels that
+    :mod:`vft.train.initial` keeps for places. In the others they are random, as far apart as those are, so that they
+    say something else of the same place."""
+    known, patch = old.registers, old.config.patch
+    rows, columns = (old.size // 8 // p for p in patch[1:]) if old.size else (0, 0)
+    if model.registers <= known or not rows * columns or not initial.fits(old, rows, columns):
+        return
+    places = initial.Codes(old.config.max_frames, rows, columns).count
+    # [frames, registers, width] and [registers, width]
+    for table in (model.encoder.registers, model.decoder.register_posemb.table[1, 0].T):
+        spread = table[..., :known, places:].std()
+        for i in range(known, model.registers):
+            table[..., i, :places] = table[..., i % known, :places]
+            table[..., i, places:] = spread * torch.randn(table.shape[-1] - places)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 import torch
 
-from flexkernels.triton import norm
+from flexkernels.triton import norm, norm_silu
 
 from .record import Recorder
 
@@ -13,13 +13,15 @@ KERNELS = {
     "norm_merge_kernel",
     "swiglu_kernel",
     "swiglu_backward_kernel",
+    "norm_silu_kernel",
 }
 
 
 def launches():
     found = []
     for name in KERNELS:
-        setattr(norm, name, Recorder(getattr(norm, name), found))
+        module = norm_silu if name == "norm_silu_kernel" else norm
+        setattr(module, name, Recorder(getattr(module, name), found))
     segment, order = torch.zeros(4, dtype=torch.int32), torch.arange(4)
     for d, dtype, table_dtype in ((8192, torch.float32, torch.float32), (1792, torch.bfloat16, torch.float32)):
         x, table = torch.zeros(4, d, dtype=dtype), torch.zeros(2, 6 * d, dtype=table_dtype)[:, :d]
@@ -37,4 +39,8 @@ def launches():
     x, table = torch.zeros(4, 17), torch.zeros(2, 17)
     norm.launch_forward(x, x, table, None, None, segment, 0.0, LAYER, x, None)
     norm.launch_backward(None, x, None, table, None, segment, 0.0, LAYER, None, x, None)
+    # VidTok's widths, an odd one, and the widest
+    for d, dtype in ((128, torch.bfloat16), (512, torch.float16), (17, torch.float32), (8192, torch.float32)):
+        x, weight = torch.zeros(4, d, dtype=dtype), torch.zeros(d)
+        norm_silu.launch(x, weight, weight, 1e-6, x)
     return found

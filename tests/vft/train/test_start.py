@@ -60,6 +60,29 @@ def test_other_sizes_keep_what_was_learned(old):
     assert fewer.registers == 2 and not begin.new
 
 
+def test_new_registers_speak_of_places_that_others_speak_of():
+    """The places of those of the embedded model, by turns, of which each says something of its own."""
+    torch.manual_seed(0)
+    model, _ = start.tokenizer("tiny", registers=40)
+    latents = list(model.codec.encode(procedural.batch(5, range(16))))
+    with torch.no_grad():
+        values = model.eval().encoder(latents).view(16, 5, 40, 6)
+        # one corner of the picture changes: registers whose place it is are those that notice
+        changed = [x.clone() for x in latents]
+        for x in changed:
+            x[:, :, :2, :2] = 0
+        moved = (model.encoder(changed).view(16, 5, 40, 6) - values).square().mean((0, 1, 3))
+    twins = torch.stack([moved[32:], moved[:8]]).log()
+    assert torch.corrcoef(twins)[0, 1] > 0.5
+    # shares of the variance that no linear map of the twin's values has
+    left = []
+    for i in range(8):
+        x, y = (values[:, :, j].flatten(0, 1).double() for j in (i, 32 + i))
+        x, y = x - x.mean(0), y - y.mean(0)
+        left.append((y - x @ torch.linalg.lstsq(x, y).solution).square().sum() / y.square().sum())
+    assert sum(left) / 8 > 0.1, left
+
+
 def test_another_codec_starts_with_the_same_tokens(old, tmp_path):
     """The lapped codec's first channels follow the linear one's, and the encoder is blind to the rest."""
     before, (model, begin) = vft.Tokenizer.from_pretrained(old), start.tokenizer(str(old), codec="lapped", channels=24)
