@@ -194,7 +194,7 @@ class SequenceLayout:
         made = plan(self.queries, self.keys, MASKS.index(mask), cross, tile_rows(self.device, mask, self.keys))
         same, arrays = self.keys is self.queries, (*made, listed(weighted_keys, self.keys))
         arrays = *self.queries.tokens, *(() if same else self.keys.tokens), *arrays
-        tensors = upload([torch.tensor(x) for x in arrays], self.device)
+        tensors = upload([torch.tensor(x) for x in arrays], self.device, kept=True)
         own = tensors[:3]
         self.tensors = LayoutTensors(*own, *(own if same else ()), *tensors[3:])
         self.cu_seqlens, self.frame, self.rank = own

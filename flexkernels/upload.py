@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,11 @@ import torch
 _ALIGNED = 512
 
 
-def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """CPU tensors as tensors on ``device``, contiguous, in the order of their stream there; on the CPU themselves.
+def upload(tensors: Sequence[torch.Tensor], device: torch.device, *, kept: bool = False) -> list[torch.Tensor]:
+    """CPU tensors as tensors on ``device``, contiguous, in the order of its stream; on the CPU themselves.
 
-    A copy out of pageable memory would wait for all work on a GPU: they are gathered in pinned memory first.
+    A copy out of pageable memory would wait for all work on a GPU: they are gathered in pinned memory first. What is
+    ``kept`` may be read by other streams later: the host waits until it is there, not for what the GPU computes.
 
     Raises RuntimeError in the capture of a CUDA graph, whose replays would read that memory after it was given back.
     """
@@ -28,7 +30,20 @@ def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.
     flat = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for x, part in zip(tensors, _views(flat, starts, tensors), strict=True):
         part.copy_(x)
-    return _views(flat.to(device, non_blocking=True), starts, tensors)
+    if not kept or device.type != "cuda":
+        return _views(flat.to(device, non_blocking=True), starts, tensors)
+    stream = _copies(device)
+    with torch.cuda.stream(stream):
+        there = flat.to(device, non_blocking=True)
+    stream.synchronize()
+    there.record_stream(torch.cuda.current_stream(device))
+    return _views(there, starts, tensors)
+
+
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """A stream of its own, on which nothing is computed."""
+    return torch.cuda.Stream(device)
 
 
 def _views(flat: torch.Tensor, starts: list[int], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -101,7 +101,7 @@ class StepGraphs:
         held = tuple((t.data_ptr(), t.dtype) for t in weights)
         device = velocity.codes.device
         # tensors made in inference mode cannot be written outside of it
-        mode = library.current_backend(), torch.is_inference_mode_enabled()
+        mode = library.current_backend(), torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()
         # a stream comes to a decode when it is through with the one before, another one does not wait for that
         key = velocity.key, settings, held, mode, _stream(device)
         run = self._kept.pop(key, None) or Run(settings, device)

@@ -91,7 +91,7 @@ class Packing:
         (
             self.order, self.patch_at, self.register_at, self.register_base, self.register_position, self._is_register,
             self._by_sample, weights,
-        ) = upload([torch.from_numpy(x) for x in arrays], device)  # fmt: skip
+        ) = upload([torch.from_numpy(x) for x in arrays], device, kept=True)  # fmt: skip
         self.key_log_weight = weights if weighted else None
 
     def segment(self, times: int) -> torch.Tensor:

@@ -104,7 +104,7 @@ def sample(
 
     Args:
         velocity: ``velocity(x, i, guided)`` -> (conditional, unconditional or None) velocities of the plan's evaluation
-            i, lists like x.
+            i, lists like x. x are buffers that the next evaluation overwrites.
         noise: list of float32 ``[C, T, H, W]``, the state at t = 1.
         plan: what :func:`evaluations` gives.
         guidance: None, CFG or APG; its scale may be a function of t. A scale of 1 skips the unconditional pass.

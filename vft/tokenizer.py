@@ -99,7 +99,11 @@ class Tokenizer(nn.Module):
         return model if weights is None else model.quantize()
 
     def quantize(self) -> Tokenizer:
-        """Rounds the matrices of the decoder's blocks to fp8, in place; see :meth:`from_pretrained`."""
+        """Rounds the matrices of the decoder's blocks to fp8, in place; see :meth:`from_pretrained`.
+
+        Raises ValueError on a GPU that does not multiply fp8.
+        """
+        check_device(self.device)
         for module in self.decoder.modules():
             if isinstance(module, Merged) and not module.quantized:
                 module.quantize()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from host_copies import forbidden
 
+from flexkernels import upload as upload_module
 from flexkernels.upload import upload
 from vft import batch, tokenizer, transfer
 from vft.config import make_config, parse_config
@@ -31,6 +32,9 @@ class Stream:
 
     def wait_event(self, event):
         self.log.append(f"{self.name} waits")
+
+    def synchronize(self):
+        self.log.append(f"host waits for {self.name}")
 
 
 class Tensor:
@@ -92,6 +96,20 @@ def test_a_capture_takes_no_data_of_the_host(monkeypatch):
     with pytest.raises(RuntimeError, match="layouts must be made before the capture of a CUDA graph"):
         upload([torch.arange(3)], CUDA)
     assert len(upload([torch.arange(3)], torch.device("cpu"))) == 1
+
+
+def test_what_is_kept_is_there_when_upload_returns(cuda, monkeypatch):
+    """Other streams may read it, and have nothing to wait for."""
+    flat = Tensor(cuda.log, cuda.streams, True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: flat)
+    monkeypatch.setattr(upload_module, "_views", lambda *args: [])
+    upload_module._copies.cache_clear()
+    upload([], CUDA)
+    assert cuda.log == ["copied on compute"]
+    cuda.log.clear()
+    upload([], CUDA, kept=True)
+    assert cuda.log == ["copied on copies", "host waits for copies", "kept for compute"]
 
 
 def test_a_copy_has_its_own_stream(cuda):
