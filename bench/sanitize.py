@@ -52,12 +52,13 @@ def flow(device, dtype):
         flexkernels.flow_update([x], [1.0], v, b=-0.1),
         flexkernels.flow_update_ref([x], [1.0], v, b=-0.1),
     )
-    given = {"past": [x.float()], "past_b": [0.5], "guidance": CFG(3.0)}
+    # numbers on the device come with states in float32
+    state, given = x.float(), {"past": [x.float()], "past_b": [0.5], "guidance": CFG(3.0)}
     scalars = torch.tensor(solvers.scalars([1.0], -0.1, [0.5], 3.0), device=device)
     yield (
         "flow_update with scalars",
-        flexkernels.flow_update([x], [1.0], v, u, b=-0.1, scalars=scalars, **given),
-        flexkernels.flow_update_ref([x], [1.0], v, u, b=-0.1, **given),
+        flexkernels.flow_update([state], [1.0], v, u, b=-0.1, scalars=scalars, **given),
+        flexkernels.flow_update_ref([state], [1.0], v, u, b=-0.1, **given),
     )
 
 
