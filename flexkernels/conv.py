@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .norm import MAX_WIDTH
+from .norm import too_wide
 
 PANEL = 16
 DIRECT, SPACE, UPSAMPLE, TIME = range(4)
@@ -248,11 +248,6 @@ def _check_norm_silu(x, weight, bias, eps, floats=checks.FLOATS):
 # the ops
 
 
-def _too_wide(x, *_) -> str | None:
-    """Why Triton does not norm rows of x, or None."""
-    return f"rows of {x.shape[-1]} elements are longer than {MAX_WIDTH}" if x.shape[-1] > MAX_WIDTH else None
-
-
 def _out_shape(x, kind, time_stride, stride, phases, outputs) -> tuple[int, ...]:
     batch, frames, height, width, _ = x.shape
     repeat = 2 if kind == UPSAMPLE else 1
@@ -301,6 +296,6 @@ _norm_silu_op = library.Op(
     fake=lambda x, weight, bias, eps: x.new_empty(x.shape),
     triton="norm_silu",
     cuda_order=("triton",),
-    unsupported={"triton": _too_wide},
+    unsupported={"triton": too_wide},
     inference=True,
 )

@@ -159,6 +159,8 @@ def flow_update(
     terms, b = _terms(x, a, past, past_b), _number("b", b)
     settings = guidance, momentum_buffer, row_offsets, prefix, return_velocity, scalars
     arguments = _arguments(*terms, v_cond, v_uncond, b, *settings)
+    if scalars is not None and torch.is_grad_enabled() and library.needs_gradient(arguments):
+        _reject_gradient()
     return _results(arguments, *_flow_update_op(*arguments))
 
 
@@ -470,10 +472,15 @@ def _flow_update_inplace_fake(*args):
     return empty_results(*split(args))
 
 
+def _reject_gradient():
+    checks.reject("scalars", "be None where a gradient is asked for", "a tensor")
+
+
 def _flow_update_setup(ctx, inputs, output):
     tensors, ctx.numbers, ctx.return_velocity = split(inputs)
     if tensors.scalars is not None:
-        checks.reject("scalars", "be None where a gradient is asked for", "a tensor")
+        # of the op itself: `flow_update` says so before it launches
+        _reject_gradient()
     ctx.x_dtype = tensors.x.dtype
     # x_next is linear in the states and the past velocities, so they are not kept
     ctx.save_for_backward(*tensors[1:8])

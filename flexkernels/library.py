@@ -91,7 +91,7 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args):
-        if self.inference and torch.is_grad_enabled() and _needs_gradient(args):
+        if self.inference and torch.is_grad_enabled() and needs_gradient(args):
             raise RuntimeError(f"flexkernels.{self.name} has no gradient: call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             self.check(*args)
@@ -297,13 +297,13 @@ def _first_tensor(args) -> torch.Tensor | None:
     return None
 
 
-def _needs_gradient(args) -> bool:
+def needs_gradient(args) -> bool:
     """What torch._C._any_requires_grad says, for torch.compile to trace."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             if arg.requires_grad:
                 return True
-        elif isinstance(arg, (list, tuple)) and _needs_gradient(arg):
+        elif isinstance(arg, (list, tuple)) and needs_gradient(arg):
             return True
     return False
 

@@ -377,7 +377,7 @@ def _swiglu_backward(ctx, grad_out):
 
 def too_wide(*args) -> str | None:
     """Why Triton does not norm the rows of the first tensor among the arguments, or None."""
-    width = next(arg.shape[1] for arg in args if isinstance(arg, torch.Tensor))
+    width = next(arg.shape[-1] for arg in args if isinstance(arg, torch.Tensor))
     return f"rows of {width} elements are longer than {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 

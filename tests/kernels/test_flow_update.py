@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flow_cases import convert, draw, draw_ragged, every_guidance, gradients
-from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, on_every_backend
+from helpers import DEVICE, FLOATS, assert_accurate, called_ops, inductor, interpreted, on_every_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexkernels
@@ -159,12 +159,15 @@ def test_wrong_scalars_are_refused(scalars, error, message):
             function(**CALL, scalars=scalars)
 
 
-def test_scalars_have_no_gradient():
+def test_scalars_have_no_gradient(monkeypatch):
+    calls = called_ops(monkeypatch)
     for tensor in ("v_cond", "scalars"):
         given = {"v_cond": X, "scalars": torch.zeros(9)}
         given[tensor] = given[tensor].clone().requires_grad_()
         with pytest.raises(ValueError, match="scalars must be None where a gradient is asked for"):
             flexkernels.flow_update([X], [1.0], b=1.0, **given)
+    # before anything is launched
+    assert calls == []
 
 
 def test_rows_of_scalars():

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from helpers import DEVICE
+from one_by_one import one_by_one
 
 from flexkernels import flash_attn_varlen_func, varlen
 
@@ -19,22 +20,6 @@ def make(heads=4, kv_heads=2, dtype=torch.float32):
     q = torch.randn(int(cu_q[-1]) + 2, heads, 32, dtype=dtype)
     k, v = torch.randn(2, int(cu_k[-1]) + 1, kv_heads, 32, dtype=dtype).unbind(0)
     return tuple(x.to(DEVICE) for x in (q, k, v, cu_q, cu_k))
-
-
-def one_by_one(q, k, v, cu_q, cu_k, causal, scale):
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=q.dtype, device=q.device)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    for i in range(len(cu_q) - 1):
-        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-        scores = scale * torch.einsum("qhd,khd->hqk", q[rows], k[keys])
-        n, m = scores.shape[1:]
-        if causal:
-            # aligned at the bottom right, as flash-attn does since 2.1
-            scores = scores.masked_fill(torch.ones(n, m, device=q.device).triu(m - n + 1).bool(), -torch.inf)
-        lse[rows] = scores.logsumexp(-1).T
-        out[rows] = torch.einsum("hqk,khd->qhd", torch.nan_to_num(scores.softmax(-1)), v[keys])
-    return out, lse
 
 
 @pytest.mark.parametrize("scale", [None, 0.25])
