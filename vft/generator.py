@@ -28,6 +28,7 @@ from .config import GeneratorConfig, parse_generator_config
 from .fingerprint import TokensWarning
 from .fp8 import FP8
 from .generator_layers import PARTS, SKINNY_ROWS, Block, Linear, RMSNorm, parts
+from .layers import repeated
 from .replay import Replays
 from .session import TEXT_LEN, Session
 from .tokens import VideoTokens
@@ -187,7 +188,7 @@ class Generator(nn.Module):
         layout = flexkernels.SequenceLayout.from_lengths(lengths, "causal", self.device)
         first = layout.cu_seqlens[:-1].long()
         x = self.tok_emb(torch.cat([F.pad(i, (1, 0)) for i in ids])).index_copy(0, first, starts)
-        x = x + torch.cat([self.pos_emb[:n] for n in lengths])
+        x = x + repeated(lengths, lambda n: self.pos_emb[:n])
         for layer, (block, context) in enumerate(zip(self.blocks, cross, strict=True)):
             if self.recompute:
                 x, k, v = recomputed(block.packed, x, layout, lengths, context, use_reentrant=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -25,19 +26,28 @@ MLP_ALIGNMENT = 64
 POSITION_STD = 0.4
 
 
-def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """``[C, T, H, W]`` -> ``[T/pt * H/ph * W/pw, pt*ph*pw*C]``, raster order, channel fastest."""
-    c, t, h, w = x.shape
+def patchify(latents: Sequence[torch.Tensor], patch: tuple[int, int, int]) -> torch.Tensor:
+    """List of ``[C, T, H, W]`` -> ``[sum T/pt * H/ph * W/pw, pt*ph*pw*C]``, raster order, channel fastest."""
     pt, ph, pw = patch
-    x = x.view(c, t // pt, pt, h // ph, ph, w // pw, pw)
-    return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(-1, pt * ph * pw * c)
+    rows = []
+    # neighbours of one shape at once
+    for (c, t, h, w), first, end in runs([x.shape for x in latents]):
+        x = torch.stack(tuple(latents[first:end])).view(-1, c, t // pt, pt, h // ph, ph, w // pw, pw)
+        rows.append(x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(-1, pt * ph * pw * c))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def unpatchify(x: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> torch.Tensor:
-    """The inverse of :func:`patchify`: patch vectors -> ``[C, T, H, W]``."""
-    (t, h, w), (pt, ph, pw) = grid, patch
-    x = x.view(t, h, w, pt, ph, pw, -1)
-    return x.permute(6, 0, 3, 1, 4, 2, 5).reshape(-1, t * pt, h * ph, w * pw)
+def unpatchify(
+    x: torch.Tensor, grids: Sequence[tuple[int, int, int]], patch: tuple[int, int, int]
+) -> list[torch.Tensor]:
+    """The inverse of :func:`patchify`: patch vectors of all samples, (frames, rows, columns) of each -> list of
+    ``[C, T, H, W]``."""
+    pt, ph, pw = patch
+    alike, found = [(grid, end - first) for grid, first, end in runs(grids)], []
+    for ((t, h, w), n), rows in zip(alike, x.split([n * math.prod(grid) for grid, n in alike]), strict=True):
+        rows = rows.view(n, t, h, w, pt, ph, pw, -1)
+        found += rows.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(n, -1, t * pt, h * ph, w * pw).unbind()
+    return found
 
 
 class PositionTable(nn.Module):
@@ -309,7 +319,7 @@ class Encoder(nn.Module):
         packed = packing(grids, members, config.registers, (), config.encoder, False, latents[0].device)
         patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids, config)
         table = self.registers[:, : config.registers]
-        registers = torch.cat([table[:t].flatten(0, 1) for t, _, _ in grids]).to(patches.dtype)
+        registers = repeated([t for t, _, _ in grids], lambda t: table[:t].flatten(0, 1)).to(patches.dtype)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
         h = run_blocks(self.blocks, x, packed, recompute=self.recompute)
         return self.head(h.index_select(0, packed.register_at))
@@ -386,8 +396,7 @@ class Decoder(nn.Module):
         patches = embed_patches(latents, self.patch_embed, self.patch_posemb, grids_of(latents, config), config)
         x = torch.cat([patches, registers]).index_select(0, packed.order)
         h = run_blocks(self.blocks, x, packed, modulation, self.recompute)
-        pieces = self.head(h.index_select(0, packed.patch_at)).split(packed.patches)
-        return [unpatchify(p, g, config.patch) for p, g in zip(pieces, packed.grids, strict=True)]
+        return unpatchify(self.head(h.index_select(0, packed.patch_at)), packed.grids, config.patch)
 
     def modulation(self, t: torch.Tensor) -> Modulation:
         """What adaLN adds at the times t ``[times]``, all blocks at once."""
@@ -417,8 +426,18 @@ def grids_of(latents: list[torch.Tensor], config: TokenizerConfig) -> tuple[tupl
 
 def embed_patches(latents, linear, posemb, grids, config: TokenizerConfig) -> torch.Tensor:
     """List of ``[C, T, H, W]`` -> ``[sum T*P, width]`` with positions added."""
-    x = linear(torch.cat([patchify(z, config.patch) for z in latents]).to(linear.weight.dtype))
+    x = linear(patchify(latents, config.patch).to(linear.weight.dtype))
     if posemb is None:
         return x
-    tables = {g: posemb(g) for g in set(grids)}
-    return x + torch.cat([tables[g] for g in grids]).to(x.dtype)
+    return x + repeated(grids, posemb).to(x.dtype)
+
+
+def repeated(kinds: Sequence[Hashable], rows: Callable[[Hashable], torch.Tensor]) -> torch.Tensor:
+    """The rows of all of ``kinds`` one after the other; ``rows(kind)`` ``[n, width]`` is made once for a run of it."""
+    return torch.cat([rows(kind).repeat(end - first, 1) for kind, first, end in runs(kinds)])
+
+
+def runs(kinds: Sequence[Hashable]) -> list[tuple[Hashable, int, int]]:
+    """(kind, first, end) of each run of neighbours that are equal."""
+    ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]] + [len(kinds)]
+    return [(kinds[first], first, end) for first, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -9,6 +9,7 @@ identical through every layer. One token whose key counts m times (key log weigh
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,16 +51,18 @@ class Packing:
         layout: the :class:`flexkernels.SequenceLayout`; key_log_weight: float32 ``[total]`` or None.
         order: int64 ``[total]``, rows of all samples' patches followed by this batch's registers.
         patch_at, register_at: int64, where patches and registers lie, sequence by sequence.
-        grids, patches: (frames, rows, columns) and number of patches of each sequence.
+        grids: (frames, rows, columns) in patches of each sequence.
         register_base: int64 ``[R]``, row of the samples' codes, or that of a token after all codes (TOKENS).
         register_position: int64 ``[R]``, row of the register positions, or the row after all of them (none).
         frames, registers: of the grid of register positions.
     """
 
     def __init__(self, grids, members, registers: int, register_ops, trunk: Trunk, collapse: bool, device) -> None:
-        parts = [_Registers(grids[s.sample][0], s, registers, register_ops, trunk.mask, collapse) for s in members]
+        parts = [
+            _registers(grids[s.sample][0], s._replace(sample=0), registers, tuple(register_ops), trunk.mask, collapse)
+            for s in members
+        ]
         self.grids = [grids[s.sample] for s in members]
-        self.patches = [t * h * w for t, h, w in self.grids]
         patch_first = np.cumsum([0] + [t * h * w for t, h, w in grids])
         code_first = registers * np.cumsum([0] + [t for t, _, _ in grids])
         position_rows = registers * max(t for t, _, _ in grids)
@@ -134,6 +137,10 @@ class _Registers:
         self.index = np.flatnonzero(held)
         self.token, self.positioned, self.count = token[held], positioned[held], count[held]
         self.per_frame = held.sum(1)
+
+
+# a training step has hundreds of sequences, of few kinds
+_registers = lru_cache(4096)(_Registers)
 
 
 @cached_tensors

@@ -88,16 +88,17 @@ def loss(model, latents, choices, dense):
     """
     config = model.config
     grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch, strict=True))
-    values = encode(model.encoder, torch.stack([patchify(x, config.patch) for x in latents]), grid, dense[0])
+    batch = len(latents)
+    values = encode(model.encoder, patchify(latents, config.patch).unflatten(0, (batch, -1)), grid, dense[0])
     codes = straight_through(values.float(), config.levels)
     prefix = torch.tensor(choices.prefix_frames, device=latents.device)
     frames = torch.arange(grid[0], device=latents.device) >= prefix[:, None]
     t = torch.where(frames, choices.t[:, None], choices.prefix_t[:, None])[:, None, :, None, None]
     noise = torch.stack(choices.noise)
-    noised = torch.stack([patchify(x, config.patch) for x in (1 - t) * latents + t * noise])
+    noised = patchify((1 - t) * latents + t * noise, config.patch).unflatten(0, (batch, -1))
     registers = embed_registers(model.decoder, codes, choices, grid[0])
     out = velocity(model.decoder, noised, choices.t, registers, grid, dense[1])
-    out = torch.stack([unpatchify(v, grid, config.patch) for v in out])
+    out = torch.stack(unpatchify(out.flatten(0, 1), batch * [grid], config.patch))
     error = (out - (noise - latents)).square().mean((1, 3, 4))
     beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().mean()
     return ((error * frames).sum(1) / frames.sum(1)).mean() + RANGE_WEIGHT * beyond

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from flexkernels.upload import upload
+
 from ..checkpoint import write_tensors
 from ..codebook import CodebookEmbedding, CodebookHead
 from ..config import GeneratorConfig, parse_generator_config
@@ -210,10 +212,11 @@ class GeneratorTask:
         with torch.autocast(device.type, enabled=False):
             clips = [ids[: settings.latent_frames or None] for ids in self.data.batch(indices)]
         flat = [time_first(ids[:, : settings.tokens_per_frame]) for ids in clips]
-        inputs = [self._corrupted(ids[:-1], seed).to(device) for ids, seed in zip(flat, seeds, strict=True)]
+        inputs = [self._corrupted(ids[:-1], seed) for ids, seed in zip(flat, seeds, strict=True)]
+        ids, *inputs = upload([torch.cat(flat), *inputs], device)
         conditions = [None if drop else c for drop, c in zip(dropped, self._conditions(indices), strict=True)]
         x = self.model.packed(inputs, self.model.starts(conditions), self.model.cross(conditions))
-        each = self._cross_entropy(x, torch.cat(flat).to(device))
+        each = self._cross_entropy(x, ids)
         return torch.stack([loss.mean() for loss in each.split([len(ids) for ids in flat])]).mean()
 
     def _cross_entropy(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

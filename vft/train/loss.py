@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import flexkernels
 from flexkernels.upload import upload
@@ -113,7 +114,7 @@ def flow_loss(
     edges: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The mean over samples of each one's mean squared velocity error, conditioning frames left out, and range penalty.
-    With ``edges`` also what it makes of the velocity's error ``[C, T, H, W]``, see :func:`edge_error`.
+    With ``edges`` also what it makes of the velocity's errors ``[B, C, T, H, W]``, see :func:`edge_error`.
 
     latents: one ``[C, T, H, W]`` a sample, of any shapes, in one packed batch. The loss of a batch is the mean of those
     of equal parts of it. ``weigh(T)`` gives what squared errors of T latent frames count, ``[C, T, 1, 1]``, or None.
@@ -124,45 +125,46 @@ def flow_loss(
     if choices.replaced is not None:
         hit, ids = choices.replaced
         codes = torch.where(hit[:, None], flexkernels.fsq_dequantize(ids, levels, dtype=codes.dtype), codes)
-    times = zip(latents, choices.t, choices.prefix_frames, choices.prefix_t, strict=True)
-    noised = [_mix(x, n, _frame_times(*each)) for each, x, n in zip(times, latents, choices.noise, strict=True)]
+    groups, times, noised = _alike(latents, choices.prefix_frames), (choices.t.unbind(), choices.prefix_t.unbind()), {}
+    for samples, frames in groups:
+        t, prefix_t, clean, noise = (_stack(x, samples) for x in (*times, latents, choices.noise))
+        t = torch.cat([prefix_t[:, None].expand(-1, frames), t[:, None].expand(-1, clean.shape[2] - frames)], 1)
+        t = t[:, None, :, None, None]
+        noised.update(zip(samples, ((1 - t) * clean + t * noise).unbind(), strict=True))
+    noised = [noised[i] for i in range(len(latents))]
     velocity = model.decoder(noised, choices.t, codes, choices.keep, choices.prefix_frames, choices.null)
-    targets = zip(velocity, choices.noise, latents, choices.prefix_frames, strict=True)
-    each = []
-    for v, n, x, frames in targets:
-        difference = v - (n - x)
-        each.append(_error(difference, weigh(x.shape[1]), frames))
-        if edges is not None:
-            each[-1] = each[-1] + edges(
-                torch.cat([torch.zeros_like(difference[:, :frames]), difference[:, frames:]], 1)
-            )
-    error = torch.stack(each)
     beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().split([x.shape[1] * model.registers for x in latents])
-    return error.mean() + RANGE_WEIGHT * torch.stack([b.mean() for b in beyond]).mean()
+    each = []
+    for samples, frames in groups:
+        v, noise, clean = (_stack(x, samples) for x in (velocity, choices.noise, latents))
+        difference = v - (noise - clean)
+        weight = weigh(difference.shape[2])
+        square = difference.square() if weight is None else difference.square() * weight
+        each.append(square[:, :, frames:].mean((1, 2, 3, 4)))
+        if edges is not None:
+            each[-1] = each[-1] + edges(F.pad(difference[:, :, frames:], (0, 0, 0, 0, frames, 0)))
+        each[-1] = each[-1] + RANGE_WEIGHT * _stack(beyond, samples).mean((1, 2))
+    return torch.cat(each).mean()
 
 
 def edge_error(codec, difference: torch.Tensor) -> torch.Tensor:
-    """Mean squared step between neighbouring pixels, in both directions, of the picture that a linear codec makes of a
-    difference of latents ``[C, T, H, W]``.
+    """Mean squared step between neighbouring pixels, in both directions, of the pictures that a linear codec makes of
+    differences of latents ``[B, C, T, H, W]``: ``[B]``.
 
     A quadratic form of the difference: the best velocity stays the mean, and errors of fine structure count more.
     """
-    both = torch.stack([difference.float(), torch.zeros_like(difference, dtype=torch.float32)])
-    picture, mean = codec.render(both)
-    steps = [(picture - mean).diff(dim=axis) for axis in (-1, -2)]
-    return sum(step.square().mean() for step in steps)
+    pictures = codec.render(torch.cat([difference.float(), torch.zeros_like(difference[:1], dtype=torch.float32)]))
+    steps = [(pictures[:-1] - pictures[-1]).diff(dim=axis) for axis in (-1, -2)]
+    return sum(step.square().mean((1, 2, 3, 4)) for step in steps)
 
 
-def _error(difference: torch.Tensor, weight: torch.Tensor | None, prefix_frames: int) -> torch.Tensor:
-    square = difference.square() if weight is None else difference.square() * weight
-    return square[:, prefix_frames:].mean()
+def _stack(tensors: Sequence[torch.Tensor], samples: list[int]) -> torch.Tensor:
+    return torch.stack([tensors[i] for i in samples])
 
 
-def _frame_times(x: torch.Tensor, t: torch.Tensor, prefix_frames: int, prefix_t: torch.Tensor) -> torch.Tensor:
-    # [1, T, 1, 1]: t, and nearly 0 on conditioning frames
-    generated = torch.arange(x.shape[1], device=x.device) >= prefix_frames
-    return torch.where(generated, t, prefix_t)[None, :, None, None]
-
-
-def _mix(clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return (1 - t) * clean + t * noise
+def _alike(latents: Sequence[torch.Tensor], prefix_frames: Sequence[int]) -> list[tuple[list[int], int]]:
+    """The samples of each shape and number of conditioning frames, and that number."""
+    groups: dict = {}
+    for i, (x, frames) in enumerate(zip(latents, prefix_frames, strict=True)):
+        groups.setdefault((x.shape, frames), []).append(i)
+    return [(samples, frames) for (_, frames), samples in groups.items()]

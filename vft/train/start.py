@@ -116,8 +116,8 @@ def fit_new_channels(model: Tokenizer, latents: list[torch.Tensor], seed: int = 
         loss.flow_loss(model, latents, choices)
     finally:
         hook.remove()
-    wanted = [patchify(n - x, model.config.patch) for n, x in zip(choices.noise, latents, strict=True)]
-    found = _ridge(read[0], torch.cat(wanted).double()).to(decoder.head.weight)
+    velocity = [n - x for n, x in zip(choices.noise, latents, strict=True)]
+    found = _ridge(read[0], patchify(velocity, model.config.patch).double()).to(decoder.head.weight)
     new = (decoder.head.weight == 0).all(1)
     decoder.head.weight[new] = found[:-1].T[new]
     if decoder.head.bias is not None:

@@ -190,15 +190,16 @@ def test_backends_learn_the_same(tmp_path):
 
 def test_edges_count_what_steps_between_pixels_differ(tmp_path):
     codec = load_codec("linear")
-    difference = torch.randn(16, 2, 2, 2, requires_grad=True)
-    picture = codec.decode(difference.detach()[None]) - codec.decode(torch.zeros(1, 16, 2, 2, 2))
+    difference = torch.randn(2, 16, 2, 2, 2, requires_grad=True)
+    picture = codec.decode(difference.detach()) - codec.decode(torch.zeros(1, 16, 2, 2, 2))
     across, down = picture[..., 1:] - picture[..., :-1], picture[..., 1:, :] - picture[..., :-1, :]
     error = edge_error(codec, difference)
-    torch.testing.assert_close(error.detach(), across.square().mean() + down.square().mean())
-    error.backward()
+    wanted = across.square().mean((1, 2, 3, 4)) + down.square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(error.detach(), wanted)
+    error.sum().backward()
     assert difference.grad.abs().min() > 0
     # all latents of one even picture but the first coefficient: a step of 0 inside blocks and between them
-    plain = torch.zeros(16, 1, 2, 2)
+    plain = torch.zeros(1, 16, 1, 2, 2)
     assert edge_error(codec, plain) == 0
 
 
