@@ -91,7 +91,7 @@ inline const FsqTables& fsq_tables(const Levels& levels, bool symmetric, bool cl
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(levels), torch::stable::detail::from(symmetric),
                                     torch::stable::detail::from(clamp)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("flexkernels::fsq_tables", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("flexkernels::fsq_tables", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor thresholds = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor codes = torch::stable::detail::to<Tensor>(stack[1]);
   const Tensor shift = torch::stable::detail::to<Tensor>(stack[2]);

@@ -39,7 +39,7 @@ Tensor bounded(const FsqCall& call) {
   const Tensor wide = rows.scalar_type() == ScalarType::Float ? rows : torch::stable::to(rows, ScalarType::Float);
   std::array<StableIValue, 1> stack{
       torch::stable::detail::from(torch::stable::subtract(wide, call.tables->shift, -1.0))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::tanh", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::tanh", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
