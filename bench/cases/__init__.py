@@ -11,7 +11,10 @@ for module in pkgutil.iter_modules(__path__):
 
 def names_for(device: str) -> list[str]:
     """The cases that are measured on a device."""
-    return [name for name in CASES if device == "cuda" or name not in GPU_ONLY]
+    # on a GPU convolutions are PyTorch's
+    return [
+        name for name in CASES if (not name.startswith("causal_conv") if device == "cuda" else name not in GPU_ONLY)
+    ]
 
 
 __all__ = ["CASES", "GPU_ONLY", "Case", "names_for"]

@@ -19,7 +19,7 @@ def conv_case(device: str, channels: int, frames: int, side: int, taps: tuple[in
         exact = conv_peers.causal(x[:, :4].double(), plain.double())
         # transformed tiles err by a few times as much
         error = [(y[:, :4].double() - exact).norm() / exact.norm() for y in (ours(), peer())]
-        return bool(error[0] <= 5 * error[1])
+        return None if error[0] <= 5 * error[1] else f"error {error[0]:.3g}, of the formula {error[1]:.3g}"
 
     flops = 2 * x.numel() * channels * taps[0] * taps[1] * taps[2]
     shape = [frames, side, side, channels]

@@ -30,7 +30,7 @@ def sdpa(q, k, v, length, scale, weight, causal):
     if weight is not None:
         scores = scores + weight[:length].to(scores.dtype)
     if causal:
-        seen = torch.arange(length) < length - n + 1 + torch.arange(n)[:, None]
+        seen = (torch.arange(length) < length - n + 1 + torch.arange(n)[:, None]).to(scores.device)
         scores = scores.masked_fill(~seen, -math.inf)
     p = torch.softmax(scores, -1).nan_to_num(0)
     return (p @ v).transpose(0, 1), torch.logsumexp(scores.double(), -1).T
@@ -68,7 +68,8 @@ def check_attention(
     k, v = (draw(batch, kv_heads, max_len, head_dim, dtype=dtype) for _ in range(2))
     weight = torch.randn(batch, max_len) if weighted else None
     exact, exact_lse = expected(q, k, v, lengths, scale, weight, causal, torch.float64)
-    plain, _ = expected(q, k, v, lengths, scale, weight, causal, dtype)
+    # where the kernels run: other libraries sum in another order
+    plain, _ = expected(*to(place[1], q, k, v), lengths, scale, *to(place[1], weight), causal, dtype)
     k, v = poison(k, lengths), poison(v, lengths)
     out, lse = attend(place, q, k, v, lengths, weight=weight, causal=causal, return_lse=True)
     if close:
