@@ -327,6 +327,16 @@ FLEXKERNELS_PTX uint4 load_constant(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
+// zeros where !ok, without touching memory
+FLEXKERNELS_PTX uint4 load_constant(const void* p, bool ok) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<int>(ok)));
+  return v;
+}
 // and not kept in L1
 FLEXKERNELS_PTX uint4 load_constant_once(const void* p) {
   uint4 v;

@@ -94,6 +94,7 @@ EMU_INLINE uint4 load_once(const void* p) { return *static_cast<const uint4*>(p)
 EMU_INLINE uint4 load_once(const void* p, bool ok) { return ok ? *static_cast<const uint4*>(p) : uint4{0, 0, 0, 0}; }
 EMU_INLINE uint4 load_once_256(const void* p, bool ok) { return load_once(p, ok); }
 EMU_INLINE uint4 load_constant(const void* p) { return load_once(p); }
+EMU_INLINE uint4 load_constant(const void* p, bool ok) { return load_once(p, ok); }
 EMU_INLINE uint4 load_constant_once(const void* p) { return load_once(p); }
 
 template <typename T>
