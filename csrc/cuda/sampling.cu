@@ -135,12 +135,25 @@ struct Race {
   Amount best = ~Amount{0}, total = 0;
 
   __device__ __forceinline__ void enter(uint32_t token, float weight, uint32_t word) {
-    total += sample_mass(weight);
     const float time = rounded_div(sample_exponential<float, int32_t>(static_cast<int32_t>(word >> 1)), weight);
     // positive floats are ordered like their bits; the lower index wins a tie
     best = smaller(best, Amount{bits_of_float(time)} << 32 | token);
   }
+
+  // the warp's shortest time
+  __device__ __forceinline__ float shortest() const {
+    const uint32_t time = __reduce_min_sync(kAll, static_cast<uint32_t>(best >> 32));
+    // nobody has entered
+    return time == 0xffffffffu ? kSampleInfinity : float_of_bits(time);
+  }
 };
+
+// false where the token's time is surely longer than `limit`: an exponential variate is at least its u, up to what its
+// arithmetic is off by, a few 2^-23
+__device__ __forceinline__ bool may_win(float weight, uint32_t word, float limit) {
+  const float u = sample_uniform<float, int32_t>(static_cast<int32_t>(word >> 1));
+  return u <= limit * weight * (1 + 0x1p-19f);
+}
 
 // 0 for a token that is left out
 __device__ __forceinline__ float weight_of(const SampleLogits& p, float x, float largest, uint32_t low) {
@@ -149,15 +162,17 @@ __device__ __forceinline__ float weight_of(const SampleLogits& p, float x, float
   return kept && y >= p.log2_minp ? sample_weight<float, int32_t>(y) : 0.0f;
 }
 
-// a thread takes Philox blocks, each of which serves four tokens
+// a thread takes Philox blocks, each of which serves four tokens; most tokens are told from the winner without their
+// logarithm
 template <typename T, bool kCluster>
 __device__ Race race_of(const SampleLogits& p, const SampleStream& stream, const Slice<T, kCluster>& row, float largest,
                         uint32_t low) {
   Race race;
+  float limit = kSampleInfinity;
   const int end = (row.end + kSampleTile - 1) / kSampleTile * 16;
 #pragma unroll 1
-  for (int block = row.first / kSampleTile * 16 + threadIdx.x; block < end; block += kThreads<kCluster>) {
-    const int token = block / 16 * kSampleTile + block % 16;
+  for (int begin = row.first / kSampleTile * 16; begin < end; begin += kThreads<kCluster>) {
+    const int block = begin + threadIdx.x, token = block / 16 * kSampleTile + block % 16;
     float weight[4];
     bool any = false;
 #pragma unroll
@@ -166,13 +181,17 @@ __device__ Race race_of(const SampleLogits& p, const SampleStream& stream, const
       weight[j] = weight_of(p, i < row.end ? row.at(i) : -kSampleInfinity, largest, low);
       any = any || weight[j] != 0;
     }
-    if (!any) continue;
-    uint32_t word[4] = {static_cast<uint32_t>(block), stream.row, stream.low, stream.high};
-    philox(stream.key, word);
+    if (any) {
+      uint32_t word[4] = {static_cast<uint32_t>(block), stream.row, stream.low, stream.high};
+      philox(stream.key, word);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (weight[j] != 0) race.enter(token + 16 * j, weight[j], word[j]);
+      for (int j = 0; j < 4; ++j) {
+        if (weight[j] == 0) continue;
+        if (p.logprob) race.total += sample_mass(weight[j]);
+        if (may_win(weight[j], word[j], limit)) race.enter(token + 16 * j, weight[j], word[j]);
+      }
     }
+    limit = race.shortest();
   }
   return race;
 }
@@ -187,6 +206,7 @@ __device__ Race race_of(const SampleLogits& p, const SampleStream& stream, const
     const uint32_t token = row.token[i], j = token / 16 % 4;
     uint32_t word[4] = {token / kSampleTile * 16 + token % 16, stream.row, stream.low, stream.high};
     philox(stream.key, word);
+    if (p.logprob) race.total += sample_mass(weight);
     race.enter(token, weight, j < 2 ? (j ? word[1] : word[0]) : (j == 2 ? word[2] : word[3]));
   }
   return race;
