@@ -196,6 +196,13 @@ FLEXKERNELS_PTX void bulk_copy(void* shared, const void* global, uint32_t bytes,
       : "memory");
 }
 
+// asks L2 for `bytes` (a multiple of 16, as p is); nothing before sm_90
+FLEXKERNELS_PTX void prefetch(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
 // --- clusters
 
 FLEXKERNELS_PTX int cluster_rank() {

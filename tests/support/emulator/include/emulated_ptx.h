@@ -66,6 +66,13 @@ EMU_INLINE void bulk_copy(void* shared, const void* global, uint32_t bytes, uint
   emu::bulk_copy(shared, global, bytes, barrier);
 }
 
+// reads its ends, so that memory that does not exist is seen
+EMU_INLINE void prefetch(const void* p, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes % 16) emu::trap();
+  static_cast<void>(static_cast<const volatile char*>(p)[0]);
+  static_cast<void>(static_cast<const volatile char*>(p)[bytes - 1]);
+}
+
 EMU_INLINE int cluster_rank() { return emu::cluster_rank(); }
 EMU_INLINE int cluster_size() { return emu::cluster_size(); }
 EMU_INLINE void cluster_arrive() { emu::cluster_arrive(); }
