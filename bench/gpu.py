@@ -12,7 +12,8 @@ FOLDER gets the output of each stage as STAGE.log, written as it comes, and
     tuning/         tables of tiles for flexkernels/tuning (bench/tune.py)
     tokenizer/, generator/   with --only train: the embedded models anew, eval.json: what they are worth
 
-A failed build ends the run, another failed stage does not stop the later ones; the exit code is then 1. Time that a stage leaves is there for the next.
+A failed build ends the run, another failed stage does not stop the later ones; the exit code is then 1. Time that a
+stage leaves is there for the next.
 FLEXKERNELS_GPU_STANDIN=cpu runs the same stages on the CPU, on a few small cases: to try this script without a GPU.
 """
 
