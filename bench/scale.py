@@ -21,7 +21,7 @@ class Fleet:
 
     clips: int = 1_000_000_000
     workers: int = 1000
-    seconds: float = 0.0454
+    seconds: float = 0.0284
     shard: int = 10_000
     preemptions: float = 1.0
     away: float = 600.0

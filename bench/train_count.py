@@ -1,10 +1,13 @@
 """What a GPU is given in a step of the embedded tokenizer's training: operations that the host starts, and bytes that
-they move. Counted on the CPU, nothing is timed.
+they move, counted on the CPU; and how long one core draws the choices of a clip.
 
 python bench/train_count.py [--batch 8 --recipe 1]
 """
 
 import argparse
+import pickle
+import statistics
+import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,11 +42,22 @@ def counted(what: str, batch: int, call) -> None:
     print(f"{what}: {count.ops} operations, {count.ops / batch:.0f} a clip; {count.bytes / batch / 1e6:.0f} MB a clip")
 
 
+def drawing(plans: int, recipe: int) -> None:
+    seconds, size = [], 0
+    for i in range(plans):
+        start = time.perf_counter()
+        plan = procedural.plan(1, i, recipe=recipe)
+        seconds.append(time.perf_counter() - start)
+        size += len(pickle.dumps(plan))
+    print(f"drawing: {1e3 * statistics.mean(seconds):.1f} ms of a core, {size / plans / 1e6:.2f} MB a clip")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--recipe", type=int, default=1, choices=procedural.RECIPES)
     options = parser.parse_args()
+    drawing(64, options.recipe)
     plans = [procedural.plan(0, i, recipe=options.recipe) for i in range(options.batch)]
     # as a GPU gets them: `render.one` leaves out what the host knows to be off
     counted("rendering", options.batch, lambda: render.together(plans, torch.device("cpu")))

@@ -163,7 +163,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_out, _grad_lse):
     q, k, v, out, lse, key_log_weight, *layout = ctx.saved_tensors
     grads = _attention_backward_op(grad_out, q, k, v, out, lse, layout, key_log_weight, *ctx.rest)
-    return (*grads, [None] * len(layout), None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 # ops; Triton was measured faster on GPUs, where it is; the gradient has no CUDA kernel

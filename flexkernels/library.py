@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
@@ -126,7 +125,7 @@ class Op:
         torch.library.register_fake(qualified, functools.partial(self._fake, fake), lib=library)
         overload = getattr(getattr(torch.ops, space), self.name).default
         # what torch.library.register_autograd registers, behind what it leaves out
-        formula = make_autograd_impl(overload, Info(backward or self._no_gradient, setup_context))
+        formula = _formula(overload, setup_context, backward or self._no_gradient)
         kernel = functools.partial(self._differentiable, formula)
         library.impl(self.name, kernel, "Autograd", with_keyset=True)
         return overload
@@ -201,6 +200,40 @@ class Op:
         if reason is None and name in self.unsupported:
             reason = self.unsupported[name](*args)
         return reason
+
+
+def _formula(op, setup_context: Callable | None, backward: Callable) -> Callable:
+    """What torch.library.register_autograd registers. Lists of tensors have no gradient here, and there are no keyword
+    arguments: looking for both in every call takes three times what this does."""
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keyset = args
+            with torch._C._AutoDispatchBelowAutograd():
+                results = op.redispatch(keyset, *args)
+                if setup_context is not None:
+                    # the dispatcher leaves out arguments that equal their defaults
+                    setup_context(ctx=ctx, inputs=(*args, *defaults[len(args) :]), output=results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            ctx.needs_input_grad = ctx.needs_input_grad[:-1]
+            results = backward(ctx, *grads)
+            return (*results, None) if isinstance(results, tuple) else (results, None)
+
+    Formula.__name__ = Formula.__qualname__ = f"{op._opname}_backward"
+
+    def call(keyset, *args):
+        keyset = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Formula.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset, *args)
+
+    return call
 
 
 class Query:

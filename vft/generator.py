@@ -187,7 +187,9 @@ class Generator(nn.Module):
         lengths = [len(i) + 1 for i in ids]
         layout = flexkernels.SequenceLayout.from_lengths(lengths, "causal", self.device)
         first = layout.cu_seqlens[:-1].long()
-        x = self.tok_emb(torch.cat([F.pad(i, (1, 0)) for i in ids])).index_copy(0, first, starts)
+        x = self.tok_emb(torch.cat([F.pad(i, (1, 0)) for i in ids]))
+        # under autocast the table gives bfloat16
+        x = x.index_copy(0, first, starts.to(x.dtype))
         x = x + repeated(lengths, lambda n: self.pos_emb[:n])
         for layer, (block, context) in enumerate(zip(self.blocks, cross, strict=True)):
             if self.recompute:

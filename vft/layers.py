@@ -193,13 +193,21 @@ class GatedMLP(Merged):
         self.fc3 = nn.Linear(trunk.width, trunk.mlp_width, bias=trunk.mlp_bias)
 
     def _join(self):
+        first, last, out = self.fc1, self.fc3, self.fc2.weight
+        extra = -first.out_features % MLP_ALIGNMENT
+        if extra == 0:
+            return {
+                "weight": torch.cat([first.weight, last.weight]),
+                "bias": _cat([first.bias, last.bias]),
+                "weight_out": out,
+            }
         # silu(0) * 0 = 0: hidden units of zero weight add nothing
-        extra = -self.fc1.out_features % MLP_ALIGNMENT
-        pad = lambda x: None if x is None else F.pad(x, (0, 0, 0, extra) if x.dim() == 2 else (0, extra))  # noqa: E731
+        zero = out.new_zeros(extra, out.shape[0])
+        none = None if first.bias is None else first.bias.new_zeros(extra)
         return {
-            "weight": torch.cat([pad(self.fc1.weight), pad(self.fc3.weight)]),
-            "bias": _cat([pad(self.fc1.bias), pad(self.fc3.bias)]),
-            "weight_out": F.pad(self.fc2.weight, (0, extra)),
+            "weight": torch.cat([first.weight, zero, last.weight, zero]),
+            "bias": _cat([first.bias, none, last.bias, none]),
+            "weight_out": torch.cat([out, zero.T], 1),
         }
 
     def _adopt(self, joined):

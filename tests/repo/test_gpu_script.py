@@ -99,6 +99,13 @@ def test_a_failed_and_a_late_stage_do_not_stop_the_next(gpu, tmp_path, capsys):
     assert "OSError: no such tool" in (tmp_path / "raises.log").read_text()
 
 
+def test_without_a_build_nothing_is_measured(gpu, tmp_path):
+    asked = []
+    stages = [gpu.Stage("build", 5, lambda *_: 1), gpu.Stage("tests", 5, lambda *_: asked.append("tests") or 0)]
+    assert gpu.run(stages, tmp_path) == 1 and asked == []
+    assert (tmp_path / "summary.txt").read_text().splitlines()[1].split()[:3] == ["build", "FAIL", "1"]
+
+
 def test_a_stage_ends_in_time_with_all_its_processes(gpu, tmp_path):
     child = "import time; time.sleep(60)"
     program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{child}'])"

@@ -84,6 +84,15 @@ def test_the_loss_is_the_cross_entropy_of_the_clips_ids(settings, tokenizer, tab
     assert loss.item() == pytest.approx(F.cross_entropy(logits, flat).item(), rel=1e-5)
 
 
+def test_the_table_may_give_bfloat16(settings, tokenizer):
+    """What autocast on CUDA makes of it; on the CPU it converts on the way."""
+    task = GeneratorTask(settings, vft.Tokenizer.from_pretrained(tokenizer))
+    model, ids, crossed = task.model, [torch.arange(7)], [None] * len(task.model.blocks)
+    wanted = model.packed(ids, model.starts([0]), crossed)
+    model.tok_emb.register_forward_hook(lambda _, args, out: out.bfloat16())
+    torch.testing.assert_close(model.packed(ids, model.starts([0]), crossed), wanted, rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_few_clips_are_learned(tmp_path, settings, bf16):
     quick = replace(settings, steps=60, clips=3, learning_rate=1e-2, ema=0.5, class_dropout=0.1, bf16=bf16)
