@@ -9,8 +9,8 @@
 //
 // Paper count for 64,000 float32, top-k 100 and top-p, two blocks of 512 threads on a multiprocessor: start 1.2 us, 16
 // loads a thread in two trips 2, counting 1.5, the largest 0.6, the bin 1, moving candidates 0.7, five rounds of one
-// block 3, the race 1: 11 us. Without top-k the race costs most: 16 tokens a thread, 85 instructions each and 90 more for
-// about five of them, whose logarithm is taken: 3 us.
+// block 3, the race 1: 11 us. Without top-k the race costs most: 16 tokens a thread, 85 instructions each and 90 more
+// for about five of them, whose logarithm is taken: 3 us.
 #include "sampling_search.h"
 
 #include "kernels.h"
