@@ -11,6 +11,8 @@ namespace flexkernels::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512, kShareThreads = 256;
+// blocks without sums that find room on a multiprocessor
+constexpr int kShareBlocks = 5;
 // packs of N elements of a row that a thread has under way in the pass that sums: what 64 registers hold
 template <int N>
 constexpr int kUnroll = N > 4 ? 2 : 3;
@@ -116,10 +118,10 @@ __device__ FlowCoefficients<float> rescaled(const FlowUpdate& p, int64_t begin, 
   return flow_rescaled<float>(p, static_cast<float>(end - begin), sums[0], sums[1], sums[2], sums[3]);
 }
 
-template <typename X, typename V>
+template <typename X, typename V, bool kSums>
 __device__ FlowCoefficients<float> coefficients(const FlowUpdate& p, int64_t begin, int64_t end, bool aligned) {
-  if (p.guidance == kFlowAPG) return apg<X, V>(p, begin, end, aligned);
-  return flow_needs_sums(p) ? rescaled<X, V>(p, begin, end, aligned) : flow_plain<float>(p);
+  if constexpr (!kSums) return flow_plain<float>(p);
+  return p.guidance == kFlowAPG ? apg<X, V>(p, begin, end, aligned) : rescaled<X, V>(p, begin, end, aligned);
 }
 
 // x += weight * term[i ..]
@@ -131,13 +133,14 @@ __device__ __forceinline__ void add_term(const T* term, int64_t i, float weight,
   for (int j = 0; j < N; ++j) x[j] += weight * value[j];
 }
 
-template <typename X, typename V>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+// kSums: flow_needs_sums(p)
+template <typename X, typename V, bool kSums>
+__global__ void __launch_bounds__(kSums ? kMaxThreads : kShareThreads, kSums ? 2 : kShareBlocks)
     flow_update_kernel(const __grid_constant__ FlowUpdate p, bool aligned) {
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t row = blockIdx.x, begin = flow_row_begin(p, row), end = flow_row_begin(p, row + 1);
-  const FlowCoefficients<float> k = coefficients<X, V>(p, begin, end, aligned);
+  const FlowCoefficients<float> k = coefficients<X, V, kSums>(p, begin, end, aligned);
   const int64_t first = p.prefix ? flow_prefix_begin(p, row) : 0;
   const int64_t given = p.prefix ? flow_prefix_begin(p, row + 1) - first : 0;
   for_row<kElements<X, V>>(begin, end, aligned, [&](int64_t i, auto width) {
@@ -188,12 +191,14 @@ void update(const FlowUpdate& p, cudaStream_t stream) {
   dim3 grid(static_cast<unsigned>(p.rows));
   if (flow_needs_sums(p)) {
     while (threads < kMaxThreads && threads < packs) threads *= 2;
-  } else {
-    while (threads < kShareThreads && threads < packs) threads *= 2;
-    const int64_t parts = (packs + threads - 1) / threads, most = 65535;
-    grid.y = static_cast<unsigned>(parts < 1 ? 1 : parts < most ? parts : most);
+    const Launch at{"flow_update", grid, static_cast<unsigned>(threads), stream, 0, 1, true};
+    return launch(at, flow_update_kernel<X, V, true>, p, all_aligned(p));
   }
-  launch({"flow_update", grid, threads, stream, 0, 1, true}, flow_update_kernel<X, V>, p, all_aligned(p));
+  while (threads < kShareThreads && threads < packs) threads *= 2;
+  const int64_t parts = (packs + threads - 1) / threads, most = 65535;
+  grid.y = static_cast<unsigned>(parts < 1 ? 1 : parts < most ? parts : most);
+  const Launch at{"flow_update", grid, static_cast<unsigned>(threads), stream, 0, 1, true};
+  launch(at, flow_update_kernel<X, V, false>, p, all_aligned(p));
 }
 
 template <typename X>

@@ -87,6 +87,14 @@ __device__ __forceinline__ float sum_by_rows(const float (&v)[R]) {
   return sum;
 }
 
+// R rows, or as many as there are; nothing where they do not begin and end at multiples of 16 bytes
+template <typename T, int R>
+__device__ __forceinline__ void prefetch_rows(const FsqProject& p, int64_t first) {
+  const uint32_t row = static_cast<uint32_t>(p.width * sizeof(T)), rows = R == 1 || first + 1 == p.n ? 1 : R;
+  const char* from = static_cast<const char*>(p.hidden) + first * row;
+  if ((reinterpret_cast<uintptr_t>(from) | row) % 16 == 0) ptx::prefetch(from, rows * row);
+}
+
 // K loads a lane for each of R rows
 template <typename T, int K, int R>
 __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel(const __grid_constant__ FsqProject p) {
@@ -111,11 +119,7 @@ __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel
       for (int k = 0; k < K; ++k) load_four<T>(row + pack_of(k) * N, x[r][k]);
     }
     // the next rows come to L2 under the arithmetic of these
-    const T* next = static_cast<const T*>(p.hidden) + (first + step) * p.width;
-    const int64_t left = p.n - first - step, bytes = (left < R ? left : R) * p.width * sizeof(T);
-    if (lane == 0 && left > 0 && (reinterpret_cast<uintptr_t>(next) | bytes) % 16 == 0) {
-      ptx::prefetch(next, static_cast<uint32_t>(bytes));
-    }
+    if (lane == 0 && first + step < p.n) prefetch_rows<T, R>(p, first + step);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float sum = 0, squares = 0;
@@ -155,8 +159,9 @@ __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel
 #pragma unroll
       for (int r = 0; r < R; ++r) sums[r] = (dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3]);
       const float sum = sum_by_rows<R>(sums);
-      if (lane % kFsqMaxDims == d) z = scale[lane < kFsqMaxDims ? 0 : R - 1] * sum;
+      if (lane % kFsqMaxDims == d) z = sum;
     }
+    z *= lane < kFsqMaxDims ? scale[0] : scale[R - 1];
     const int d = lane % kFsqMaxDims;
     const int64_t row = first + lane / kFsqMaxDims;
     const bool ours = d < p.dims && lane < kFsqMaxDims * R && row < p.n;
