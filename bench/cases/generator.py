@@ -24,12 +24,15 @@ def random_generator(device: str, dtype: torch.dtype, depth: int) -> Generator:
 @contextlib.contextmanager
 def blocks_in(one_kernel: bool):
     """Steps and captures inside of this take one kernel for all blocks, or one for each part."""
-    before = os.environ.get("FLEXKERNELS_PERSISTENT_STEP", "0")
+    before = os.environ.get("FLEXKERNELS_PERSISTENT_STEP")
     os.environ["FLEXKERNELS_PERSISTENT_STEP"] = str(int(one_kernel))
     try:
         yield
     finally:
-        os.environ["FLEXKERNELS_PERSISTENT_STEP"] = before
+        if before is None:
+            del os.environ["FLEXKERNELS_PERSISTENT_STEP"]
+        else:
+            os.environ["FLEXKERNELS_PERSISTENT_STEP"] = before
 
 
 class Ours:
