@@ -64,13 +64,10 @@ struct Lanes {
     for (int i = 0; i < tiles; ++i, at.next()) ptx::mbarrier_wait(s.full + at.slot, at.parity);
     return first;
   }
-  // the warp has read them
-  __device__ __forceinline__ void release(Cursor from, int tiles) {
+  // the warp has read them; a lane a tile
+  __device__ __forceinline__ void release(const Cursor& from, int tiles) {
     __syncwarp();
-    if (lane == 0) {
-#pragma unroll 1
-      for (int i = 0; i < tiles; ++i, from.next()) ptx::mbarrier_arrive(s.empty + from.slot);
-    }
+    if (lane < tiles) ptx::mbarrier_arrive(s.empty + slot(from, lane));
   }
 
   // row g of a block at `from`, zeros where it is not valid. Rows are whole numbers of 128 (of int8 64) bytes, so
@@ -92,10 +89,13 @@ struct Lanes {
     }
   }
 
-  // tile `i` of those from `first`, in the ring
-  __device__ __forceinline__ const unsigned char* tile(const Cursor& first, int i) const {
+  // of tile `i` of those from `first`
+  __device__ __forceinline__ int slot(const Cursor& first, int i) const {
     const int slot = first.slot + i;
-    return s.ring + ((slot < at.slots ? slot : slot - at.slots) << kTileBits);
+    return slot < at.slots ? slot : slot - at.slots;
+  }
+  __device__ __forceinline__ const unsigned char* tile(const Cursor& first, int i) const {
+    return s.ring + (slot(first, i) << kTileBits);
   }
 
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&low)[kW],

@@ -260,8 +260,8 @@ FAULTS = {
     ),
     "a tile is given back too early": (
         "step_linear.h",
-        "    __syncwarp();\n    if (lane == 0) {",
-        "    if (lane == 0) {",
+        "    __syncwarp();\n    if (lane < tiles)",
+        "    if (lane < tiles)",
         "race",
     ),
     "sums are overwritten": ("step_consumer.h", "l.sync();\n" + UNROLL, UNROLL, "race"),
