@@ -352,8 +352,8 @@ class Generator(nn.Module):
 
         Each request has its own condition, length, prompt, sampling settings, guidance and seed. Its ids are those of
         ``generate`` with the same arguments and n = 1, bit for bit, whatever runs beside it: up to 32 active rows on
-        the CPU and 16 on a GPU, of which linear layers give a row the same bits alone or among others. Beyond, sums
-        are rounded in another order, and an id may differ where two are nearly as likely.
+        the CPU and 16 on a GPU (8 where one kernel takes all blocks), of which layers give a row the same bits alone
+        or among others. Beyond, sums are rounded in another order, and an id may differ where two are nearly as likely.
 
         Args:
             max_rows: rows of the batch; a request takes one, with guidance two.
