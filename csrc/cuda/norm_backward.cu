@@ -28,6 +28,32 @@ __device__ __forceinline__ float sum_of(const uint4& raw) {
   return sum;
 }
 
+// totals over the block in every thread, one barrier. N a power of two: lanes that are `by` apart each take half of the
+// values over from the other, so that a lane ends with one value's total and N values cost hardly more than one.
+// `buffer` must not be that of the call before, and is zero behind the block's warps
+template <int N, int W>
+__device__ __forceinline__ void totals_of(float (&v)[N], float (*buffer)[N]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = N / 2, by = 16; by > 0; half /= 2, by /= 2) {
+    if (half == 0) v[0] += __shfl_xor_sync(0xffffffffu, v[0], by);
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = lane & by ? v[i + half] : v[i], given = lane & by ? v[i] : v[i + half];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, given, by);
+    }
+  }
+  if (lane % (32 / N) == 0) buffer[threadIdx.x / 32][lane * N / 32] = v[0];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = 0;
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += buffer[w][i];
+  }
+}
+
 // a = grad_out * factor, rounded here: joined with the subtraction of a's mean it would not cancel in a row of one
 // element
 template <bool RMS>
@@ -39,40 +65,50 @@ __device__ __forceinline__ float times_factor(float grad_out, float factor) {
 constexpr int kStages = 3;
 
 // SUM: grad_sum is there; GATE: gate and y too. T threads at most.
-// Dynamic shared memory: packs [v, grad_out, then grad_sum, then y][kStages][threads]
+// Dynamic shared memory: packs [v, grad_out, then grad_sum, then y][kStages][T]
 template <typename X, int T, bool RMS, bool SUM, bool GATE>
 __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant__ NormGradients p, unsigned run) {
   constexpr int N = kPack<X>, W = T / 32;
   const NormBackward& r = p.rows;
-  // moments: of this row three, and the sum of the next; two of each, since a row's are written while a slow warp reads
-  // those of the row before
-  constexpr int M = RMS ? 3 : 4;
+  // moments: of this row two or three, and the sum of the next; two of each, since a row's are written while a slow
+  // warp reads those of the row before
+  constexpr int M = RMS ? 2 : 4;
   __shared__ float totals[W][1];
   alignas(16) __shared__ float moments[2][W][M];
-  uint4* const packs = ptx::dynamic_shared<uint4>();
   const int t = threadIdx.x, warps = blockDim.x / 32, column = t * N;
+  uint4* const packs = ptx::dynamic_shared<uint4>() + t;
   const bool active = column < r.d;
+  const int row_bytes = static_cast<int>(r.d * sizeof(X));
   const unsigned n = static_cast<unsigned>(r.n), first = blockIdx.x * run, end = first + run < n ? first + run : n;
   const float per = 1.0f / static_cast<float>(r.d);
   float sum_gate[N] = {}, sum_shift[N] = {}, sum_scale[N] = {};
-  uint4 next_v = make_uint4(0, 0, 0, 0), gate = next_v, scale = next_v;
+  uint4 gate = make_uint4(0, 0, 0, 0), scale = gate;
+  for (int w = warps * M + t; w < W * M; w += blockDim.x) moments[0][0][w] = moments[1][0][w] = 0;
+  for (int w = warps + t; w < W; w += blockDim.x) totals[w][0] = 0;
+  if (!active) {
+    // threads beyond the row read zeros
+#pragma unroll
+    for (int k = 0; k < (GATE ? 4 : SUM ? 3 : 2) * kStages; ++k) packs[k * T] = gate;
+  }
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
   const auto row_at = [&](unsigned i) { return i < end ? static_cast<int>(norm_row(p.sums, i)) : 0; };
   const auto segment_at = [&](int row) { return static_cast<int>(norm_segment(r.segment, row, r.segments)); };
-  // this thread's pack of tensor `which` of the i-th row
-  const auto place = [&](int which, unsigned i) { return packs + (which * kStages + i % kStages) * blockDim.x + t; };
-  const auto taken = [&](int which, unsigned i) { return active ? *place(which, i) : make_uint4(0, 0, 0, 0); };
-  const auto copy = [&](int which, unsigned i, const void* from, int row) {
-    if (active && i < end) ptx::cp_async<16>(place(which, i), static_cast<const X*>(from) + row * r.d + column);
+  // bytes from the start of a tensor to this thread's pack of a row
+  const auto offset = [&](int row) { return static_cast<int64_t>(row) * row_bytes + 16 * t; };
+  const auto copy = [&](int which, int stage, const void* from, int64_t at) {
+    ptx::cp_async<16>(packs + (which * kStages + stage) * T, static_cast<const char*>(from) + at);
   };
-  // group i: what the i-th row needs, and v of the row after it
-  const auto fetch = [&](unsigned i, int row, int row_after) {
-    copy(0, i + 1, r.v, row_after);
-    copy(1, i, r.grad_out, row);
-    if constexpr (SUM) copy(2, i, r.grad_sum, row);
-    if constexpr (GATE) copy(3, i, p.sums.y, row);
+  // what the i-th row needs, to `stage`, and v of the row after it, to the next
+  const auto fetch = [&](unsigned i, int stage, int row, int next_stage, int next_row) {
+    if (active && i < end) {
+      const int64_t at = offset(row);
+      if (i + 1 < end) copy(0, next_stage, r.v, offset(next_row));
+      copy(1, stage, r.grad_out, at);
+      if constexpr (SUM) copy(2, stage, r.grad_sum, at);
+      if constexpr (GATE) copy(3, stage, p.sums.y, at);
+    }
     ptx::cp_async_commit();
   };
   const auto flush = [&](int segment) {
@@ -89,33 +125,34 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
 
   // the rows of this and the next three places: a copy waits for no load of its row
   int row = row_at(first), row1 = row_at(first + 1), row2 = row_at(first + 2), row3 = row_at(first + 3), current = -1;
-  copy(0, first, r.v, row);
+  if (active) copy(0, 0, r.v, offset(row));
   ptx::cp_async_commit();
-  fetch(first, row, row1);
-  fetch(first + 1, row1, row2);
-  int next_segment = segment_at(row);
+  fetch(first, 0, row, 1, row1);
+  fetch(first + 1, 1, row1, 2, row2);
+  int stage = 0, stage1 = 1, stage2 = 2, next_segment = segment_at(row);
   ptx::cp_async_wait<2>();
-  next_v = taken(0, first);
+  uint4 next_v = packs[0];
   float mean = 0;
   if constexpr (!RMS) {
     float total[1] = {sum_of<X>(next_v)};
-    block_sums<1, W>(total, totals, warps);
+    totals_of<1, W>(total, totals);
     mean = total[0] * per;
   }
   for (unsigned i = first; i < end; ++i) {
-    const int64_t at = row * r.d + column;
+    const int64_t at = offset(row);
     const int s = next_segment;
     row = row1;
     next_segment = segment_at(row);
     ptx::cp_async_wait<1>();
-    // into the places of the row before this one
-    fetch(i + 2, row2, row3);
+    // over the row before this one
+    fetch(i + 2, stage2, row2, stage, row3);
     row1 = row2;
     row2 = row3;
     row3 = row_at(i + 4);
     float v[N], out[N], factor[N];
     unpack<X>(next_v, v);
-    if (i + 1 < end) next_v = taken(0, i + 1);
+    if (i + 1 < end) next_v = packs[stage1 * T];
+    const uint4* const here = packs + stage * T;
     if (s != current) {
       if (current >= 0) flush(current);
       if (active) {
@@ -124,23 +161,27 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
       }
       current = s;
     }
-    unpack<X>(taken(1, i), out);
+    unpack<X>(here[kStages * T], out);
     unpack<X>(scale, factor);
-    // of a = grad_out * factor: sum a, sum a (v - mean); sum (v - mean)^2
+    // of a = grad_out * factor: sum a (v - mean); sum (v - mean)^2; sum a
+    const float centre = active ? mean : 0.0f;
     float sums[M] = {};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      v[j] = active ? v[j] - mean : 0.0f;
+      v[j] -= centre;
       const float a = times_factor<RMS>(out[j], factor[j]);
-      sums[0] += a;
-      sums[1] = fmaf(a, v[j], sums[1]);
-      sums[2] = fmaf(v[j], v[j], sums[2]);
+      sums[0] = fmaf(a, v[j], sums[0]);
+      sums[1] = fmaf(v[j], v[j], sums[1]);
+      if constexpr (!RMS) sums[2] += a;
     }
     if constexpr (!RMS) sums[3] = sum_of<X>(next_v);
-    block_sums<M, W>(sums, moments[i & 1], warps);
-    if constexpr (!RMS) mean = sums[3] * per;
-    const float rstd = 1.0f / sqrtf(sums[2] * per + r.eps);
-    const float mean_a = RMS ? 0.0f : sums[0] * per, mean_ax = sums[1] * rstd * per;
+    totals_of<M, W>(sums, moments[i & 1]);
+    const float rstd = 1.0f / sqrtf(sums[1] * per + r.eps), mean_ax = sums[0] * rstd * per;
+    float mean_a = 0;
+    if constexpr (!RMS) {
+      mean_a = sums[2] * per;
+      mean = sums[3] * per;
+    }
     float dv[N], by[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -150,20 +191,24 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
       sum_scale[j] = fmaf(out[j], v[j], sum_scale[j]);
     }
     if constexpr (SUM) {
-      unpack<X>(taken(2, i), by);
+      unpack<X>(here[2 * kStages * T], by);
 #pragma unroll
       for (int j = 0; j < N; ++j) dv[j] += by[j];
     }
-    if (active) *reinterpret_cast<uint4*>(static_cast<X*>(r.grad_x) + at) = pack<X>(dv);
+    if (active) *reinterpret_cast<uint4*>(static_cast<char*>(r.grad_x) + at) = pack<X>(dv);
     if constexpr (GATE) {
-      unpack<X>(taken(3, i), by);
+      unpack<X>(here[3 * kStages * T], by);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum_gate[j] = fmaf(dv[j], by[j], sum_gate[j]);
       unpack<X>(gate, by);
 #pragma unroll
       for (int j = 0; j < N; ++j) dv[j] *= by[j];
-      if (active && r.grad_y) *reinterpret_cast<uint4*>(static_cast<X*>(r.grad_y) + at) = pack<X>(dv);
+      if (active && r.grad_y) *reinterpret_cast<uint4*>(static_cast<char*>(r.grad_y) + at) = pack<X>(dv);
     }
+    const int freed = stage;
+    stage = stage1;
+    stage1 = stage2;
+    stage2 = freed;
   }
   if (current >= 0) flush(current);
   ptx::cp_async_wait<0>();
@@ -302,7 +347,7 @@ void fused(const NormGradients& p, unsigned run, int64_t runs, cudaStream_t stre
   const int64_t packs = p.rows.d / kPack<X>;
   const unsigned threads = static_cast<unsigned>((packs + 31) / 32 * 32);
   const bool gated = p.rows.grad_sum && p.sums.y && p.rows.gate.data && p.rows.kind == kLayerNorm;
-  const unsigned rows = kStages * (gated ? 4 : p.rows.grad_sum ? 3 : 2), bytes = rows * threads * 16;
+  const unsigned rows = kStages * (gated ? 4 : p.rows.grad_sum ? 3 : 2), bytes = rows * T * 16;
   const Launch at{"norm_backward", static_cast<unsigned>(runs), threads, stream, bytes, 1, true};
   if (p.rows.kind == kRmsNorm) {
     launch(at, p.rows.grad_sum ? fused_kernel<X, T, true, true, false> : fused_kernel<X, T, true, false, false>, p,

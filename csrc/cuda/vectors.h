@@ -70,8 +70,8 @@ static __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // totals over the block's warps in every thread, one barrier; `buffer` [warps of a block] must not be that of the call
-// before. W: warps at most, where they are few: their totals are read at once
-template <int N, int W = 0>
+// before
+template <int N>
 static __device__ __forceinline__ void block_sums(float (&v)[N], float (*buffer)[N], int warps) {
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
@@ -83,15 +83,6 @@ static __device__ __forceinline__ void block_sums(float (&v)[N], float (*buffer)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = 0;
-  if constexpr (W > 0) {
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      if (w >= warps) break;
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[i] += buffer[w][i];
-    }
-    return;
-  }
   for (int w = 0; w < warps; ++w) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] += buffer[w][i];
