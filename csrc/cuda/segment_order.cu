@@ -30,7 +30,7 @@ __device__ __forceinline__ int sum_below(int value, int (&of_warps)[kOrderThread
 }
 
 // segments below 2^bits
-__global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_constant__ SegmentOrder p, int bits) {
+__global__ void __launch_bounds__(kOrderThreads, 1) order_kernel(const __grid_constant__ SegmentOrder p, int bits) {
   __shared__ int of_warps[kOrderThreads / 32];
   const int n = static_cast<int>(p.n), t = threadIdx.x;
   const auto segment_of = [&](int64_t row) { return static_cast<int>(norm_segment(p.segment, row, p.segments)); };
