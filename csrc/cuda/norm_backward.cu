@@ -83,8 +83,11 @@ __global__ void __launch_bounds__(T, 512 / T) fused_kernel(const __grid_constant
   const float per = 1.0f / static_cast<float>(r.d);
   float sum_gate[N] = {}, sum_shift[N] = {}, sum_scale[N] = {};
   uint4 gate = make_uint4(0, 0, 0, 0), scale = gate;
-  for (int w = warps * M + t; w < W * M; w += blockDim.x) moments[0][0][w] = moments[1][0][w] = 0;
-  for (int w = warps + t; w < W; w += blockDim.x) totals[w][0] = 0;
+  for (int w = warps + t; w < W; w += blockDim.x) {
+    totals[w][0] = 0;
+#pragma unroll
+    for (int k = 0; k < M; ++k) moments[0][w][k] = moments[1][w][k] = 0;
+  }
   if (!active) {
     // threads beyond the row read zeros
 #pragma unroll
