@@ -28,13 +28,14 @@ struct FsqEmbed {
   const void* ids;                // [n]
   const void* weight;             // [width, dims] of dtype; on the CPU [dims, width] float32
   const void* bias;               // [width] of dtype or null; float32 on the CPU
-  const void* positions;          // [.., width] or null
+  const void* positions;          // [position_rows, width] or null
   const int32_t* position_index;  // [n], or null: row i takes position i
   const void* tokens;             // [.., width] or null
   const int32_t* token_index;     // [n] or null
   void* out;                      // [n, width]
   int64_t n, width;
-  int64_t codebook;  // product of the levels
+  int64_t position_rows;  // of positions
+  int64_t codebook;       // product of the levels
   int64_t basis[kFsqMaxDims];
   int dims;
   int levels[kFsqMaxDims];

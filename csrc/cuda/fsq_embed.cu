@@ -1,6 +1,7 @@
 // Codes of ids through a linear layer, with tables: a thread owns a pack of columns, whose weights it keeps in
-// registers, and walks groups of rows. A group's codes are in one of two buffers, so one barrier a group is enough:
-// who writes a buffer has passed the barrier that all came to after reading it.
+// registers, and walks groups of rows. The tables' rows of a group are all under way before the first of them is used,
+// and under them the codes of the next group are made. Codes are in one of two buffers, so one barrier a group is
+// enough: who writes a buffer has passed the barrier that all came to after reading it.
 #include "../core/fsq_linear.h"
 
 #include "fsq.h"
@@ -8,7 +9,9 @@
 namespace flexkernels::cuda {
 namespace {
 
-constexpr int kRows = 16;
+// rows of a group: each is up to four registers a thread until it is used, next to those of the weights
+template <int N, int DIMS>
+constexpr int kRows = N > 4 || DIMS > 8 ? 4 : 8;
 constexpr int kMaxThreads = 288;
 // threads on a multiprocessor for which the blocks of a launch suffice
 constexpr int kResident = 2 * kMaxThreads;
@@ -34,14 +37,48 @@ __device__ float code_of(const FsqEmbed& p, int64_t row, int d) {
   return fsq_code(static_cast<int>(digit), p.levels[d] / 2);
 }
 
-template <int N, typename T>
-__device__ __forceinline__ void load_columns(const T* p, bool ok, float (&v)[N]) {
+// N elements as they lie in memory, zeros where !ok
+template <typename T, int N>
+using Columns = std::conditional_t<N == kPack<T>, uint4, Pack<T, N>>;
+
+template <typename T, int N>
+__device__ __forceinline__ Columns<T, N> load_columns(const T* p, bool ok) {
   if constexpr (N == kPack<T>) {
-    unpack<T>(ptx::load_once(p, ok), v);
+    return ptx::load_constant(p, ok);
+  } else {
+    return ok ? *reinterpret_cast<const Pack<T, N>*>(p) : Pack<T, N>{};
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void to_floats(const Columns<T, N>& columns, float (&v)[N]) {
+  if constexpr (N == kPack<T>) {
+    unpack<T>(columns, v);
   } else {
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = 0;
-    if (ok) load_floats<N>(p, v);
+    for (int j = 0; j < N; ++j) v[j] = to_float(columns.v[j]);
+  }
+}
+
+// of N columns from p [N, dims] on; a pack of columns is `dims` packs, which are loaded whole
+template <typename T, int N, int DIMS>
+__device__ __forceinline__ void load_weights(const T* p, int dims, bool ok, float (&weight)[DIMS][N]) {
+  if constexpr (N == kPack<T>) {
+    if (dims == DIMS) {
+#pragma unroll
+      for (int i = 0; i < DIMS; ++i) {
+        float v[N];
+        unpack<T>(ptx::load_constant(p + i * N, ok), v);
+#pragma unroll
+        for (int k = 0; k < N; ++k) weight[(i * N + k) % DIMS][(i * N + k) / DIMS] = v[k];
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int d = 0; d < DIMS; ++d) weight[d][j] = ok && d < dims ? to_float(p[j * dims + d]) : 0.0f;
   }
 }
 
@@ -54,57 +91,75 @@ __device__ __forceinline__ void store_columns(T* p, const float (&v)[N]) {
   }
 }
 
+// of a group of rows
+template <typename T, int ROWS, int DIMS>
+struct Group {
+  float codes[ROWS][DIMS];
+  const T* sources[ROWS];
+  bool replaced[ROWS];
+
+  // rows from `first` on; rows that do not exist get zeros and no source
+  __device__ __forceinline__ void prepare(const FsqEmbed& p, int64_t first) {
+    for (int i = threadIdx.x; i < ROWS * DIMS; i += blockDim.x) {
+      const int r = i / DIMS, d = i % DIMS;
+      codes[r][d] = d < p.dims && first + r < p.n ? code_of(p, first + r, d) : 0.0f;
+    }
+    // the last threads, whose warp has no codes to make where there are several
+    const int r = blockDim.x - 1 - threadIdx.x;
+    if (r >= ROWS) return;
+    replaced[r] = false;
+    sources[r] = first + r < p.n ? source_of<T>(p, first + r, &replaced[r]) : nullptr;
+  }
+};
+
 // N columns a thread: a pack, four where its weights would not find room in registers, one where rows are not whole
 // packs; DIMS: at least the number of dimensions
 template <typename T, int N, int DIMS>
 __global__ void __launch_bounds__(kMaxThreads, 1) fsq_embed_kernel(const __grid_constant__ FsqEmbed p) {
-  __shared__ float codes[2][kRows][DIMS];
-  __shared__ const T* sources[2][kRows];
-  __shared__ bool replaced[2][kRows];
+  constexpr int R = kRows<N, DIMS>;
+  __shared__ Group<T, R, DIMS> groups[2];
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
+  int64_t first = static_cast<int64_t>(blockIdx.x) * R;
+  groups[0].prepare(p, first);
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   const bool inside = column < p.width;
   float weight[DIMS][N], bias[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const T* from = static_cast<const T*>(p.weight) + (column + j) * p.dims;
-#pragma unroll
-    for (int d = 0; d < DIMS; ++d) weight[d][j] = inside && d < p.dims ? to_float(from[d]) : 0.0f;
-  }
-  load_columns<N>(static_cast<const T*>(p.bias) + column, inside && p.bias, bias);
+  load_weights<T, N, DIMS>(static_cast<const T*>(p.weight) + column * p.dims, p.dims, inside, weight);
+  to_floats<T, N>(load_columns<T, N>(static_cast<const T*>(p.bias) + column, inside && p.bias), bias);
   int buffer = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < p.n;
-       first += static_cast<int64_t>(gridDim.x) * kRows, buffer ^= 1) {
-    const int count = p.n - first < kRows ? static_cast<int>(p.n - first) : kRows;
-    for (int i = threadIdx.x; i < count * DIMS; i += blockDim.x) {
-      const int r = i / DIMS, d = i % DIMS;
-      codes[buffer][r][d] = d < p.dims ? code_of(p, first + r, d) : 0.0f;
-    }
-    if (threadIdx.x < count) {
-      sources[buffer][threadIdx.x] = source_of<T>(p, first + threadIdx.x, &replaced[buffer][threadIdx.x]);
-    }
+  for (; first < p.n; buffer ^= 1) {
     __syncthreads();
-    if (!inside) continue;
+    const Group<T, R, DIMS>& group = groups[buffer];
+    Columns<T, N> tables[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const T* from = group.sources[r];
+      tables[r] = load_columns<T, N>(from + column, inside && from);
+    }
+    const int64_t next = first + static_cast<int64_t>(gridDim.x) * R;
+    if (next < p.n) groups[buffer ^ 1].prepare(p, next);
     T* out = static_cast<T*>(p.out) + first * p.width + column;
-#pragma unroll 4
-    for (int r = 0; r < count; ++r) {
-      const T* from = sources[buffer][r];
-      const bool instead = replaced[buffer][r];
-      float source[N], sum[N];
-      load_columns<N>(from + column, from != nullptr, source);
+    const int64_t rows = inside ? p.n - first : 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (r >= rows) break;
+      float table[N], sum[N];
+      to_floats<T, N>(tables[r], table);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[j] = bias[j];
 #pragma unroll
       for (int d = 0; d < DIMS; ++d) {
-        const float code = codes[buffer][r][d];
+        const float code = group.codes[r][d];
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] = fmaf(code, weight[d][j], sum[j]);
       }
+      const bool instead = group.replaced[r];
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] = instead ? source[j] : sum[j] + source[j];
+      for (int j = 0; j < N; ++j) sum[j] = instead ? table[j] : sum[j] + table[j];
       store_columns<N>(out + r * p.width, sum);
     }
+    first = next;
   }
 }
 
@@ -112,9 +167,13 @@ template <typename T, int N, int DIMS>
 void embed(const FsqEmbed& p, cudaStream_t stream) {
   const int64_t packs = (p.width + N - 1) / N, columns = (packs + kMaxThreads - 1) / kMaxThreads;
   const int threads = static_cast<int>(((packs + columns - 1) / columns + 31) / 32 * 32);
-  const int64_t groups = (p.n + kRows - 1) / kRows;
+  const int64_t groups = (p.n + kRows<N, DIMS> - 1) / kRows<N, DIMS>;
   int64_t blocks = static_cast<int64_t>(multiprocessors("fsq_embed")) * (kResident / threads) / columns;
   if (blocks < 1) blocks = 1;
+  // where rows take their positions in turn and it costs no block a group more, a block meets the same positions in
+  // each of its groups and finds them in L1
+  const int64_t table = p.position_rows / kRows<N, DIMS>, whole = table ? blocks / table * table : 0;
+  if (whole && (groups + whole - 1) / whole == (groups + blocks - 1) / blocks) blocks = whole;
   const dim3 grid(static_cast<unsigned>(groups < blocks ? groups : blocks), static_cast<unsigned>(columns));
   launch({"fsq_embed", grid, static_cast<unsigned>(threads), stream, 0, 1, true}, fsq_embed_kernel<T, N, DIMS>, p);
 }
@@ -122,7 +181,9 @@ void embed(const FsqEmbed& p, cudaStream_t stream) {
 template <typename T>
 void embed_packs(const FsqEmbed& p, cudaStream_t stream) {
   bool packed = p.width % kPack<T> == 0;
-  for (const void* data : {p.bias, p.positions, p.tokens, static_cast<const void*>(p.out)}) packed &= aligned16(data);
+  for (const void* data : {p.weight, p.bias, p.positions, p.tokens, static_cast<const void*>(p.out)}) {
+    packed &= aligned16(data);
+  }
   if (!packed) return embed<T, 1, kFsqMaxDims>(p, stream);
   if (p.dims <= 4) return embed<T, kPack<T>, 4>(p, stream);
   if (p.dims <= 6) return embed<T, kPack<T>, 6>(p, stream);

@@ -74,6 +74,19 @@ __device__ __forceinline__ int64_t write_level(const FsqProject& p, int64_t row,
 template <int K>
 constexpr int kBlocks = K > 9 ? 3 : 4;
 
+// the total over the warp of v[0] in the lower half of the lanes and of v[1] in the upper, or of v[0] in all where R is
+// 1. A half hands over the value that is the other's, so two totals cost the exchanges of one, in warp_sum's order.
+template <int R>
+__device__ __forceinline__ float sum_by_rows(const float (&v)[R]) {
+  if constexpr (R == 1) return warp_sum(v[0]);
+  static_assert(R <= 2, "a half of the warp has a row");
+  const bool second = threadIdx.x % 32 >= 16;
+  float sum = (second ? v[R - 1] : v[0]) + __shfl_xor_sync(0xffffffffu, second ? v[0] : v[R - 1], 16);
+#pragma unroll
+  for (int lane = 8; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  return sum;
+}
+
 // K loads a lane for each of R rows
 template <typename T, int K, int R>
 __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel(const __grid_constant__ FsqProject p) {
@@ -96,6 +109,12 @@ __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel
       const T* row = static_cast<const T*>(p.hidden) + (first + r < p.n ? first + r : p.n - 1) * p.width;
 #pragma unroll
       for (int k = 0; k < K; ++k) load_four<T>(row + pack_of(k) * N, x[r][k]);
+    }
+    // the next rows come to L2 under the arithmetic of these
+    const T* next = static_cast<const T*>(p.hidden) + (first + step) * p.width;
+    const int64_t left = p.n - first - step, bytes = (left < R ? left : R) * p.width * sizeof(T);
+    if (lane == 0 && left > 0 && (reinterpret_cast<uintptr_t>(next) | bytes) % 16 == 0) {
+      ptx::prefetch(next, static_cast<uint32_t>(bytes));
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -132,11 +151,11 @@ __global__ void __launch_bounds__(32 * kFsqWarps, kBlocks<K>) fsq_project_kernel
           dot[r][3] = fmaf(w.w, x[r][k][3], dot[r][3]);
         }
       }
+      float sums[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const float sum = warp_sum((dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3]));
-        if (lane == kFsqMaxDims * r + d) z = scale[r] * sum;
-      }
+      for (int r = 0; r < R; ++r) sums[r] = (dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3]);
+      const float sum = sum_by_rows<R>(sums);
+      if (lane % kFsqMaxDims == d) z = scale[lane < kFsqMaxDims ? 0 : R - 1] * sum;
     }
     const int d = lane % kFsqMaxDims;
     const int64_t row = first + lane / kFsqMaxDims;

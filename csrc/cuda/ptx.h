@@ -196,6 +196,13 @@ FLEXKERNELS_PTX void bulk_copy(void* shared, const void* global, uint32_t bytes,
       : "memory");
 }
 
+// asks L2 for `bytes` (a multiple of 16, as p is); nothing before sm_90
+FLEXKERNELS_PTX void prefetch(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
 // --- clusters
 
 FLEXKERNELS_PTX int cluster_rank() {
@@ -325,6 +332,16 @@ FLEXKERNELS_PTX uint4 load_once_256(const void* p, bool ok) {
 FLEXKERNELS_PTX uint4 load_constant(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+// zeros where !ok, without touching memory
+FLEXKERNELS_PTX uint4 load_constant(const void* p, bool ok) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(static_cast<int>(ok)));
   return v;
 }
 // and not kept in L1

@@ -128,6 +128,7 @@ Tensor fsq_embed(const Tensor& ids, const Levels& levels, const Tensor& weight, 
   p.weight = weights.const_data_ptr();
   p.bias = data_of(bias);
   p.positions = data_of(positions);
+  p.position_rows = positions ? positions->size(0) : 0;
   p.position_index = static_cast<const int32_t*>(data_of(position_index));
   p.tokens = data_of(tokens);
   p.token_index = static_cast<const int32_t*>(data_of(token_index));

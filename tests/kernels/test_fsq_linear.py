@@ -190,6 +190,15 @@ def test_embed_odd_sizes_repeat_bit_by_bit(place, rows, width, tables):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_embed_whole_packs(place, dtype):
+    """Rows of whole packs, with as many dimensions as a kernel keeps weights of, and with fewer."""
+    for dims in (1, 3, 4, 5, 6, 8, 9):
+        levels = [3] * dims
+        check_embed(place, draw_embed(21, 40, levels, dtype), levels)
+
+
+@on_every_backend
 def test_embed_parts(place):
     arguments = draw_embed(9, 20)
     check_embed(place, {k: v for k, v in arguments.items() if k != "bias"})

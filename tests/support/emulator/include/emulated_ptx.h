@@ -66,6 +66,13 @@ EMU_INLINE void bulk_copy(void* shared, const void* global, uint32_t bytes, uint
   emu::bulk_copy(shared, global, bytes, barrier);
 }
 
+// reads its ends, so that memory that does not exist is seen
+EMU_INLINE void prefetch(const void* p, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes % 16) emu::trap();
+  static_cast<void>(static_cast<const volatile char*>(p)[0]);
+  static_cast<void>(static_cast<const volatile char*>(p)[bytes - 1]);
+}
+
 EMU_INLINE int cluster_rank() { return emu::cluster_rank(); }
 EMU_INLINE int cluster_size() { return emu::cluster_size(); }
 EMU_INLINE void cluster_arrive() { emu::cluster_arrive(); }
@@ -94,6 +101,7 @@ EMU_INLINE uint4 load_once(const void* p) { return *static_cast<const uint4*>(p)
 EMU_INLINE uint4 load_once(const void* p, bool ok) { return ok ? *static_cast<const uint4*>(p) : uint4{0, 0, 0, 0}; }
 EMU_INLINE uint4 load_once_256(const void* p, bool ok) { return load_once(p, ok); }
 EMU_INLINE uint4 load_constant(const void* p) { return load_once(p); }
+EMU_INLINE uint4 load_constant(const void* p, bool ok) { return load_once(p, ok); }
 EMU_INLINE uint4 load_constant_once(const void* p) { return load_once(p); }
 
 template <typename T>
