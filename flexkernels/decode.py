@@ -247,6 +247,5 @@ _kv_append_op = library.Op(
     reference=_kv_append_reference,
     fake=_kv_append_fake,
     triton="head_norm",
-    cuda_order=("triton", "cuda"),
     jvp=None,
 )

@@ -16,7 +16,7 @@ from typing import Any, overload
 import torch
 
 from . import checks, library, norm_math
-from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, residual_sum
+from .norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, NARROW_SUMS, residual_sum
 from .typed import as_typed
 
 # a Triton block holds a row in registers
@@ -339,8 +339,12 @@ def _backward(ctx, grad_out, grad_sum, rms, inputs):
     plain = GRAD_Y if gate is None else 0
     wanted = sum(bit for bit, need in bits if need) & ~plain
     order, offsets = None, None
+    like = grad_sum if grad_out is None else grad_out
+    dtypes = (None, None if gate is None else gate.dtype, ctx.shift, None if scale is None else scale.dtype)
     if wanted & ~GRAD_Y:
-        order, offsets = norm_math.segment_order(segment, ctx.rows, grad_sum if grad_out is None else grad_out)
+        order, offsets = norm_math.segment_order(segment, ctx.rows)
+        if all(dtype == like.dtype for dtype, need in zip(dtypes[1:], needed[1:], strict=True) if need):
+            wanted |= NARROW_SUMS
     found = _norm_backward_op(
         grad_out,
         grad_sum,
@@ -360,7 +364,6 @@ def _backward(ctx, grad_out, grad_sum, rms, inputs):
     grads = [found[i + 1] if need else None for i, need in enumerate(needed)]
     if plain and needed[0]:
         grads[0] = grad_x
-    dtypes = (None, None if gate is None else gate.dtype, ctx.shift, None if scale is None else scale.dtype)
     return [grad_x, grads[0], *(g if g is None else g.to(t) for g, t in zip(grads[1:], dtypes[1:], strict=True))]
 
 

@@ -7,6 +7,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # gradients that norm_backward is asked for, beside that of x
 GRAD_Y, GRAD_GATE, GRAD_SHIFT, GRAD_SCALE = 1, 2, 4, 8
+# with them: those of the tables in the dtype of the rows instead of float32
+NARROW_SUMS = 16
+# rows whose order one block of a GPU finds as fast as torch sorts them
+ORDER_ROWS = 65536
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -49,17 +53,16 @@ def statistics(v, eps, rms: bool) -> tuple[torch.Tensor, torch.Tensor]:
 _orders = WeakTensorKeyDictionary()
 
 
-def segment_order(segment: torch.Tensor | None, rows: int, like: torch.Tensor):
+def segment_order(segment: torch.Tensor | None, rows: int):
     """The rows by segment, int64 [n] (None: as they are), and where each segment begins in them, int64 [rows + 1].
 
-    Found once for a segment tensor that does not change: all blocks and steps of a packing share it.
+    Found once for a segment tensor that does not change: all blocks and steps of a packing share it. (None, None) where
+    all rows take one table row, and where norm_backward finds it faster: in a capture.
     """
-    if segment is None:
-        ends = torch.zeros(2, dtype=torch.int64, device=like.device)
-        ends[1:].fill_(like.shape[0])
-        return None, ends
+    if segment is None or rows == 1:
+        return None, None
     if not _remembered(segment):
-        return _find_order(segment, rows)
+        return (None, None) if segment.is_cuda and len(segment) <= ORDER_ROWS else _find_order(segment, rows)
     state, order = _orders.get(segment, (None, None))
     if state != (segment._version, rows):
         order = _find_order(segment, rows)
@@ -71,6 +74,11 @@ def _remembered(segment) -> bool:
     """Not while tracing, nor in a capture, whose memory holds values only after a replay."""
     plain = type(segment) is torch.Tensor and not segment.is_inference() and not torch.compiler.is_compiling()
     return plain and not (segment.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def given_order(segment, order, offsets, rows: int):
+    """`order` and `offsets` of norm_backward, found where they are left to it; (None, None) for one table row."""
+    return (order, offsets) if offsets is not None or rows == 1 else _find_order(segment, rows)
 
 
 def _find_order(segment, rows):
@@ -85,7 +93,7 @@ def backward_results(grad_out, grad_sum, rows: int, wanted: int):
     grad = grad_sum if grad_out is None else grad_out
 
     def table(bit):
-        return grad.new_empty((rows, grad.shape[1]) if wanted & bit else (0,), dtype=torch.float32)
+        return grad.new_empty((rows, grad.shape[1]) if wanted & bit else (0,), dtype=sum_dtype(grad, wanted))
 
     return (
         grad.new_empty(grad.shape if grad_out is not None else (0,)),
@@ -96,14 +104,23 @@ def backward_results(grad_out, grad_sum, rows: int, wanted: int):
     )
 
 
+def sum_dtype(grad: torch.Tensor, wanted: int) -> torch.dtype:
+    """Of the tables' gradients."""
+    return grad.dtype if wanted & NARROW_SUMS else torch.float32
+
+
 def _segment_sums(terms, order, offsets) -> torch.Tensor:
     """Float64 inside."""
+    if offsets is None:
+        return terms.double().sum(0, keepdim=True).to(terms.dtype)
     total = (terms if order is None else terms[order]).double()
     return torch.segment_reduce(total, "sum", offsets=offsets, axis=0, unsafe=True, initial=0).to(terms.dtype)
 
 
 def _added_sums(terms, order, offsets) -> torch.Tensor:
     """`_segment_sums` with a forward-mode derivative, which segment_reduce does not have."""
+    if offsets is None:
+        return terms.double().sum(0, keepdim=True).to(terms.dtype)
     rows, each = len(offsets) - 1, torch.arange(len(terms), device=terms.device)
     segment = torch.searchsorted(offsets, each, right=True) - 1
     total = (terms if order is None else terms[order]).double()
@@ -128,9 +145,12 @@ def norm_backward(
         dv = dv + rstd * inner
     like = grad_sum if grad_out is None else grad_out
     none = like.new_zeros((0,))
+    if wanted & ~GRAD_Y:
+        order, offsets = given_order(segment, order, offsets, rows)
 
     def table(bit, terms):
-        return sums(terms(), order, offsets) if wanted & bit else none.float()
+        total = sums(terms(), order, offsets) if wanted & bit else none.float()
+        return total.to(like.dtype) if wanted & NARROW_SUMS else total
 
     return (
         dv.to(like.dtype) if grad_out is not None else none,

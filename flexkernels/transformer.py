@@ -22,8 +22,10 @@ from .linear import MAX_ROWS, skinny_linear_ref
 from .norm import rms_norm_ref
 from .transformer_parts import Parts
 
-# 1: `persistent=None` means wherever the kernel serves the call
+# 1: `persistent=None` means wherever the kernel serves the call; 0: nowhere; neither: where it has been timed
 ENVIRONMENT = "FLEXKERNELS_PERSISTENT_STEP"
+# width and hidden width of the stacks that it has been timed on
+TIMED = 1024, 3072
 Matrix = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -61,6 +63,7 @@ class StackWeights:
         self.int8 = isinstance(first.qkv, tuple)
         self.layers, (self.width,) = len(blocks), first.norm_attn.shape
         self.like = first.norm_attn
+        self.hidden = self._tensor("w2", first.w2).shape[-1]
         self.norms, self.weights, self.scales = [], [], []
         for block in blocks:
             self._add(block)
@@ -76,7 +79,7 @@ class StackWeights:
             checks.like(name, norm, "norm_attn", self.like)
             # the row of a table, as the norm kernels take it
             self.norms.append(norm[None])
-        d, hidden = self.width, self._tensor("w2", block.w2).shape[-1]
+        d, hidden = self.width, self.hidden
         shapes = {"qkv": (3 * d, d), "proj": (d, d)}
         if self.cross:
             shapes |= {"cross_q": (d, d), "cross_proj": (d, d)}
@@ -126,7 +129,7 @@ def transformer_step_(
     i % contexts; cross_len: int32 [contexts], the valid keys of each. Both exactly where the weights have cross_q.
     eps: of the norms.
     persistent: whether one kernel does the whole step, on the CUDA backend: True where it must, False where it must
-    not. None: False, unless FLEXKERNELS_PERSISTENT_STEP=1, then wherever it can. `transformer_step_refusal` says where.
+    not. None: where it can and `prefers_persistent_step(weights)`. `transformer_step_refusal` says where it can.
 
     In parts it equals `rms_norm`, `skinny_linear`, `kv_append_` and `decode_attention` on the same backend bit by bit.
     As one kernel it keeps the residual in float32 through all layers and rounds elsewhere; its bits do not depend on
@@ -136,7 +139,7 @@ def transformer_step_(
     cross_len outside 0 .. c raises ValueError on the CPU and is not looked for elsewhere. RuntimeError where autograd
     would need a gradient, and where `persistent` is True and cannot be.
     """
-    if persistent is None and not prefers_persistent_step():
+    if persistent is None and isinstance(weights, StackWeights) and not prefers_persistent_step(weights):
         persistent = False
     _step_op(*_arguments(x, weights, k_cache, v_cache, cache_len, cross, cross_len), eps, persistent)
 
@@ -157,9 +160,17 @@ def transformer_step_refusal(
     return _refusal(*arguments) or None
 
 
-def prefers_persistent_step() -> bool:
-    """Whether FLEXKERNELS_PERSISTENT_STEP=1 asks for one kernel a step wherever it can be."""
-    return os.environ.get(ENVIRONMENT) == "1"
+def prefers_persistent_step(weights: StackWeights) -> bool:
+    """Whether a step of these weights is to be one kernel wherever it can be.
+
+    By default for what has been timed, and was faster: bfloat16 and float16 matrices, widths up to 1,024 and hidden
+    widths up to 3,072. FLEXKERNELS_PERSISTENT_STEP=1: for all; 0: for none.
+    """
+    asked = os.environ.get(ENVIRONMENT)
+    if asked in ("0", "1"):
+        return asked == "1"
+    small = weights.width <= TIMED[0] and weights.hidden <= TIMED[1]
+    return small and not weights.int8 and weights.like.dtype in (torch.bfloat16, torch.float16)
 
 
 def transformer_step_ref_(

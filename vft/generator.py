@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import flexkernels
-from flexkernels import sample_logits, transformer_step_
+from flexkernels import sample_logits, transformer_step_, transformer_step_refusal
 from flexkernels.typed import called_as
 
 from . import checkpoint, codebook, decoding, fp8, generation, speculation
@@ -235,8 +235,7 @@ class Generator(nn.Module):
         """Normed outputs ``[rows, width]`` of one step on each row of the view, whose length grows by the new token."""
         x = F.embedding(view.ids, self.tok_emb.weight) + F.embedding(view.position, self.pos_emb)
         view.length.add_(1)
-        most = PARTS["cpu"] if x.device.type == "cpu" else SKINNY_ROWS if flexkernels.prefers_persistent_step() else 0
-        if stack is None or len(x) > most:
+        if not self._in_one_call(x, view, stack):
             x = self.blocks_step(x, view)
         elif len(x) <= SKINNY_ROWS:
             self._stack_step(x, stack, view.k, view.v, view.length, view.cross)
@@ -249,12 +248,22 @@ class Generator(nn.Module):
                 self._stack_step(x[part], stack, view.k[:, part], view.v[:, part], view.length[part], cross)
         return self.norm(x)
 
+    def _in_one_call(self, x: torch.Tensor, view: decoding.View, stack: flexkernels.StackWeights | None) -> bool:
+        """Whether all blocks take x at once: on a CPU in native code, on a GPU as one kernel."""
+        if stack is None or x.device.type == "cpu":
+            return stack is not None and len(x) <= PARTS["cpu"]
+        if len(x) > SKINNY_ROWS or not flexkernels.prefers_persistent_step(stack):
+            return False
+        context = self._context(view.cross)
+        return transformer_step_refusal(x, stack, view.k, view.v, view.length, **context) is None
+
+    def _context(self, cross: list) -> dict:
+        """Keys, values and lengths of the captions as ``transformer_step_`` takes them."""
+        return {} if self.ctx_in is None else {"cross": [c[:2] for c in cross], "cross_len": cross[0][2]}
+
     def _stack_step(self, x: torch.Tensor, stack, k, v, length, cross: list) -> None:
         """x: at most ``SKINNY_ROWS`` rows, in place through all blocks in one call."""
-        context = {}
-        if self.ctx_in is not None:
-            context = {"cross": [c[:2] for c in cross], "cross_len": cross[0][2]}
-        transformer_step_(x, stack, k, v, length, **context)
+        transformer_step_(x, stack, k, v, length, **self._context(cross))
 
     def blocks_step(self, x: torch.Tensor, view: decoding.View) -> torch.Tensor:
         """x ``[rows * n, width]``, n tokens a row, through all blocks, op by op: for a CUDA graph, for several tokens,
@@ -345,8 +354,8 @@ class Generator(nn.Module):
 
         Each request has its own condition, length, prompt, sampling settings, guidance and seed. Its ids are those of
         ``generate`` with the same arguments and n = 1, bit for bit, whatever runs beside it: up to 32 active rows on
-        the CPU and 16 on a GPU, of which linear layers give a row the same bits alone or among others. Beyond, sums
-        are rounded in another order, and an id may differ where two are nearly as likely.
+        the CPU and 16 on a GPU (8 where one kernel takes all blocks), of which layers give a row the same bits alone
+        or among others. Beyond, sums are rounded in another order, and an id may differ where two are nearly as likely.
 
         Args:
             max_rows: rows of the batch; a request takes one, with guidance two.

@@ -3,10 +3,12 @@ weights."""
 
 import contextlib
 import os
+from dataclasses import fields
 
 import torch
 from peers import generator as generator_peers
 
+from flexkernels import BlockWeights, StackWeights, transformer_step_, transformer_step_ref_
 from vft import Generator, decoding
 from vft.config import parse_generator_config
 
@@ -24,12 +26,15 @@ def random_generator(device: str, dtype: torch.dtype, depth: int) -> Generator:
 @contextlib.contextmanager
 def blocks_in(one_kernel: bool):
     """Steps and captures inside of this take one kernel for all blocks, or one for each part."""
-    before = os.environ.get("FLEXKERNELS_PERSISTENT_STEP", "0")
+    before = os.environ.get("FLEXKERNELS_PERSISTENT_STEP")
     os.environ["FLEXKERNELS_PERSISTENT_STEP"] = str(int(one_kernel))
     try:
         yield
     finally:
-        os.environ["FLEXKERNELS_PERSISTENT_STEP"] = before
+        if before is None:
+            del os.environ["FLEXKERNELS_PERSISTENT_STEP"]
+        else:
+            os.environ["FLEXKERNELS_PERSISTENT_STEP"] = before
 
 
 class Ours:
@@ -151,3 +156,39 @@ def generator_step_depth24_bf16(device: str) -> Case:
 @case("generator_step_one_kernel_depth24_bf16", gpu_only=True)
 def generator_step_one_kernel_depth24_bf16(device: str) -> Case:
     return generator_step(device, torch.bfloat16, 1, one_kernel=True, depth=24)
+
+
+@case("transformer_step_bf16", gpu_only=True)
+def transformer_step_bf16(device: str) -> Case:
+    """The blocks of a step alone, without embedding, head and draw; by default one kernel."""
+    depth, rows = 16, 2
+    model = random_generator(device, torch.bfloat16, depth)
+    blocks, stack = [block.weights() for block in model.blocks], model.stack()
+    k, v = 0.5 * torch.randn(2, depth, rows, depth, MAX_LEN, 64, device=device).bfloat16()
+    length = torch.full((rows,), LENGTH + 1, dtype=torch.int32, device=device)
+    start = torch.randn(rows, model.config.width, device=device).bfloat16()
+    x = start.clone()
+
+    @torch.no_grad()
+    def ours(persistent=None):
+        x.copy_(start)
+        transformer_step_(x, stack, k, v, length, persistent=persistent)
+        return x
+
+    def double(block):
+        given = {f.name: getattr(block, f.name) for f in fields(block)}
+        return BlockWeights(**{name: None if t is None else t.detach().double() for name, t in given.items()})
+
+    @torch.no_grad()
+    def check():
+        exact, plain = start.double(), start.clone()
+        transformer_step_ref_(exact, StackWeights([double(b) for b in blocks]), k.double(), v.double(), length)
+        transformer_step_ref_(plain, stack, k.clone(), v.clone(), length)
+        return accurate(ours(), plain, exact)
+
+    read = size(*stack.weights) + 2 * depth * rows * depth * (LENGTH + 1) * 64 * k.element_size()
+    return Case(
+        torch.bfloat16, [rows, LENGTH + 1], ours, {"a kernel for each op": lambda: ours(False)}, check, read,
+        note=f"depth {depth}; blocks alone, one token of 1 guided sample; bytes are weights and cache",
+        bandwidth="read",
+    )  # fmt: skip

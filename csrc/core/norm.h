@@ -66,12 +66,23 @@ struct NormSums {
   const void* y;         // [n, d] or null
   const float* stats;    // GPU: [n, 2] or null
   const int32_t* segment;
-  const int64_t* order;                        // [n]: rows by segment, or null: as they are
-  const int64_t* offsets;                      // [segments + 1]: where a segment begins in `order`
-  float *grad_gate, *grad_shift, *grad_scale;  // [segments, d] or null
-  float* partial;                              // [3, runs + segments, d]: gate, shift, scale
+  const int64_t* order;                       // [n]: rows by segment, or null: as they are
+  const int64_t* offsets;                     // [segments + 1]: where a segment begins in `order`; null for one segment
+  void *grad_gate, *grad_shift, *grad_scale;  // [segments, d] or null
+  float* partial;                             // [3, runs + segments, d]: gate, shift, scale; null: no sums
   int64_t n, d, segments;
-  Dtype dtype;
+  Dtype dtype, sum_dtype;  // sum_dtype: of grad_gate, grad_shift and grad_scale, dtype or f32 (CPU: f32)
+};
+
+// where segment s begins in the order
+FLEXKERNELS_HD int64_t norm_begin(const NormSums& p, int64_t s) { return p.offsets ? p.offsets[s] : s * p.n; }
+
+// GPU: fills `order` and `offsets` of NormSums
+struct SegmentOrder {
+  const int32_t* segment;  // [n]
+  int64_t *order, *spare;  // [n]
+  int64_t* offsets;        // [segments + 1]
+  int64_t n, segments;
 };
 
 // rows of one run
@@ -84,7 +95,7 @@ FLEXKERNELS_HD float* norm_slot(const NormSums& s, int which, int64_t run, int64
   return s.partial + (which * (runs + s.segments) + run + segment) * s.d;
 }
 
-// what norm_backward computes; no sums without `offsets`
+// what norm_backward computes
 struct NormGradients {
   NormBackward rows;
   NormSums sums;

@@ -287,7 +287,7 @@ void backward_runs(const NormGradients& args, int64_t begin, int64_t end) {
   const NormSums s = args.sums;
   const int64_t padded = (p.d + W - 1) / W * W, runs = (p.n + kNormRows - 1) / kNormRows;
   float* const room = new float[3 * padded]();
-  float* const wanted[] = {s.grad_gate, s.grad_shift, s.grad_scale};
+  void* const wanted[] = {s.grad_gate, s.grad_shift, s.grad_scale};
   float* sums[3];
   for (int which = 0; which < 3; ++which) sums[which] = wanted[which] ? room + which * padded : nullptr;
   for (int64_t run = begin; run < end; ++run) {
@@ -318,7 +318,7 @@ void backward(const NormGradients& p, int64_t begin, int64_t end) {
 // adds the slots of segment `s` for `count` columns
 void merge(const NormSums& p, int which, int64_t s, int64_t column, int64_t count, float* to) {
   memset(to, 0, count * sizeof(float));
-  const int64_t begin = p.offsets[s], end = p.offsets[s + 1], runs = (p.n + kNormRows - 1) / kNormRows;
+  const int64_t begin = norm_begin(p, s), end = norm_begin(p, s + 1), runs = (p.n + kNormRows - 1) / kNormRows;
   if (begin >= end) return;
   for (int64_t run = begin / kNormRows; run <= (end - 1) / kNormRows; ++run) {
     const float* from = norm_slot(p, which, run, s, runs) + column;
@@ -394,12 +394,12 @@ void norm_backward_kernel(const NormGradients& p, int64_t begin, int64_t end) {
 // an item is one block of columns of one segment
 void norm_sums_kernel(const NormSums& p, int64_t begin, int64_t end) {
   const int64_t blocks = (p.d + kNormColumns - 1) / kNormColumns;
-  float* const sums[] = {p.grad_gate, p.grad_shift, p.grad_scale};
+  void* const sums[] = {p.grad_gate, p.grad_shift, p.grad_scale};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t s = item / blocks, column = item % blocks * kNormColumns;
     const int64_t count = p.d - column < kNormColumns ? p.d - column : kNormColumns;
     for (int which = 0; which < 3; ++which) {
-      if (sums[which]) merge(p, which, s, column, count, sums[which] + s * p.d + column);
+      if (sums[which]) merge(p, which, s, column, count, static_cast<float*>(sums[which]) + s * p.d + column);
     }
   }
 }

@@ -34,6 +34,7 @@ void qk_norm_launch(const QkNorm& p, void* stream);
 void qk_norm_backward_launch(const QkNormBackward& p, void* stream);
 void norm_forward_launch(const NormForward& p, void* stream);
 void norm_backward_launch(const NormGradients& p, void* stream);
+void segment_order_launch(const SegmentOrder& p, void* stream);
 void swiglu_launch(const Swiglu& p, void* stream);
 void swiglu_backward_launch(const Swiglu& p, void* stream);
 void sample_logits_launch(const SampleLogits& p, void* stream);

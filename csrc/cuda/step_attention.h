@@ -25,7 +25,9 @@ struct Running {
     unpack8<T>(key, f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) score = fmaf(q[i], f[i], score);
-    for (int lane = 1; lane < lanes; lane *= 2) score += __shfl_xor_sync(0xffffffffu, score, lane);
+#pragma unroll
+    for (int lane = 1; lane < 8; lane *= 2) score += __shfl_xor_sync(0xffffffffu, score, lane);
+    if (lanes == 16) score += __shfl_xor_sync(0xffffffffu, score, 8);
     if (!valid) return;
     const float higher = fmaxf(top, score), keep = ptx::exp2_approx(top - higher);
     const float weight = ptx::exp2_approx(score - higher);
@@ -37,6 +39,7 @@ struct Running {
   }
   // with those of the other groups of the warp
   __device__ __forceinline__ void merge(int lanes) {
+#pragma unroll 1
     for (int lane = lanes; lane < 32; lane *= 2) {
       const float higher = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, lane)), keep = ptx::exp2_approx(top - higher);
       top = higher;
@@ -68,8 +71,8 @@ template <typename T, bool kInt8>
 __device__ __forceinline__ void attend(Lanes<T, kInt8>& l, const Places& places, const StepKeys& keys, bool fresh,
                                        uint32_t phase) {
   const TransformerStep& p = l.p;
-  const int lanes = p.head_dim / 8, channels = 8 * (l.lane % lanes), group = l.lane / lanes;
-  const int per_tile = tile_keys(p), key = l.warp * (32 / lanes) + group;
+  const int bits = head_bits(p) - 3, lanes = 1 << bits, channels = 8 * (l.lane & (lanes - 1)), group = l.lane >> bits;
+  const int per_tile = tile_keys(p), key = l.warp * (32 >> bits) + group;
   const float scale = kLog2E * ptx::rsqrt_approx(static_cast<float>(p.head_dim));
   float *out = l.s.sums, *tops = out + kWarps * p.head_dim, *totals = tops + kWarps;
 #pragma unroll 1
@@ -149,15 +152,14 @@ __device__ __forceinline__ void joined(const Lanes<T, kInt8>& l, const Places& p
                                        uint32_t (&x)[kValues]) {
   static_assert(kStepSplits == 2, "two ranges are joined");
   const TransformerStep& p = l.p;
-  const int head = block * kBlock / p.head_dim, channel = block * kBlock % p.head_dim, part = step_part(p.head_dim);
+  const int head = block * kBlock >> head_bits(p), channel = block * kBlock & (p.head_dim - 1);
+  const int part = step_part(p.head_dim);
   const uint32_t* low = places.parts + static_cast<int64_t>(l.g * p.heads + head) * kStepSplits * part;
   const uint32_t *high = low + part, *weights[2] = {low + p.head_dim, high + p.head_dim};
   uint4 v[10];
-  low += channel, high += channel;
-  const int a = quarter<kInt8>(l.t, 0), b = quarter<kInt8>(l.t, 1), c = quarter<kInt8>(l.t, 2),
-            d = quarter<kInt8>(l.t, 3);
-  await<10>({weights[0], weights[1], low + a, low + b, low + c, low + d, high + a, high + b, high + c, high + d}, phase,
-            v);
+  low += channel + quarters<kInt8>(l.t), high += channel + quarters<kInt8>(l.t);
+  const int b = quarter<kInt8>(1), c = quarter<kInt8>(2), d = quarter<kInt8>(3);
+  await<10>({weights[0], weights[1], low, low + b, low + c, low + d, high, high + b, high + c, high + d}, phase, v);
   const float first = float_of_bits((v[0].x & 0xffff0000u) | v[0].y >> 16);
   const float second = float_of_bits((v[1].x & 0xffff0000u) | v[1].y >> 16), top = fmaxf(first, second);
   float share[2] = {ptx::exp2_approx(first - top), ptx::exp2_approx(second - top)};

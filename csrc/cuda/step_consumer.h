@@ -14,36 +14,40 @@ struct Consumer {
   // blocks of the hidden width in registers together, and how often; of the wide, bfloat16 alone leaves room for two
   static constexpr bool kTwo = !kInt8 && std::is_same_v<T, bf16>;
   static constexpr int kDeep = kNarrow ? 3 : kTwo ? 2 : 1, kParts = 3 * kWide / kDeep;
+  // whether a run of the width's channels is at most a tile
+  static constexpr bool kTiled = kNarrow || kInt8;
   // runs in registers ahead of the activations, as many as the 96 registers of a lane allow. The weights of a norm too
   // are read ahead by the narrow alone
-  static constexpr int kAhead = kNarrow ? 2 : 0, kAheadProj = kNarrow ? 1 : 0, kAheadDeep = 0;
+  static constexpr int kAhead = kNarrow ? 4 : 0, kAheadProj = kNarrow ? 1 : 0;
 
   Lanes<T, kInt8> l;
   const TransformerStep& p;
+  const Counted& counted;
   const Places places;
   // the last one whose words this block has stored
   uint32_t phase = 0;
 
-  __device__ Consumer(const TransformerStep& p, const Shared& s, int slots) : l(p, s, slots), p(p), places(p) {}
+  __device__ Consumer(const TransformerStep& p, const Counted& counted, const Shared& s)
+      : l(p, counted, s), p(p), counted(counted), places(p) {}
 
   __device__ __forceinline__ void norm_weights(const void* weight, uint4 (&w)[kWide][2]) const {
 #pragma unroll
     for (int b = 0; b < kWide; ++b) {
       const int block = l.warp + kWarps * b;
       if (block * kBlock >= p.width) continue;
-      const T* from = static_cast<const T*>(weight) + block * kBlock;
-      w[b][0] = ptx::load_constant(from + quarter<kInt8>(l.t, 0));
-      w[b][1] = ptx::load_constant(from + quarter<kInt8>(l.t, 2));
+      const T* from = static_cast<const T*>(weight) + block * kBlock + quarters<kInt8>(l.t);
+      w[b][0] = ptx::load_constant(from);
+      w[b][1] = ptx::load_constant(from + quarter<kInt8>(2));
     }
   }
 
   // pairs of the residual's values in this lane's channels of a block: from words of this phase, first from x itself
   __device__ __forceinline__ void residual(int block, bool first, uint32_t (&pairs)[kValues]) const {
-    const int place = l.g * p.width + block * kBlock;
+    const int place = l.g * p.width + block * kBlock + quarters<kInt8>(l.t);
     if (first) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const T* from = static_cast<const T*>(p.x) + place + quarter<kInt8>(l.t, 2 * i);
+        const T* from = static_cast<const T*>(p.x) + place + quarter<kInt8>(2 * i);
         const uint4 u = ptx::load_relaxed(reinterpret_cast<const uint4*>(from));
         pairs[4 * i] = u.x, pairs[4 * i + 1] = u.y, pairs[4 * i + 2] = u.z, pairs[4 * i + 3] = u.w;
       }
@@ -51,9 +55,7 @@ struct Consumer {
     }
     const uint32_t* from = places.x + place;
     uint4 v[4];
-    await<4>({from + quarter<kInt8>(l.t, 0), from + quarter<kInt8>(l.t, 1), from + quarter<kInt8>(l.t, 2),
-              from + quarter<kInt8>(l.t, 3)},
-             phase, v);
+    await<4>({from, from + quarter<kInt8>(1), from + quarter<kInt8>(2), from + quarter<kInt8>(3)}, phase, v);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[2 * i] = pair(v[i].x, v[i].y), pairs[2 * i + 1] = pair(v[i].z, v[i].w);
   }
@@ -61,8 +63,6 @@ struct Consumer {
   // blocks of x / rms(x) * weight, rounded once
   __device__ __forceinline__ void normed(const void* norm, uint4 (&w)[kWide][2], bool first,
                                          uint32_t (&x)[kWide][kValues]) {
-    // shared memory of the phase before is free
-    l.sync();
     float square = 0;
 #pragma unroll
     for (int b = 0; b < kWide; ++b) {
@@ -85,7 +85,7 @@ struct Consumer {
     l.sync();
     float scale = 0;
     if (l.g < p.rows) {
-      scale = ptx::rsqrt_approx(sum16(l.s.squares + l.g * kPitch) / static_cast<float>(p.width) + p.eps);
+      scale = ptx::rsqrt_approx(fmaf(sum16(l.s.squares + l.g * kPitch), counted.inverse_width, p.eps));
     }
 #pragma unroll
     for (int b = 0; b < kWide; ++b) {
@@ -104,19 +104,30 @@ struct Consumer {
     }
   }
 
+  // a matrix of the width's channels
+  template <int kRunsAhead, bool kGated, typename Fetch, typename Finish>
+  __device__ __forceinline__ void linear(const StepMatrix& m, const Division& n, Fetch fetch, Finish finish) {
+    if constexpr (kTiled) {
+      l.template linear<kWide, kRunsAhead, kGated>(m, Share(n), p.width, fetch, finish);
+    } else {
+      l.template linear_of_long_runs<kWide, 1, kGated>(m, Share(n), p.width, fetch, finish);
+    }
+    ++phase;
+  }
+
   // a matrix of the normed residual
   template <bool kGated, typename Finish>
-  __device__ __forceinline__ void of_normed(const StepMatrix& m, int n, const void* norm, bool first, Finish finish) {
+  __device__ __forceinline__ void of_normed(const StepMatrix& m, const Division& n, const void* norm, bool first,
+                                            Finish finish) {
     uint4 w[kWide][2] = {};
     if (kNarrow) norm_weights(norm, w);
     const auto fetch = [&](int, uint32_t (&x)[kWide][kValues]) { normed(norm, w, first, x); };
-    l.template linear<kWide, 1, kAhead, kGated>(m, Share(n), p.width, fetch, finish);
-    ++phase;
+    linear<kAhead, kGated>(m, n, fetch, finish);
   }
 
   // adds to the residual, which stays in shared memory in float32 with the thread that made it; others see it rounded
   __device__ __forceinline__ void add(int n, int row, float sum, bool first, bool last) {
-    float& kept = l.s.residual[((n - Share(p.width).begin) << l.column_bits()) + row];
+    float& kept = l.s.residual[((n - Share(counted.width).begin) << l.column_bits()) + row];
     const int place = row * p.width + n;
     const float before = first ? to_float(static_cast<const T*>(p.x)[place]) : kept;
     kept = before + sum;
@@ -140,12 +151,11 @@ struct Consumer {
       __syncwarp();
     };
     const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, first, false); };
-    l.template linear<kWide, 1, kAheadProj, false>(m, Share(p.width), p.width, fetch, finish);
-    ++phase;
+    linear<kAheadProj, false>(m, counted.width, fetch, finish);
   }
 
   __device__ __forceinline__ void queries(const StepMatrix& m, const void* norm) {
-    of_normed<false>(m, p.width, norm, false, [&](int n, int row, float sum, float) {
+    of_normed<false>(m, counted.width, norm, false, [&](int n, int row, float sum, float) {
       ptx::store_relaxed(places.qkv + 3 * row * p.width + n, word<T>(sum, phase + 1));
     });
   }
@@ -153,23 +163,23 @@ struct Consumer {
   // q, k and v; k and v also into the caches, for steps to come
   __device__ __forceinline__ void queries_keys_values(int layer, bool first) {
     const StepLayer& of = p.layer[layer];
-    of_normed<false>(of.qkv, 3 * p.width, of.norm_attn, first, [&](int n, int row, float sum, float) {
+    of_normed<false>(of.qkv, counted.qkv, of.norm_attn, first, [&](int n, int row, float sum, float) {
       const uint32_t out = word<T>(sum, phase + 1);
       ptx::store_relaxed(places.qkv + 3 * row * p.width + n, out);
-      const int channel = n % p.width, at = p.keys.length[row] - 1;
-      if (n < p.width || at < 0 || at >= p.keys.max_len) return;
+      if (n < p.width) return;
       const bool key = n < 2 * p.width;
+      const int channel = n - (key ? 1 : 2) * p.width, at = p.keys.length[row] - 1;
+      if (at < 0 || at >= p.keys.max_len) return;
       const int64_t (&stride)[3] = key ? p.keys.k_stride : p.keys.v_stride;
       uint16_t* cache = static_cast<uint16_t*>(key ? p.k : p.v) + layer * (key ? p.k_layer : p.v_layer);
-      const int head = channel / p.head_dim;
-      cache[row * stride[0] + head * stride[1] + at * stride[2] + channel % p.head_dim] =
-          static_cast<uint16_t>(out >> 16);
+      const int head = channel >> head_bits(p), of_head = channel & (p.head_dim - 1);
+      cache[row * stride[0] + head * stride[1] + at * stride[2] + of_head] = static_cast<uint16_t>(out >> 16);
     });
   }
 
   // x += w2 (silu(w1 normed) * w3 normed)
   __device__ __forceinline__ void feed_forward(const StepLayer& of, bool last) {
-    of_normed<true>(of.w13, p.hidden, of.norm_mlp, false, [&](int n, int row, float gate, float up) {
+    of_normed<true>(of.w13, counted.hidden, of.norm_mlp, false, [&](int n, int row, float gate, float up) {
       const float sigmoid = ptx::rcp_approx(1.0f + ptx::exp2_approx(-kLog2E * gate));
       ptx::store_relaxed(places.hidden + row * p.hidden + n, word<T>(gate * sigmoid * up, phase + 1));
     });
@@ -178,11 +188,13 @@ struct Consumer {
       uint4 v[4 * kDeep] = {};
       const int begin = l.warp + kWarps * kDeep * part;
       if (l.g < p.rows && begin * kBlock < p.hidden) {
-        const uint32_t* words[4 * kDeep];
+        const uint32_t *words[4 * kDeep], *row = places.hidden + l.g * p.hidden + quarters<kInt8>(l.t);
 #pragma unroll
-        for (int i = 0; i < 4 * kDeep; ++i) {
-          const int block = begin + kWarps * (i / 4), there = block * kBlock < p.hidden ? block : begin;
-          words[i] = places.hidden + l.g * p.hidden + there * kBlock + quarter<kInt8>(l.t, i % 4);
+        for (int b = 0; b < kDeep; ++b) {
+          const int block = begin + kWarps * b, there = block * kBlock < p.hidden ? block : begin;
+          const uint32_t* from = row + there * kBlock;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[4 * b + i] = from + quarter<kInt8>(i);
         }
         await<4 * kDeep>(words, phase, v);
       }
@@ -191,7 +203,7 @@ struct Consumer {
       __syncwarp();
     };
     const auto finish = [&](int n, int row, float sum, float) { add(n, row, sum, false, last); };
-    l.template linear<kDeep, kParts, kAheadDeep, false>(of.w2, Share(p.width), p.hidden, fetch, finish);
+    l.template linear_of_long_runs<kDeep, kParts, false>(of.w2, Share(counted.width), p.hidden, fetch, finish);
     ++phase;
   }
 

@@ -17,10 +17,15 @@ template <bool kInt8>
 constexpr int kWeights = kInt8 ? 4 : 8;
 constexpr int kValues = 8;
 
-// a lane's four quarters of a block of activations, each four channels: the first channel of quarter i
+// a lane's four quarters of a block of activations, each four channels: the first channel of quarter 0, and how far
+// quarter i is from there, constants so that loads of a block have one address
 template <bool kInt8>
-__device__ __forceinline__ int quarter(int t, int i) {
-  return kInt8 ? 16 * t + 4 * i : 32 * (i / 2) + 8 * t + 4 * (i % 2);
+__device__ __forceinline__ int quarters(int t) {
+  return (kInt8 ? 16 : 8) * t;
+}
+template <bool kInt8>
+__device__ __forceinline__ int quarter(int i) {
+  return kInt8 ? 4 * i : 32 * (i / 2) + 4 * (i % 2);
 }
 
 // four channels as the two pairs that meet a lane's weights: widened int8 come as channels 0 and 2, 1 and 3
@@ -37,15 +42,16 @@ __device__ __forceinline__ void pack_quarter(const uint4& v, uint32_t* to) {
 
 template <typename T, bool kInt8>
 struct Lanes {
-  static constexpr int kW = kWeights<kInt8>;
+  static constexpr int kW = kWeights<kInt8>, kBlockBytes = kInt8 ? kBlock : 2 * kBlock;
 
   const TransformerStep& p;
+  const Counted& counted;
   const Shared& s;
   Cursor at;
   int warp, lane, g, t;
 
-  __device__ Lanes(const TransformerStep& p, const Shared& s, int slots) : p(p), s(s) {
-    at.slots = slots;
+  __device__ Lanes(const TransformerStep& p, const Counted& counted, const Shared& s) : p(p), counted(counted), s(s) {
+    at.slots = counted.slots;
     warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   }
 
@@ -58,32 +64,19 @@ struct Lanes {
     for (int i = 0; i < tiles; ++i, at.next()) ptx::mbarrier_wait(s.full + at.slot, at.parity);
     return first;
   }
-  // the warp has read them
-  __device__ __forceinline__ void release(Cursor from, int tiles) {
+  // the warp has read them; a lane a tile
+  __device__ __forceinline__ void release(const Cursor& from, int tiles) {
     __syncwarp();
-    if (lane == 0) {
-#pragma unroll 1
-      for (int i = 0; i < tiles; ++i, from.next()) ptx::mbarrier_arrive(s.empty + from.slot);
-    }
+    if (lane < tiles) ptx::mbarrier_arrive(s.empty + slot(from, lane));
   }
 
-  // a run of `rows` rows of k channels, in tiles from `first`
-  struct Run {
-    int rows, row_bytes;
-    __device__ __forceinline__ int tiles() const { return (rows * row_bytes + kTile - 1) >> kTileBits; }
-  };
-
-  // row g of block i of this warp. Rows are whole numbers of 128 (of int8 64) bytes, so neighbouring rows would read
-  // the same banks: an odd row reads its halves in the other order
-  __device__ __forceinline__ void fragment(const Run& run, const Cursor& first, int i, int blocks, uint32_t (&w)[kW]) {
-    const int block = warp + kWarps * i;
+  // row g of a block at `from`, zeros where it is not valid. Rows are whole numbers of 128 (of int8 64) bytes, so
+  // neighbouring rows would read the same banks: an odd row reads its halves in the other order
+  __device__ __forceinline__ void fragment(const unsigned char* from, bool valid, uint32_t (&w)[kW]) const {
 #pragma unroll
     for (int j = 0; j < kW; ++j) w[j] = 0;
-    if (g >= run.rows || block >= blocks) return;
-    const int offset = g * run.row_bytes + block * (kInt8 ? kBlock : 2 * kBlock);
-    int slot = first.slot + (offset >> kTileBits);
-    if (slot >= at.slots) slot -= at.slots;
-    const unsigned char* from = s.ring + (slot << kTileBits) + (offset & (kTile - 1)) + 16 * t;
+    if (!valid) return;
+    from += 16 * t;
     if constexpr (kInt8) {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
@@ -94,6 +87,15 @@ struct Lanes {
       w[0] = odd ? v.x : u.x, w[1] = odd ? v.y : u.y, w[2] = odd ? v.z : u.z, w[3] = odd ? v.w : u.w;
       w[4] = odd ? u.x : v.x, w[5] = odd ? u.y : v.y, w[6] = odd ? u.z : v.z, w[7] = odd ? u.w : v.w;
     }
+  }
+
+  // of tile `i` of those from `first`
+  __device__ __forceinline__ int slot(const Cursor& first, int i) const {
+    const int slot = first.slot + i;
+    return slot < at.slots ? slot : slot - at.slots;
+  }
+  __device__ __forceinline__ const unsigned char* tile(const Cursor& first, int i) const {
+    return s.ring + (slot(first, i) << kTileBits);
   }
 
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&low)[kW],
@@ -109,85 +111,143 @@ struct Lanes {
     }
   }
 
-  __device__ __forceinline__ int column_bits() const { return p.rows <= 2 ? 1 : p.rows <= 4 ? 2 : 3; }
+  __device__ __forceinline__ int column_bits() const { return counted.column_bits; }
   __device__ __forceinline__ int columns() const { return 1 << column_bits(); }
   __device__ __forceinline__ float* sum_of(int row, int column) const {
     return s.sums + ((row << column_bits()) + column) * kPitch;
   }
 
-  // kBlocks: blocks of a warp in one part, at most; kAhead: runs in registers before the activations are fetched. The
-  // block has rows `rows` of the matrix; `gated`: rows of w1 and of w3, whose runs take turns.
-  // fetch(part, x): this warp's blocks of activations; called once if there is one part, else for every pair of runs.
-  // finish(row, column, sum, up): by one thread for each result
-  template <int kBlocks, int kParts, int kAhead, bool kGated, typename Fetch, typename Finish>
+  // this warp's parts of the sums of runs i and i + 1. Sums 0 and 1: row g, columns 2 t and 2 t + 1; 2 and 3: row g + 8
+  __device__ __forceinline__ void keep_sums(int i, const float (&sum)[4]) const {
+    if (2 * t >= columns()) return;
+    const int run = (kRun << column_bits()) * kPitch;
+    float *upper = sum_of(g, 2 * t) + warp + i * run, *lower = upper + run;
+    upper[0] = sum[0], upper[kPitch] = sum[1];
+    lower[0] = sum[2], lower[kPitch] = sum[3];
+  }
+
+  // runs of the block's rows; `kGated`: of w1 and of w3, which take turns
+  template <bool kGated>
+  static __device__ __forceinline__ int runs_of(const Share& rows) {
+    return (kGated ? 2 : 1) * ceil_div(rows.count, kRun);
+  }
+
+  // finish(row, column, sum, up), by one thread for each result of the batch that begins with run `first`
+  template <bool kGated, typename Finish>
+  __device__ __forceinline__ void finish_batch(const StepMatrix& m, const Share& rows, int first, Finish finish) const {
+    const int row = threadIdx.x >> column_bits(), column = threadIdx.x & (columns() - 1);
+    const int done = kRun * (kGated ? first / 2 : first), batch = kGated ? kBatchRows / 2 : kBatchRows;
+    if (row >= smaller(batch, rows.count - done) || column >= p.rows) return;
+    const int n = rows.begin + done + row, at_row = kGated ? row / kRun * 2 * kRun + row % kRun : row;
+    float sum = sum16(sum_of(at_row, column)), up = kGated ? sum16(sum_of(at_row + kRun, column)) : 0.0f;
+    if constexpr (kInt8) {
+      sum *= m.scale[n];
+      if constexpr (kGated) up *= m.scale[p.hidden + n];
+    }
+    finish(n, column, sum, up);
+  }
+
+  // A matrix whose runs are a tile each. A batch's tiles are all there before the activations are waited for, so that
+  // behind that wait there are loads and products alone. kBlocks: blocks of a warp, at most; kAhead: runs in registers
+  // before the activations are fetched. fetch(0, x): this warp's blocks of activations, called once
+  template <int kBlocks, int kAhead, bool kGated, typename Fetch, typename Finish>
   __device__ __forceinline__ void linear(const StepMatrix& m, const Share& rows, int k, Fetch fetch, Finish finish) {
-    static_assert(kParts == 1 || kAhead == 0, "runs ahead are of one part");
     // who needs nothing reads nothing: what it would wait for may be overwritten already
     if (rows.count == 0) return;
-    const int blocks = k / kBlock, row_bytes = kInt8 ? k : 2 * k;
-    const int runs = kGated ? 2 * ceil_div(rows.count, kRun) : ceil_div(rows.count, kRun);
-    const auto run = [&](int i) {
-      const int left = rows.count - kRun * (kGated ? i / 2 : i);
-      return Run{larger(0, smaller(kRun, left)), row_bytes};
-    };
+    const int blocks = k / kBlock, in_tile = g * (kInt8 ? k : 2 * k) + warp * kBlockBytes, runs = runs_of<kGated>(rows);
     uint32_t ahead[kAhead ? kAhead : 1][kBlocks][kW], x[kBlocks][kValues];
-    const auto load_ahead = [&](int first) {
+    int first = 0, here = smaller(kBatchRuns, runs);
+    Cursor from;
+    const auto load = [&](int i, int b, uint32_t (&w)[kW]) {
+      const int row = g + kRun * (kGated ? (first + i) / 2 : first + i);
+      fragment(tile(from, i) + in_tile + b * kWarps * kBlockBytes, row < rows.count && warp + kWarps * b < blocks, w);
+    };
+    const auto begin_batch = [&] {
+      from = wait(here);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const Run r = run(first + i);
-        const Cursor from = wait(r.tiles());
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) fragment(r, from, b, blocks, ahead[i][b]);
-        release(from, r.tiles());
+        for (int b = 0; b < kBlocks; ++b) load(i, b, ahead[i][b]);
       }
     };
-    load_ahead(0);
-    if (kParts == 1) fetch(0, x);
+    begin_batch();
+    fetch(0, x);
 #pragma unroll 1
-    for (int first = 0; first < runs; first += kBatchRuns) {
+    for (;;) {
 #pragma unroll
       for (int i = 0; i < kBatchRuns; i += 2) {
-        if (first + i >= runs) break;
-        const Run low = run(first + i), high = run(first + i + 1);
-        const int low_tiles = i < kAhead ? 0 : low.tiles(), high_tiles = i + 1 < kAhead ? 0 : high.tiles();
-        const Cursor low_at = wait(low_tiles), high_at = wait(high_tiles);
+        if (i >= here) break;
+        float sum[4] = {};
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          uint32_t low[kW], high[kW];
+          if (i >= kAhead) load(i, b, low);
+          if (i + 1 >= kAhead) load(i + 1, b, high);
+          multiply(sum, i < kAhead ? ahead[i < kAhead ? i : 0][b] : low,
+                   i + 1 < kAhead ? ahead[i + 1 < kAhead ? i + 1 : 0][b] : high, x[b]);
+        }
+        keep_sums(i, sum);
+      }
+      release(from, here);
+      sync();
+      finish_batch<kGated>(m, rows, first, finish);
+      first += kBatchRuns;
+      if (first >= runs) return;
+      sync();
+      here = smaller(kBatchRuns, runs - first);
+      begin_batch();
+    }
+  }
+
+  // A matrix whose runs are any number of tiles, of which those of a pair are waited for together. kBlocks: blocks of a
+  // warp in one part, at most. fetch(part, x): called once if there is one part, else for every pair of runs
+  template <int kBlocks, int kParts, bool kGated, typename Fetch, typename Finish>
+  __device__ __forceinline__ void linear_of_long_runs(const StepMatrix& m, const Share& rows, int k, Fetch fetch,
+                                                      Finish finish) {
+    if (rows.count == 0) return;
+    const int blocks = k / kBlock, row_bytes = kInt8 ? k : 2 * k, runs = runs_of<kGated>(rows);
+    const auto tiles_of = [&](int run) {
+      return (rows_of_run<kGated>(rows, run) * row_bytes + kTile - 1) >> kTileBits;
+    };
+    const auto wait_for_pair = [&](int run) { return wait(tiles_of(run) + tiles_of(run + 1)); };
+    uint32_t x[kBlocks][kValues];
+    Cursor from = wait_for_pair(0);
+    if (kParts == 1) fetch(0, x);
+#pragma unroll 1
+    for (int first = 0;; first += kBatchRuns) {
+#pragma unroll 1
+      for (int i = 0; i < kBatchRuns && first + i < runs; i += 2) {
+        const int low_rows = rows_of_run<kGated>(rows, first + i), high_rows = rows_of_run<kGated>(rows, first + i + 1);
+        const int low_tiles = tiles_of(first + i);
         float sum[4] = {};
 #pragma unroll 1
         for (int part = 0; part < kParts; ++part) {
           if (kParts > 1) fetch(part, x);
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
-            uint32_t low_w[kW], high_w[kW];
-            if (i >= kAhead) fragment(low, low_at, part * kBlocks + b, blocks, low_w);
-            if (i + 1 >= kAhead) fragment(high, high_at, part * kBlocks + b, blocks, high_w);
-            multiply(sum, i < kAhead ? ahead[i < kAhead ? i : 0][b] : low_w,
-                     i + 1 < kAhead ? ahead[i + 1 < kAhead ? i + 1 : 0][b] : high_w, x[b]);
+            const int block = warp + kWarps * (part * kBlocks + b), offset = g * row_bytes + block * kBlockBytes;
+            const int tiles = offset >> kTileBits, in_tile = offset & (kTile - 1);
+            uint32_t low[kW], high[kW];
+            fragment(tile(from, tiles) + in_tile, g < low_rows && block < blocks, low);
+            fragment(tile(from, low_tiles + tiles) + in_tile, g < high_rows && block < blocks, high);
+            multiply(sum, low, high, x[b]);
           }
         }
-        release(low_at, low_tiles + high_tiles);
-        // sums 0 and 1: row g, columns 2 t and 2 t + 1; 2 and 3: row g + 8
-        if (2 * t < columns()) {
-          float *upper = sum_of(kRun * i + g, 2 * t) + warp, *lower = sum_of(kRun * (i + 1) + g, 2 * t) + warp;
-          upper[0] = sum[0], upper[kPitch] = sum[1];
-          lower[0] = sum[2], lower[kPitch] = sum[3];
-        }
+        release(from, low_tiles + tiles_of(first + i + 1));
+        keep_sums(i, sum);
+        if (first + i + 2 < runs) from = wait_for_pair(first + i + 2);
       }
       sync();
-      const int row = threadIdx.x >> column_bits(), column = threadIdx.x & (columns() - 1);
-      const int done = kRun * (kGated ? first / 2 : first), batch = kGated ? kBatchRows / 2 : kBatchRows;
-      if (row < smaller(batch, rows.count - done) && column < p.rows) {
-        const int n = rows.begin + done + row, at_row = kGated ? row / kRun * 2 * kRun + row % kRun : row;
-        float sum = sum16(sum_of(at_row, column)), up = kGated ? sum16(sum_of(at_row + kRun, column)) : 0.0f;
-        if constexpr (kInt8) {
-          sum *= m.scale[n];
-          if constexpr (kGated) up *= m.scale[p.hidden + n];
-        }
-        finish(n, column, sum, up);
-      }
-      if (first + kBatchRuns >= runs) break;
+      finish_batch<kGated>(m, rows, first, finish);
+      if (first + kBatchRuns >= runs) return;
       sync();
-      load_ahead(first + kBatchRuns);
     }
+  }
+
+  // rows of a run, 0 behind the last
+  template <bool kGated>
+  static __device__ __forceinline__ int rows_of_run(const Share& rows, int run) {
+    return larger(0, smaller(kRun, rows.count - kRun * (kGated ? run / 2 : run)));
   }
 };
 

@@ -21,13 +21,26 @@ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// this block's part of n
+// n rows over the blocks: `each` a block, and one more for the first `more`
+struct Division {
+  int each, more;
+};
+
+// what the host counts once instead of every thread in every phase
+struct Counted {
+  int slots;        // tiles of the ring
+  int column_bits;  // of the rows of x, as columns of a product come: 2 to this power
+  Division qkv, width, hidden;
+  float inverse_width;
+};
+
+// this block's part
 struct Share {
   int begin, count;
-  explicit __device__ Share(int n) {
-    const int64_t block = blockIdx.x;
-    begin = static_cast<int>(n * block / gridDim.x);
-    count = static_cast<int>(n * (block + 1) / gridDim.x) - begin;
+  explicit __device__ Share(const Division& of) {
+    const int block = blockIdx.x, more = of.more;
+    begin = block * of.each + smaller(block, more);
+    count = of.each + (block < more ? 1 : 0);
   }
 };
 
@@ -83,9 +96,10 @@ struct Unit {
 
   // `fresh`: the last key of the row is not in the cache yet
   __device__ Unit(const TransformerStep& p, const StepKeys& keys, int number, bool fresh) {
+    const unsigned heads = p.heads, of_all = static_cast<unsigned>(number) / kStepSplits;
     split = number % kStepSplits;
-    head = number / kStepSplits % p.heads;
-    row = number / kStepSplits / p.heads;
+    row = of_all / heads;
+    head = of_all - row * heads;
     const int length = keys.length[fresh ? row : row % p.contexts];
     // a length outside of the cache is cut to it
     const int most = static_cast<int>(keys.max_len),
@@ -97,12 +111,15 @@ struct Unit {
 };
 
 __device__ __forceinline__ int units(const TransformerStep& p) { return p.rows * p.heads * kStepSplits; }
+// head_dim is 2 to this power
+__device__ __forceinline__ int head_bits(const TransformerStep& p) { return p.head_dim == 64 ? 6 : 7; }
 // keys of a tile: one for every head_dim / 8 lanes of all warps
-__device__ __forceinline__ int tile_keys(const TransformerStep& p) { return kConsumers * 8 / p.head_dim; }
+__device__ __forceinline__ int tile_keys(const TransformerStep& p) { return kConsumers * 8 >> head_bits(p); }
 
 template <bool kInt8>
 struct Producer {
   const TransformerStep& p;
+  const Counted& counted;
   const Shared& s;
   Cursor at;
   uint64_t policy;
@@ -125,14 +142,14 @@ struct Producer {
       at.next();
     }
   }
-  __device__ void linear(const StepMatrix& m, int n, int k) {
+  __device__ void linear(const StepMatrix& m, const Division& n, int k) {
     const Share rows(n);
 #pragma unroll 1
     for (int i = 0; i < rows.count; i += kRun) run(m.weight, rows.begin + i, smaller(kRun, rows.count - i), k);
   }
   // runs of w1 and of w3 take turns
   __device__ void gated(const StepMatrix& m) {
-    const Share rows(p.hidden);
+    const Share rows(counted.hidden);
 #pragma unroll 1
     for (int i = 0; i < rows.count; i += kRun) {
       const int n = smaller(kRun, rows.count - i);
@@ -171,16 +188,16 @@ struct Producer {
 #pragma unroll 1
     for (int i = 0; i < p.layers; ++i) {
       const StepLayer& layer = p.layer[i];
-      linear(layer.qkv, 3 * p.width, p.width);
+      linear(layer.qkv, counted.qkv, p.width);
       keys(k + 2 * i * p.k_layer, v + 2 * i * p.v_layer, p.keys, true);
-      linear(layer.proj, p.width, p.width);
+      linear(layer.proj, counted.width, p.width);
       if (p.contexts) {
-        linear(layer.cross_q, p.width, p.width);
+        linear(layer.cross_q, counted.width, p.width);
         keys(layer.cross_k, layer.cross_v, p.cross, false);
-        linear(layer.cross_proj, p.width, p.width);
+        linear(layer.cross_proj, counted.width, p.width);
       }
       gated(layer.w13);
-      linear(layer.w2, p.width, p.hidden);
+      linear(layer.w2, counted.width, p.hidden);
     }
   }
 };

@@ -31,9 +31,10 @@ using namespace step;
 
 template <typename T, bool kInt8, int kWide>
 __global__ void __launch_bounds__(kThreads, 1)
-    transformer_step_kernel(const __grid_constant__ TransformerStep p, const int slots) {
+    transformer_step_kernel(const __grid_constant__ TransformerStep p, const __grid_constant__ Counted counted) {
 // newer GPUs run it in more registers than a lane has
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+  const int slots = counted.slots;
   const Shared s = carve(p, slots);
   if (threadIdx.x == 0) {
     for (int i = 0; i < slots; ++i) {
@@ -45,15 +46,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
     if (threadIdx.x > kConsumers) return;
-    Producer<kInt8> producer{p, s, {}, ptx::evict_first()};
+    Producer<kInt8> producer{p, counted, s, {}, ptx::evict_first()};
     producer.at.slots = slots;
     return producer.step();
   }
-  Consumer<T, kInt8, kWide>(p, s, slots).step();
+  Consumer<T, kInt8, kWide>(p, counted, s).step();
 #endif
 }
 
-typedef void (*Kernel)(TransformerStep, int);
+typedef void (*Kernel)(TransformerStep, Counted);
 
 template <typename T, bool kInt8>
 Kernel kernel_of_width(const TransformerStep& p) {
@@ -84,6 +85,19 @@ int ring_slots(const TransformerStep& p, int blocks) {
   return static_cast<int>(slots < kMost ? slots : kMost);
 }
 
+Division divided(int n, int blocks) { return {n / blocks, n % blocks}; }
+
+Counted counted_of(const TransformerStep& p, int blocks, int slots) {
+  return {slots,
+          p.rows <= 2   ? 1
+          : p.rows <= 4 ? 2
+                        : 3,
+          divided(3 * p.width, blocks),
+          divided(p.width, blocks),
+          divided(p.hidden, blocks),
+          1.0f / static_cast<float>(p.width)};
+}
+
 unsigned shared_bytes(const TransformerStep& p, int blocks, int slots) {
   return static_cast<unsigned>(slots * kTile + shared_beside_ring(p, blocks, slots));
 }
@@ -102,7 +116,8 @@ const char* transformer_step_refusal(const TransformerStep& p) {
   if (!device_attribute(cudaDevAttrCooperativeLaunch)) return "the device has no cooperative launches";
   const int blocks = multiprocessors(), slots = ring_slots(p, blocks);
   const int widest = p.width > p.hidden ? p.width : p.hidden;
-  if (slots < 4 || slots < pair_of_runs(p, widest)) return "the device has too little shared memory for its ring";
+  if (slots < kBatchRuns || slots < pair_of_runs(p, widest))
+    return "the device has too little shared memory for its ring";
   const unsigned bytes = shared_bytes(p, blocks, slots);
   const Kernel kernel = kernel_of(p);
   check_launch("transformer_step",
@@ -118,7 +133,7 @@ void transformer_step_launch(const TransformerStep& p, void* on) {
   check_launch("transformer_step", cudaMemsetAsync(p.words, 0, step_words(p) * sizeof(uint32_t), stream));
   Launch at{"transformer_step", dim3(blocks), dim3(kThreads), stream, shared_bytes(p, blocks, slots)};
   at.cooperative = true;
-  launch(at, kernel_of(p), p, slots);
+  launch(at, kernel_of(p), p, counted_of(p, blocks, slots));
 }
 
 }  // namespace flexkernels::cuda

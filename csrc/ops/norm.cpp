@@ -8,7 +8,7 @@ namespace flexkernels {
 namespace {
 
 // gradients beside that of x, as flexkernels/norm_math.py numbers them
-enum Wanted : int64_t { kGradY = 1, kGradGate = 2, kGradShift = 4, kGradScale = 8 };
+enum Wanted : int64_t { kGradY = 1, kGradGate = 2, kGradShift = 4, kGradScale = 8, kNarrowSums = 16 };
 
 // the grid of a GPU is 32-bit
 void check_grid(int64_t n) { STD_TORCH_CHECK(!kCuda || n <= INT32_MAX, "rows must be below 2**31, got ", n); }
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, Optio
 }
 
 void check_order(const NormSums& p) {
-  if (kCuda) return;
+  if (kCuda || !p.offsets) return;
   STD_TORCH_CHECK(p.offsets[0] == 0 && p.offsets[p.segments] == p.n, "offsets must run from 0 to ", p.n, ", got ",
                   p.offsets[0], " to ", p.offsets[p.segments]);
   for (int64_t s = 0; s < p.segments; ++s) {
@@ -189,7 +189,8 @@ void check_order(const NormSums& p) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// gradients of x, y, gate, shift and scale (or of the weight), as `wanted` asks; the rest are empty
+// gradients of x, y, gate, shift and scale (or of the weight), as `wanted` asks; the rest are empty. `order` and
+// `offsets` may be absent where all rows take one table row, and on a GPU, which finds them
 Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, OptionalTensor v, OptionalTensor y,
                         OptionalTensor gate, OptionalTensor scale, OptionalTensor segment, OptionalTensor order,
                         OptionalTensor offsets, int64_t rows, double eps, bool rms, int64_t wanted) {
@@ -210,16 +211,24 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   const int64_t n = grad.size(0), d = grad.size(1);
   check_grid(n);
   const ScalarType type = grad.scalar_type();
+  const ScalarType sum_type = wanted & kNarrowSums ? type : ScalarType::Float;
+  // the CPU sums float32 and rounds afterwards
+  const ScalarType kept_type = kCuda ? sum_type : ScalarType::Float;
   const auto table = [&](int64_t bit) {
-    return wanted & bit ? empty(grad, {rows, d}, ScalarType::Float) : nothing(grad, ScalarType::Float);
+    return wanted & bit ? empty(grad, {rows, d}, kept_type) : nothing(grad, sum_type);
   };
   const Tensor grad_x = grad_out ? empty_rows(grad) : nothing(grad, type);
   const Tensor grad_y = wanted & kGradY ? empty_rows(grad) : nothing(grad, type);
   Tensor sums[] = {table(kGradGate), table(kGradShift), table(kGradScale)};
-  const Gradients results{grad_x, grad_y, sums[0], sums[1], sums[2]};
+  const auto results = [&] {
+    for (Tensor& sum : sums) {
+      if (sum.scalar_type() != sum_type) sum = torch::stable::to(sum, sum_type);
+    }
+    return Gradients{grad_x, grad_y, sums[0], sums[1], sums[2]};
+  };
   if (grad.numel() == 0) {
     for (Tensor& sum : sums) torch::stable::zero_(sum);
-    return results;
+    return results();
   }
 
   grad_out = kernel_rows(as_contiguous(grad_out));
@@ -239,6 +248,7 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   tables.segments = rows;
   tables.any = true;
   p.segment = tables.take_segment(segment);
+  if (kCuda && rows == 1) p.segment = nullptr;
   p.segments = rows;
   p.table_dtype = tables.dtype;
   p.gate = tables.take(gate);
@@ -256,9 +266,11 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   s.d = d;
   s.segments = rows;
   s.dtype = p.dtype;
-  const bool summed = wanted & ~kGradY;
+  s.sum_dtype = kept_type == ScalarType::Float ? Dtype::f32 : p.dtype;
+  const bool summed = wanted & (kGradGate | kGradShift | kGradScale);
+  OptionalTensor found[3];  // kept alive
   if (summed) {
-    STD_TORCH_CHECK(offsets, "offsets must be given where the gradient of a table is wanted, got none");
+    STD_TORCH_CHECK(kCuda || offsets || rows == 1, "offsets must be given with tables of ", rows, " rows, got none");
     s.grad_out = p.grad_out;
     s.dv = grad_out ? p.grad_x : p.grad_sum;
     s.v = p.v;
@@ -268,16 +280,26 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
     s.order = read_optional<int64_t>("order", order, ScalarType::Long, n, grad);
     s.offsets = read_optional<int64_t>("offsets", offsets, ScalarType::Long, rows + 1, grad);
     check_order(s);
-    const auto sum_of = [&](int i, int64_t bit) {
-      return wanted & bit ? static_cast<float*>(sums[i].mutable_data_ptr()) : nullptr;
-    };
+#ifdef FLEXKERNELS_CUDA
+    if (!s.offsets && p.segment) {
+      const auto ints = [&](int i, int64_t count) {
+        found[i] = empty(grad, {count}, ScalarType::Long);
+        return static_cast<int64_t*>(found[i]->mutable_data_ptr());
+      };
+      const SegmentOrder made{p.segment, ints(0, n), ints(1, n), ints(2, rows + 1), n, rows};
+      launch(cuda::segment_order_launch, made, grad, n);
+      s.order = made.order;
+      s.offsets = made.offsets;
+    }
+#endif
+    const auto sum_of = [&](int i, int64_t bit) { return wanted & bit ? sums[i].mutable_data_ptr() : nullptr; };
     s.grad_gate = sum_of(0, kGradGate);
     s.grad_shift = sum_of(1, kGradShift);
     s.grad_scale = sum_of(2, kGradScale);
   }
   const int64_t run = kCuda ? norm_run(n) : kNormRows, runs = (n + run - 1) / run;
   const Tensor partial = empty(grad, {3, summed ? runs + rows : 0, d}, ScalarType::Float);
-  s.partial = static_cast<float*>(partial.mutable_data_ptr());
+  s.partial = summed ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
 #ifdef FLEXKERNELS_CUDA
   launch(cuda::norm_backward_launch, NormGradients{p, s}, grad, n);
 #else
@@ -289,7 +311,7 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
   const int64_t items = summed ? rows * ((d + kNormColumns - 1) / kNormColumns) : 0;
   if (items) FLEXKERNELS_LAUNCH(norm_sums, s, grad, items, (runs + rows) * d / items);
 #endif
-  return results;
+  return results();
 }
 
 Swiglu swiglu_args(const Tensor& x, const Tensor& rows) {

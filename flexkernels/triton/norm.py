@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results
+from ..norm_math import GRAD_GATE, GRAD_SCALE, GRAD_SHIFT, GRAD_Y, backward_results, given_order
 from .elementary import sigmoid
 
 # rows and columns of one partial sum
@@ -172,8 +172,11 @@ def norm_sums_kernel(
         first_segment = segment_of(p_segment, tl.load(p_order + first), segments)
         last_segment = segment_of(p_segment, tl.load(p_order + end - 1), segments)
     for segment in range(first_segment, last_segment + 1):
-        low = tl.maximum(tl.load(p_offsets + segment), first)
-        high = tl.minimum(tl.load(p_offsets + segment + 1), end)
+        low = first
+        high = end
+        if p_offsets is not None:
+            low = tl.maximum(tl.load(p_offsets + segment), first)
+            high = tl.minimum(tl.load(p_offsets + segment + 1), end)
         b_gate = tl.zeros([STEP, COLUMNS], dtype=tl.float32)
         b_shift = tl.zeros([STEP, COLUMNS], dtype=tl.float32)
         b_scale = tl.zeros([STEP, COLUMNS], dtype=tl.float32)
@@ -213,6 +216,7 @@ def norm_merge_kernel(
     p_grad_gate,
     p_grad_shift,
     p_grad_scale,
+    n,
     d,
     slots,
     ROWS: tl.constexpr,
@@ -221,8 +225,11 @@ def norm_merge_kernel(
     segment = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_d = o_d < d
-    begin = tl.load(p_offsets + segment)
-    end = tl.load(p_offsets + segment + 1)
+    begin = segment * n
+    end = begin + n
+    if p_offsets is not None:
+        begin = tl.load(p_offsets + segment)
+        end = tl.load(p_offsets + segment + 1)
     b_gate = tl.zeros([COLUMNS], dtype=tl.float32)
     b_shift = tl.zeros([COLUMNS], dtype=tl.float32)
     b_scale = tl.zeros([COLUMNS], dtype=tl.float32)
@@ -327,6 +334,7 @@ def norm_backward_triton(grad_out, grad_sum, v, y, gate, scale, segment, order, 
     if wanted & ~GRAD_Y:
         grads = [g if wanted & bit else None for g, bit in zip(grads, (GRAD_GATE, GRAD_SHIFT, GRAD_SCALE), strict=True)]
         dv = grad_sum if grad_out is None else grad_x
+        order, offsets = given_order(segment, order, offsets, rows)
         launch_sums(grad_out, dv, v, y, stats, segment, order, offsets, *grads)
     return results
 
@@ -423,7 +431,7 @@ def launch_backward(grad_out, grad_sum, v, gate, scale, segment, eps, rms, grad_
 
 def launch_sums(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, grad_shift, grad_scale):
     """Fills the gradients [segments, d] that are not None."""
-    (n, d), segments = dv.shape, offsets.shape[0] - 1
+    (n, d), segments = dv.shape, 1 if offsets is None else offsets.shape[0] - 1
     # block b of segment s has slot b + s: no two share one, since along the rows b or s rises
     slots = triton.cdiv(n, SUM_ROWS) + segments
     partial = dv.new_empty((3, slots, d), dtype=torch.float32)
@@ -457,6 +465,7 @@ def launch_sums(grad_out, dv, v, y, stats, segment, order, offsets, grad_gate, g
             grad_gate,
             grad_shift,
             grad_scale,
+            n,
             d,
             slots,
             ROWS=SUM_ROWS,

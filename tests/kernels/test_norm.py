@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, needs_gpu, on_every_backend
+from helpers import DEVICE, FLOATS, assert_accurate, inductor, interpreted, needs_gpu, on_cuda, on_every_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexkernels
@@ -311,6 +311,57 @@ def test_gradients_of_segment_patterns(place, name, pattern):
         check_gradients(place, name, draw(name, 77, 17, pattern=pattern, rows=rows))
 
 
+@on_cuda
+@pytest.mark.parametrize("name", ["gated_residual_adaln_norm", "adaln_norm", "rms_norm"])
+@pytest.mark.parametrize("d", [8, 272])
+def test_gradients_of_blocks_that_walk_many_rows(place, name, d):
+    """Runs of six rows, which change their segment within a run; a row of one lane, and of two warps."""
+    check_gradients(place, name, draw(name, 1500, d, torch.bfloat16, rows=5, pattern="sorted"))
+
+
+def backward_of(place, wanted, segment, rows, order, dtype=torch.bfloat16):
+    """norm_backward of drawn tensors by the op itself, with `order` or None: what it finds then."""
+    torch.manual_seed(1)
+    n = len(segment)
+    grad_out, grad_sum, v, y = torch.randn(4, n, 8).to(dtype).to(place[1])
+    gate, scale = torch.randn(2, rows, 8).to(dtype).to(place[1])
+    places = [None if t is None else t.to(place[1]) for t in order or (None, None)]
+    with flexkernels.backend(place[0]):
+        tensors = (grad_out, grad_sum, v, y, gate, scale, segment.to(place[1]), *places)
+        return norm._norm_backward_op(*tensors, rows, 1e-5, False, wanted)
+
+
+@on_cuda
+@pytest.mark.parametrize(
+    ("n", "rows", "pattern"),
+    [(1, 3, "single"), (70, 70, "interleaved"), (70, 300, "sorted"), (1500, 5, "interleaved"), (1500, 2, "sorted")],
+)
+def test_the_order_is_found_where_it_is_not_given(place, n, rows, pattern):
+    """As in a capture, where the host must not look; segments out of range count as the nearest."""
+    segment = draw_segment(n, rows, pattern)
+    if pattern == "interleaved":
+        segment[3], segment[n // 2] = -5, 10**6
+    given = backward_of(place, 15, segment, rows, norm_math._find_order(segment, rows))
+    found = backward_of(place, 15, segment, rows, None)
+    assert all(torch.equal(a, b) for a, b in zip(given, found, strict=True))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_narrow_sums_are_the_wide_ones_rounded(place, dtype):
+    segment = draw_segment(37, 3, "interleaved")
+    order = norm_math._find_order(segment, 3)
+    wide = backward_of(place, 15, segment, 3, order, dtype)
+    narrow = backward_of(place, 15 | norm_math.NARROW_SUMS, segment, 3, order, dtype)
+    for i, (a, b) in enumerate(zip(wide, narrow, strict=True)):
+        assert a.dtype == (dtype if i < 2 else torch.float32) and b.dtype == dtype
+        if interpreted(place) and dtype == torch.bfloat16:
+            # the interpreter cuts bfloat16 off instead of rounding
+            torch.testing.assert_close(b.float(), a.float(), rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(a.to(dtype), b)
+
+
 @on_every_backend
 @pytest.mark.parametrize("name", ["gated_residual_adaln_norm", "rms_norm"])
 @pytest.mark.parametrize("which", [0, 1])
@@ -386,7 +437,7 @@ def test_opcheck(name):
     elif name != "rms_norm":
         rest = [arguments.get(key) for key in ("gate", "scale")]
         rest = [None if table is None else table.detach() for table in rest]
-        order, offsets = norm_math.segment_order(arguments["segment"], 3, plain)
+        order, offsets = norm_math.segment_order(arguments["segment"], 3)
         rest += [arguments["segment"], order, offsets, 3, 1e-5, False, 12]
         torch.library.opcheck(op.norm_backward.default, (plain, plain, plain, plain, *rest))
 

@@ -172,14 +172,36 @@ def test_greedy_ids_of_the_published_generators(kind, monkeypatch):
 # who serves a call
 
 
-def test_parts_by_default_and_one_kernel_where_asked(monkeypatch):
+def test_one_kernel_by_default_and_parts_where_asked(monkeypatch):
     case = small(rows=2)
     parts, one = run(case, by_parts), run(case)
     assert not torch.equal(parts[0], one[0])
-    assert torch.equal(run(case, transformer_step_)[0], parts[0])
-    monkeypatch.setenv("FLEXKERNELS_PERSISTENT_STEP", "1")
+    monkeypatch.delenv("FLEXKERNELS_PERSISTENT_STEP", raising=False)
     assert torch.equal(run(case, transformer_step_)[0], one[0])
     assert torch.equal(run(case, partial(transformer_step_, persistent=False))[0], parts[0])
+    monkeypatch.setenv("FLEXKERNELS_PERSISTENT_STEP", "0")
+    assert torch.equal(run(case, transformer_step_)[0], parts[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "timed"),
+    [
+        (dict(heads=16, hidden=3072), True),
+        (dict(dtype=torch.float16), True),
+        (dict(heads=17), False),
+        (dict(hidden=3136), False),
+        (dict(int8=True), False),
+        (dict(dtype=torch.float32), False),
+    ],
+    ids=str,
+)
+def test_one_kernel_is_preferred_where_it_has_been_timed(options, timed, monkeypatch):
+    weights = small(**options).weights
+    monkeypatch.delenv("FLEXKERNELS_PERSISTENT_STEP", raising=False)
+    assert flexkernels.prefers_persistent_step(weights) is timed
+    for asked in ("0", "1"):
+        monkeypatch.setenv("FLEXKERNELS_PERSISTENT_STEP", asked)
+        assert flexkernels.prefers_persistent_step(weights) is (asked == "1")
 
 
 REFUSED = {
@@ -238,8 +260,8 @@ FAULTS = {
     ),
     "a tile is given back too early": (
         "step_linear.h",
-        "    __syncwarp();\n    if (lane == 0) {",
-        "    if (lane == 0) {",
+        "    __syncwarp();\n    if (lane < tiles)",
+        "    if (lane < tiles)",
         "race",
     ),
     "sums are overwritten": ("step_consumer.h", "l.sync();\n" + UNROLL, UNROLL, "race"),

@@ -132,6 +132,33 @@ def test_the_step_in_one_call_equals_the_ops_one_by_one(case, options, monkeypat
     assert steps.count("compared") == 5
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_one_kernel_for_all_blocks_where_a_gpu_has_it(case, monkeypatch):
+    gen, asked = load(case, dtype=torch.bfloat16), []
+    given = {"class_id": None, "text_emb": None, "text_mask": None} | conditions(case, slice(1))
+    sampling = decoding.Sampling(guidance=2.0)
+    request = gen.request(**given, n=1, frames=2, tokens_per_frame=2, prompt=None, sampling=sampling)
+    state = decoding.State(gen, request, 1, sampling)
+    view, reasons = state.view(1, 4), {"none": None, "some": "it is too small"}
+    # neither of the CPU nor of a GPU that is needed here: only the op knows
+    x = torch.empty(2, gen.config.width, dtype=torch.bfloat16, device="meta")
+    monkeypatch.delenv("FLEXKERNELS_PERSISTENT_STEP", raising=False)
+    for name, reason in reasons.items():
+        monkeypatch.setattr(
+            vft.generator,
+            "transformer_step_refusal",
+            lambda *args, **kw: (asked.append((args, kw)), reason)[1],  # noqa: B023
+        )
+        assert gen._in_one_call(x, view, state.stack) is (name == "none")
+    (args, context), _ = asked
+    assert args[1] is state.stack and args[2] is view.k and args[4] is view.length
+    assert set(context) == ({"cross", "cross_len"} if case == "ar_text" else set())
+    many = torch.empty(17, gen.config.width, dtype=torch.bfloat16, device="meta")
+    assert not gen._in_one_call(many, view, state.stack) and not gen._in_one_call(x, view, None)
+    monkeypatch.setenv("FLEXKERNELS_PERSISTENT_STEP", "0")
+    assert not gen._in_one_call(x, view, state.stack) and len(asked) == 2
+
+
 def test_more_rows_than_the_step_in_one_call_takes(monkeypatch):
     gen = load("ar_class")
     options = dict(frames=2, tokens_per_frame=3, guidance=2.0, temperature=0)

@@ -32,10 +32,10 @@ def launches():
         norm.launch_swiglu(x, x[:, : d // 2].contiguous())
         norm.launch_swiglu_backward(x[:, : d // 2].contiguous(), x, x)
     # a wide row of an RMS norm with its residual; a gated residual by itself; an odd width
-    x, weight, offsets = torch.zeros(4, 384, dtype=torch.float16), torch.zeros(1, 384), torch.tensor([0, 4])
+    x, weight = torch.zeros(4, 384, dtype=torch.float16), torch.zeros(1, 384)
     norm.launch_forward(x, x, None, None, weight, None, 1e-6, RMS, x, x)
     norm.launch_backward(x, None, x, None, weight, None, 1e-6, RMS, x, None, torch.zeros(4, 2))
-    norm.launch_sums(x, x, x, None, torch.zeros(4, 2), None, None, offsets, None, None, weight)
+    norm.launch_sums(x, x, x, None, torch.zeros(4, 2), None, None, None, None, None, weight)
     x, table = torch.zeros(4, 17), torch.zeros(2, 17)
     norm.launch_forward(x, x, table, None, None, segment, 0.0, LAYER, x, None)
     norm.launch_backward(None, x, None, table, None, segment, 0.0, LAYER, None, x, None)
