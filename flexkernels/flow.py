@@ -525,6 +525,7 @@ _flow_update_op = library.Op(
     triton="flow",
     setup_context=_flow_update_setup,
     backward=_flow_update_backward,
+    lists=True,
 )
 _flow_update_inplace_op = library.Op(
     "flow_update_",

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
@@ -51,6 +52,7 @@ class Op:
     unsupported: {backend: why it cannot serve these arguments, or None where it can}.
     setup_context, backward: the gradient, as torch.library.register_autograd takes them. Without them a gradient
         through the op raises NotImplementedError.
+    lists: backward gives lists of gradients for lists of tensors, rather than None.
     inference: a call with a tensor that needs a gradient raises RuntimeError at once.
     jvp: what is computed, and differentiated by PyTorch, for forward-mode derivatives and nested transforms of
         torch.func: the reference unless given. None raises NotImplementedError.
@@ -71,6 +73,7 @@ class Op:
         unsupported: dict[str, Callable] | None = None,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        lists: bool = False,
         inference: bool = False,
         jvp: Callable | str | None = "reference",
         plain: bool = False,
@@ -82,7 +85,7 @@ class Op:
         self.plain, self.inference = plain, inference
         self.jvp = reference if jvp == "reference" else jvp
         self.direct, self.selected = (
-            self._define(space, schema, fake, setup_context, backward) for space in (NAMESPACE, SELECT)
+            self._define(space, schema, fake, setup_context, backward, lists) for space in (NAMESPACE, SELECT)
         )
         # with CUDA kernels loaded, Python chooses on CUDA devices unless the C++ op is simply the one to take
         self.always_direct = cuda_order[0] == "cuda" or _native.cuda_unavailable is not None
@@ -118,14 +121,18 @@ class Op:
         direct = _forced == "auto" and (self.always_direct or _device(args).type != "cuda")
         return self.direct if direct else self.selected
 
-    def _define(self, space: str, schema: str, fake, setup_context, backward):
+    def _define(self, space: str, schema: str, fake, setup_context, backward, lists: bool):
         library, qualified = _library[space], f"{space}::{self.name}"
         library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(self.name, self._select, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, functools.partial(self._fake, fake), lib=library)
         overload = getattr(getattr(torch.ops, space), self.name).default
         # what torch.library.register_autograd registers, behind what it leaves out
-        formula = _formula(overload, setup_context, backward or self._no_gradient)
+        backward = backward or self._no_gradient
+        if lists:
+            formula = make_autograd_impl(overload, Info(backward, setup_context))
+        else:
+            formula = _formula(overload, setup_context, backward)
         kernel = functools.partial(self._differentiable, formula)
         library.impl(self.name, kernel, "Autograd", with_keyset=True)
         return overload
@@ -203,8 +210,8 @@ class Op:
 
 
 def _formula(op, setup_context: Callable | None, backward: Callable) -> Callable:
-    """What torch.library.register_autograd registers. Lists of tensors have no gradient here, and there are no keyword
-    arguments: looking for both in every call takes three times what this does."""
+    """What torch.library.register_autograd registers, for an op without keyword arguments whose lists of tensors have no
+    gradient: looking for both takes longer than the rest of a small call."""
     defaults = [argument.default_value for argument in op._schema.arguments]
 
     class Formula(torch.autograd.Function):
