@@ -210,8 +210,8 @@ class Op:
 
 
 def _formula(op, setup_context: Callable | None, backward: Callable) -> Callable:
-    """What torch.library.register_autograd registers, for an op without keyword arguments whose lists of tensors have no
-    gradient: looking for both takes longer than the rest of a small call."""
+    """What torch.library.register_autograd registers, for an op without keyword arguments whose lists of tensors have
+    no gradient: looking for both takes longer than the rest of a small call."""
     defaults = [argument.default_value for argument in op._schema.arguments]
 
     class Formula(torch.autograd.Function):
