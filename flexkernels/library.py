@@ -227,8 +227,13 @@ def _formula(op, setup_context: Callable | None, backward: Callable) -> Callable
 
         @staticmethod
         def backward(ctx, *grads):
-            ctx.needs_input_grad = ctx.needs_input_grad[:-1]
-            results = backward(ctx, *grads)
+            needed = ctx.needs_input_grad
+            ctx.needs_input_grad = needed[:-1]
+            try:
+                results = backward(ctx, *grads)
+            finally:
+                # it stays for another backward through the same graph
+                ctx.needs_input_grad = needed
             return (*results, None) if isinstance(results, tuple) else (results, None)
 
     Formula.__name__ = Formula.__qualname__ = f"{op._opname}_backward"
