@@ -291,24 +291,23 @@ __global__ void __launch_bounds__(kThreads<kCluster>, kCluster ? 2 : 1)
   if (sample_row<T, kCluster>(p, s, blocks)) blocks.meet();
 }
 
-bool device_has_clusters() {
-  int device = 0, major = 0;
-  check_launch("sample_logits", cudaGetDevice(&device));
-  check_launch("sample_logits", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+// clusters, and room for a block's part of the row
+bool device_holds(unsigned bytes) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+         bytes <= static_cast<unsigned>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 template <typename T>
 void sample(const SampleLogits& p, cudaStream_t stream) {
   unsigned blocks = 1;
   while (blocks < unsigned{kMostBlocks} && p.vocab > blocks * kSlice) blocks *= 2;
-  if (blocks == 1 || !device_has_clusters()) {
-    const Launch at{"sample_logits", static_cast<unsigned>(p.n), kThreads<false>, stream, sizeof(Shared), 1, true};
-    return launch(at, sample_logits_kernel<T, false>, p);
-  }
   const int64_t tiles = (p.vocab + kSampleTile - 1) / kSampleTile;
   const unsigned slice = static_cast<unsigned>((tiles + blocks - 1) / blocks * kSampleTile);
   const unsigned bytes = sizeof(Shared) + slice * sizeof(float);
+  if (blocks == 1 || !device_holds(bytes)) {
+    const Launch at{"sample_logits", static_cast<unsigned>(p.n), kThreads<false>, stream, sizeof(Shared), 1, true};
+    return launch(at, sample_logits_kernel<T, false>, p);
+  }
   const Launch at{"sample_logits", static_cast<unsigned>(p.n) * blocks, kThreads<true>, stream, bytes, blocks, true};
   launch(at, sample_logits_kernel<T, true>, p);
 }

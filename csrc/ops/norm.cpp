@@ -282,6 +282,7 @@ Gradients norm_backward(OptionalTensor grad_out, OptionalTensor grad_sum, Option
     check_order(s);
 #ifdef FLEXKERNELS_CUDA
     if (!s.offsets && p.segment) {
+      STD_TORCH_CHECK(n <= 1 << 30, "offsets must be given for ", n, " rows, got none");
       const auto ints = [&](int i, int64_t count) {
         found[i] = empty(grad, {count}, ScalarType::Long);
         return static_cast<int64_t*>(found[i]->mutable_data_ptr());

@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> sample_logits(const Tensor& logits, OptionalTensor un
   p.vocab = logits.size(1);
   STD_TORCH_CHECK(p.vocab >= 1 && p.vocab <= kMaxVocab, "logits must have between 1 and ", kMaxVocab, " columns, got ",
                   p.vocab);
-  STD_TORCH_CHECK(!kCuda || p.n <= INT32_MAX, "logits must have fewer than 2**31 rows, got ", p.n);
+  // a grid has up to 8 blocks a row
+  STD_TORCH_CHECK(!kCuda || p.n < INT32_MAX / 8, "logits must have fewer than 2**28 rows, got ", p.n);
   if (uncond) check_like("uncond_logits", *uncond, logits);
   const Tensor rows = dense_rows(logits);
   const OptionalTensor uncond_rows = dense_rows(uncond);
