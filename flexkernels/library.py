@@ -214,34 +214,33 @@ def _formula(op, setup_context: Callable | None, backward: Callable) -> Callable
     no gradient: looking for both takes longer than the rest of a small call."""
     defaults = [argument.default_value for argument in op._schema.arguments]
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            *args, keyset = args
-            with torch._C._AutoDispatchBelowAutograd():
-                results = op.redispatch(keyset, *args)
-                if setup_context is not None:
-                    # the dispatcher leaves out arguments that equal their defaults
-                    setup_context(ctx=ctx, inputs=(*args, *defaults[len(args) :]), output=results)
-            return results
+    def forward(ctx, *args):
+        *args, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op.redispatch(keyset, *args)
+            if setup_context is not None:
+                # the dispatcher leaves out arguments that equal their defaults
+                setup_context(ctx=ctx, inputs=(*args, *defaults[len(args) :]), output=results)
+        return results
 
-        @staticmethod
-        def backward(ctx, *grads):
-            needed = ctx.needs_input_grad
-            ctx.needs_input_grad = needed[:-1]
-            try:
-                results = backward(ctx, *grads)
-            finally:
-                # it stays for another backward through the same graph
-                ctx.needs_input_grad = needed
-            return (*results, None) if isinstance(results, tuple) else (results, None)
+    def grads_of(ctx, *grads):
+        needed = ctx.needs_input_grad
+        ctx.needs_input_grad = needed[:-1]
+        try:
+            results = backward(ctx, *grads)
+        finally:
+            # it stays for another backward through the same graph
+            ctx.needs_input_grad = needed
+        return (*results, None) if isinstance(results, tuple) else (results, None)
 
-    Formula.__name__ = Formula.__qualname__ = f"{op._opname}_backward"
+    # named for profilers, which show "<op>Backward"
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(grads_of)}
+    function = type(op._opname, (torch.autograd.Function,), methods)
 
     def call(keyset, *args):
         keyset = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Formula.apply(*args, keyset)
+            return function.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset, *args)
 

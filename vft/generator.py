@@ -315,7 +315,8 @@ class Generator(nn.Module):
             cuda_graph: replay the step as a CUDA graph, one for each cache length bucket; None: on a GPU. The graphs of
                 the last two shapes, and their caches, are kept with the model for calls to come.
             draft: a cheaper Generator of the same ids and conditions, which proposes ``draft_tokens`` (1 to 15) tokens
-                that this one verifies in one step; the ids are those without it, see :mod:`vft.speculation`.
+                that this one verifies in one step; the ids are those without it, see :mod:`vft.speculation`,
+                but for roundings where one kernel takes all blocks (FLEXKERNELS_PERSISTENT_STEP=0: without exception).
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or range; a draft that does not fit; more tokens than

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from flexkernels import library
+from flexkernels import library, transformer
 
 from .decoding import SHARED_ROWS, Graphs, Request, Sampling, State, contexts
 
@@ -36,6 +37,7 @@ class Replays:
         key = (
             len(request.stops), samples, request.guided, max(request.stops), request.frames * request.levels,
             tuple(sampling.options().values()), cross[0] and cross[0][0].shape, library.current_backend(),
+            os.environ.get(transformer.ENVIRONMENT),
             tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())),
         )  # fmt: skip
         kept = self._kept.pop(key, None)

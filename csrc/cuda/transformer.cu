@@ -120,6 +120,10 @@ const char* transformer_step_refusal(const TransformerStep& p) {
     return "the device has too little shared memory for its ring";
   const unsigned bytes = shared_bytes(p, blocks, slots);
   const Kernel kernel = kernel_of(p);
+  cudaFuncAttributes made{};
+  check_launch("transformer_step", cudaFuncGetAttributes(&made, kernel));
+  // code of an older architecture that the driver has compiled for this one is an empty kernel
+  if (made.ptxVersion < 90) return "it was not compiled for compute capability 9.0";
   check_launch("transformer_step",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   int resident = 0;

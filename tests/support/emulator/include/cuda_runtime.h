@@ -62,6 +62,14 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute what, int val
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return attributes->ptxVersion = 90, cudaSuccess;
+}
+
 // a device with few multiprocessors: persistent grids stay small
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
