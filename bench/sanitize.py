@@ -11,7 +11,7 @@ import sys
 import torch
 
 import flexkernels
-from flexkernels import APG, CFG, solvers
+from flexkernels import APG, CFG, norm, norm_math, solvers
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +76,12 @@ def norms(device, dtype):
     for name, given in calls.items():
         results = [gradients(getattr(flexkernels, f"{name}{ending}"), given) for ending in ("", "_ref")]
         yield f"{name} and its gradients", *results
+    # the CUDA kernel finds the order of the segments itself, as it has to in a capture
+    order = (None, None) if device == "cuda" else norm_math.given_order(segment, None, None, 2)
+    wanted = norm_math.GRAD_Y | norm_math.GRAD_GATE | norm_math.GRAD_SHIFT | norm_math.GRAD_SCALE
+    given = (y, x, x, y, gate, scale, segment, *order, 2, 1e-5, False, wanted)
+    with torch.no_grad():
+        yield "norm_backward without an order", norm._norm_backward_op(*given), norm_math.norm_backward(*given)
 
 
 def gradients(function, given):

@@ -163,8 +163,8 @@ def transformer_step_refusal(
 def prefers_persistent_step(weights: StackWeights) -> bool:
     """Whether a step of these weights is to be one kernel wherever it can be.
 
-    By default for what has been timed, and was faster: bfloat16 and float16 matrices, widths up to 1,024 and hidden
-    widths up to 3,072. FLEXKERNELS_PERSISTENT_STEP=1: for all; 0: for none.
+    By default for what has been timed, in bfloat16, and was faster: dense matrices of 16 bits, widths up to 1,024 and
+    hidden widths up to 3,072. FLEXKERNELS_PERSISTENT_STEP=1: for all; 0: for none.
     """
     asked = os.environ.get(ENVIRONMENT)
     if asked in ("0", "1"):

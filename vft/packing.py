@@ -139,8 +139,8 @@ class _Registers:
         self.per_frame = held.sum(1)
 
 
-# a training step has hundreds of sequences, of few kinds
-_registers = lru_cache(4096)(_Registers)
+# a training step has hundreds of sequences, of few kinds; 32 KB each at the published size
+_registers = lru_cache(1024)(_Registers)
 
 
 @cached_tensors

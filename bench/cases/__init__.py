@@ -11,10 +11,10 @@ for module in pkgutil.iter_modules(__path__):
 
 def names_for(device: str) -> list[str]:
     """The cases that are measured on a device."""
-    # on a GPU convolutions are PyTorch's
-    return [
-        name for name in CASES if (not name.startswith("causal_conv") if device == "cuda" else name not in GPU_ONLY)
-    ]
+    if device == "cuda":
+        # convolutions are PyTorch's there
+        return [name for name in CASES if not name.startswith("causal_conv")]
+    return [name for name in CASES if name not in GPU_ONLY]
 
 
 __all__ = ["CASES", "GPU_ONLY", "Case", "names_for"]
