@@ -51,11 +51,14 @@ def regions(registers: int, rows: int, columns: int) -> list[tuple[range, range]
         for down, across in PYRAMID:
             if down > rows or across > columns:
                 continue
-            cells = [(i, j) for i in range(down) for j in range(across)]
-            # cells far apart follow each other, so that the first few are spread over the frame
-            cells.sort(key=lambda cell: (_reversed(cell[0] ^ cell[1]), _reversed(cell[0])))
-            found += [(_part(rows, down, i), _part(columns, across, j)) for i, j in cells]
+            found += [(_part(rows, down, i), _part(columns, across, j)) for i, j in cells(down, across)]
     return found[:registers]
+
+
+def cells(rows: int, columns: int) -> list[tuple[int, int]]:
+    """All (row, column), those far apart after each other, so that the first few are spread over the frame."""
+    found = [(i, j) for i in range(rows) for j in range(columns)]
+    return sorted(found, key=lambda cell: (_reversed(cell[0] ^ cell[1]), _reversed(cell[0])))
 
 
 def fits(model: Tokenizer, rows: int, columns: int) -> bool:

@@ -15,7 +15,7 @@ from ..config import make_config, parse_config
 from ..lapped import CHANNELS
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
-from . import data, initial, loop, lora, start
+from . import data, initial, loop, lora, start, teach
 from .loop import Engine, Settings
 from .loss import draw, edge_error, flow_loss
 
@@ -33,19 +33,26 @@ STEPS = 1
 # of a patch must fit into the width beside the codes of :mod:`vft.train.initial`
 CODECS = {LINEAR: 16, LAPPED: 24}
 
+# clips that linear codes for new registers are fitted to
+LESSONS = 1024
+
 
 @dataclass(frozen=True)
 class TokenizerSettings(Settings):
     """``registers`` of each latent frame; 0: as many as the config, or the checkpoint, has. ``edges``: weight of
     :func:`vft.train.loss.edge_error`, for linear codecs. ``early``: share of the samples with few registers whose
     number has density 1 / k, see :func:`vft.train.loss.draw`. ``codec`` and its ``channels``: of a checkpoint that goes
-    on with another codec, see :func:`vft.train.start.tokenizer`; empty and 0 for its own."""
+    on with another codec, see :func:`vft.train.start.tokenizer`; empty and 0 for its own. ``teach``: the encoder alone,
+    which learns what registers that the checkpoint lacks should say, see :mod:`vft.train.teach`. ``freeze_encoder``:
+    the decoder alone, for the checkpoint's tokens."""
 
     registers: int = 0
     codec: str = ""
     channels: int = 0
     edges: float = 0.0
     early: float = 0.0
+    teach: bool = False
+    freeze_encoder: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--early", type=float, default=defaults.early,
         help="share of samples whose few registers are mostly the first ones (default %(default)s)",
     )  # fmt: skip
+    add(
+        "--teach", action="store_true",
+        help="with --from and more --registers: train the encoder alone, to say linear codes of patches with new ones",
+    )  # fmt: skip
+    add(
+        "--freeze-encoder", action="store_true",
+        help="with --from: train the decoder alone; tokens made before stay valid",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     # a checkpoint keeps its codec unless another is asked for
     codec = changes if args.start and args.codec else {}
     settings = TokenizerSettings(
-        **loop.common(args), registers=args.registers, edges=args.edges, early=args.early, **codec
-    )
+        **loop.common(args), registers=args.registers, edges=args.edges, early=args.early, teach=args.teach,
+        freeze_encoder=args.freeze_encoder, **codec,
+    )  # fmt: skip
     if settings.registers > 0:
         changes["registers"] = settings.registers
     return loop.run(args, settings, partial(train, config=make_config(**TINY | changes)))
@@ -97,8 +113,23 @@ def train(
         raise ValueError(f"edges must be at least 0 and finite, got {settings.edges}")
     if not 0 <= settings.early <= 1:
         raise ValueError(f"early must lie between 0 and 1, got {settings.early}")
+    _check_parts(settings)
     torch.manual_seed(settings.seed)
     loop.train(folder, settings, TokenizerTask(settings, config), minutes, engine)
+
+
+def _check_parts(settings: TokenizerSettings) -> None:
+    """Raises ValueError for settings that do not go with the training of one part."""
+    for name in ("teach", "freeze_encoder"):
+        if getattr(settings, name) and not settings.start:
+            raise ValueError(f"{name} needs a checkpoint to start from")
+    if settings.teach:
+        for name in ("freeze_encoder", "codec", "lora", "edges", "early", "corruption"):
+            if getattr(settings, name):
+                raise ValueError(f"{name} must not be given with teach, got {getattr(settings, name)!r}")
+        for name in ("sizes", "frames"):
+            if len(getattr(settings, name)) > 1:
+                raise ValueError(f"{name} must be one with teach, got {list(getattr(settings, name))}")
 
 
 class TokenizerTask:
@@ -107,7 +138,7 @@ class TokenizerTask:
     example = "vft reconstruct VIDEO -o out.mp4 --model {}"
 
     def __init__(self, settings: TokenizerSettings, config: dict) -> None:
-        self.settings, self.start = settings, None
+        self.settings, self.start, self.teacher = settings, None, None
         if settings.start:
             sizes = settings.registers, max(settings.sizes, default=0), max(settings.frames, default=0)
             self.model, self.start = start.tokenizer(settings.start, *sizes, settings.codec, settings.channels)
@@ -131,6 +162,19 @@ class TokenizerTask:
             start.fit_new_channels(self.model, first)
         if settings.lora:
             lora.add(self.model, settings.lora, set(self.start.new))
+        if settings.teach:
+            self._learn_from(Tokenizer.from_pretrained(settings.start))
+        if settings.freeze_encoder:
+            if changed := [name for name in self.start.new if name.startswith("encoder.")]:
+                raise ValueError(f"freeze_encoder needs the checkpoint's sizes and codec, but {changed[0]} is new")
+            self.model.encoder.requires_grad_(False)
+
+    def _learn_from(self, old: Tokenizer) -> None:
+        if self.model.registers <= old.registers:
+            raise ValueError(f"teach needs more registers than {old.registers}, got {self.model.registers}")
+        clips = self.data.batch(range(min(LESSONS, self.settings.clips)))
+        self.teacher = teach.Teacher(self.model, old, torch.stack([x.cpu() for x in clips]), self.settings.seed)
+        self.model.decoder.requires_grad_(False)
 
     def _begin(self) -> None:
         model, config, settings = self.model, self.model.config, self.settings
@@ -154,6 +198,8 @@ class TokenizerTask:
         device = self.model.device
         with torch.autocast(device.type, enabled=False):
             latents = [x.to(device) for x in self.data.batch(indices)]
+        if self.teacher is not None:
+            return self.teacher.loss(model, latents)
         choices = draw(
             latents, model.registers, generator, corruption=settings.corruption, codebook=model.config.codebook_size,
             batch=settings.batch, first=part.start or 0, early_probability=settings.early,
@@ -173,4 +219,9 @@ class TokenizerTask:
         averaged = Tokenizer(self.model.config, self.model.name)
         averaged.load_state_dict(lora.merged(weights))
         averaged.steps, averaged.guidance = self.model.steps, self.model.guidance
-        averaged.save(path, torch.float16, codec=self.model.codec_state)
+        averaged.save(path, self._stored(averaged), codec=self.model.codec_state)
+
+    def _stored(self, model: Tokenizer) -> torch.dtype:
+        """float16, unless that would round the encoder that tokens were made with."""
+        exact = all(torch.equal(p, p.half().float()) for p in model.encoder.parameters())
+        return torch.float32 if self.settings.freeze_encoder and not exact else torch.float16

@@ -11,7 +11,7 @@ import vft
 from vft import cli
 from vft.config import make_config, parse_config
 from vft.evaluate import held_out
-from vft.train import generator, procedural, start, tokenizer
+from vft.train import generator, procedural, start, teach, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.tokenizer import TINY, TokenizerSettings
 
@@ -278,3 +278,73 @@ def test_a_few_steps_from_a_checkpoint_beat_as_many_from_nothing(tmp_path):
         held_out(vft.Tokenizer.from_pretrained(tmp_path / run), 4, [8])["8"]["psnr"] for run in ("from", "new")
     )
     assert continued > new + 3, (continued, new)
+
+
+def test_linear_codes_say_what_is_missing_most_important_first(monkeypatch):
+    monkeypatch.setattr(teach, "STEPS", 60)
+    torch.manual_seed(0)
+    # 200 patches through 3 frames: 6 components of falling size, the first one known
+    basis, sizes = torch.linalg.qr(torch.randn(12, 6)).Q, torch.tensor([4.0, 2.0, 1.5, 0.4, 0.3, 0.2])
+    parts = torch.randn(200, 3, 6) * sizes
+    x, known = parts @ basis.T, parts[..., :1] @ basis[:, :1].T
+    codes = teach.fit(x, known, groups=2, levels=(8, 8))
+    said, _ = flexkernels.fsq_quantize(codes(x).reshape(-1, 2), (8, 8), ids=False)
+    said = said.view(200, 3, 4)
+
+    def left(component, group):
+        """The share of a component that no linear map of a group's codes has, of frames but the first."""
+        y, z = parts[:, 1:, component].reshape(-1, 1), said[:, 1:, 2 * group : 2 * group + 2].reshape(-1, 2)
+        z = torch.cat([z, torch.ones(len(z), 1)], 1)
+        return ((y - z @ torch.linalg.lstsq(z, y).solution).square().sum() / y.square().sum()).item()
+
+    assert max(left(1, 0), left(2, 0)) < 0.2 and min(left(1, 1), left(2, 1)) > 0.8
+    assert max(left(3, 1), left(4, 1)) < 0.2 and left(0, 0) > 0.8
+    # one frame alone, and fewer components than codes
+    assert teach.fit(x[:, :1], known[:, :1], groups=7, levels=(4, 4))(x[:, :1]).shape == (200, 1, 14)
+
+
+def test_the_encoder_learns_what_new_registers_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "STEPS", 40)
+    torch.manual_seed(0)
+    tokenizer.train(
+        tmp_path / "old", TokenizerSettings(steps=3, batch=2, clips=8, warmup=1),
+        config=make_config(
+            encoder_width=64, encoder_depth=1, decoder_width=64, decoder_depth=1, head_dim=32, registers=4,
+            codec="linear", levels=(4, 4, 4), grid=5, size=32,
+        ),
+    )  # fmt: skip
+    settings = TokenizerSettings(
+        steps=100, batch=8, clips=32, start=str(tmp_path / "old"), registers=10, teach=True, learning_rate=5e-3
+    )
+    tokenizer.train(tmp_path / "new", settings, config=SMALL)
+    before, after = (vft.Tokenizer.from_pretrained(tmp_path / run) for run in ("old", "new"))
+    begin, _ = start.tokenizer(str(tmp_path / "old"), registers=10)
+    assert after.registers == 10 and torch.equal(after.decoder.head.weight, before.decoder.head.weight)
+    latents = before.codec.encode(procedural.batch(0, range(32), size=32))
+    teacher = teach.Teacher(begin, before, latents)
+    assert teacher.groups == 2
+    wanted = teacher.values(list(latents))
+    assert torch.equal(wanted[:, :, :4], before.encoder(list(latents)).view(32, 5, 4, 3))
+    errors = (after.encoder(list(latents)).view(wanted.shape) - wanted).square().mean((0, 1, 3))
+    assert errors[:4].max() < 0.05 and errors[4:].mean() < 0.5 * wanted[:, :, 4:].var((0, 1)).mean()
+    with pytest.raises(ValueError, match="teach needs more registers than 4, got 4"):
+        tokenizer.train(tmp_path / "a", replace(settings, registers=0), config=SMALL)
+    for wrong, message in (
+        ({"start": ""}, "teach needs a checkpoint"), ({"edges": 1.0}, "edges must not be given with teach"),
+        ({"freeze_encoder": True}, "freeze_encoder must not"), ({"sizes": (16, 32)}, "sizes must be one with teach"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            tokenizer.train(tmp_path / "b", replace(settings, **wrong), config=SMALL)
+
+
+def test_a_frozen_encoder_keeps_its_tokens(old, tmp_path):
+    settings = replace(SETTINGS, start=str(old), learning_rate=0.01, freeze_encoder=True)
+    tokenizer.train(tmp_path / "run", settings, config=SMALL)
+    before, after = (vft.Tokenizer.from_pretrained(path) for path in (old, tmp_path / "run"))
+    assert after.fingerprint == before.fingerprint
+    assert all(torch.equal(p, q) for p, q in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
+    assert not torch.equal(before.decoder.head.weight, after.decoder.head.weight)
+    with pytest.raises(
+        ValueError, match="freeze_encoder needs the checkpoint's sizes and codec, but encoder.registers"
+    ):
+        tokenizer.train(tmp_path / "more", replace(settings, registers=6), config=SMALL)
