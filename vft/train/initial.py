@@ -84,7 +84,7 @@ def start(model: Tokenizer, rows: int, columns: int, latents: torch.Tensor) -> N
     for part, kind in ((model.encoder, PATCH), (decoder, FINE)):
         _place_patches(part, codes)
         for block in part.blocks:
-            _aim(block.attn, codes, kind)
+            aim(block.attn, codes, kind)
     _place_registers(model, codes)
     for block in decoder.blocks:
         # every branch counts from the start: gate_attn, gate_mlp
@@ -136,7 +136,7 @@ def _place_registers(model: Tokenizer, codes: Codes) -> None:
         model.encoder.registers[i, :, :n] = frame + torch.stack(places)
 
 
-def _aim(attention, codes: Codes, kind: int) -> None:
+def aim(attention, codes: Codes, kind: int) -> None:
     """Head 0 starts looking for tokens of ``kind`` at its own place, the last head for those one frame earlier, head 1
     of a decoder for registers of larger regions."""
     n, dim, first = codes.count, attention.head_dim, KINDS + codes.frames

@@ -143,8 +143,8 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str,
     registers, size, frames = registers or config.registers, size or config.size, frames or config.chunk_size
     # a codec's shapes need no weights: 1 + 4 k frames, an eighth of the side
     latent = (1 + (frames - 1) // 4) // config.patch[0], *((size or 0) // 8 // p for p in config.patch[1:])
-    tree = next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
-    entry = _entry(tree, config, "encoder.registers")
+    tree = modules(raw)
+    registers_entry = entry(tree, config, "encoder.registers")
     if codec and (codec, channels) != (config.codec, config.channels):
         if (config.codec, codec) not in _FOLLOWS or channels < config.channels:
             raise ValueError(
@@ -155,16 +155,16 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str,
             ("encoder.patch_embed", "channels_in"), ("decoder.patch_embed", "channels_in"),
             ("decoder.head", "channels_out"),
         ):  # fmt: skip
-            _entry(tree, config, name)[field] = channels
+            entry(tree, config, name)[field] = channels
         tree["vae"]["tokenizer_id"] = codec
     if registers != config.registers:
-        entry.pop("n_eval", None)
-        entry["n_max"] = registers
-    entry["t_max"] = max(config.max_frames, latent[0])
+        registers_entry.pop("n_eval", None)
+        registers_entry["n_max"] = registers
+    registers_entry["t_max"] = max(config.max_frames, latent[0])
     for name, what in _TABLES.items():
         table = old.get_parameter(name) if name in config.names else None
         if table is not None:
-            _grow(_entry(tree, config, name), latent if what == "patches" else (latent[0], registers), name)
+            _grow(entry(tree, config, name), latent if what == "patches" else (latent[0], registers), name)
     if frames != config.chunk_size:
         raw["chunk_size"] = frames
     if config.size is not None or "video_preprocess_args" in raw:
@@ -174,7 +174,13 @@ def _resized(old: Tokenizer, registers: int, size: int, frames: int, codec: str,
     return raw
 
 
-def _entry(tree: dict, config: TokenizerConfig, name: str) -> dict:
+def modules(raw: dict) -> dict:
+    """The part of a published config that has the modules."""
+    return next((raw[k] for k in ("video_flex_tok", "video_tokenizer") if k in raw), raw)
+
+
+def entry(tree: dict, config: TokenizerConfig, name: str) -> dict:
+    """The options of the module that holds a parameter, in :func:`modules`."""
     side, _, module, _ = config.names[name].split(".")
     return tree[side]["module_dict"][module]
 

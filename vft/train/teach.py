@@ -143,7 +143,8 @@ class Teacher:
     def __init__(self, model: Tokenizer, old: Tokenizer, latents: torch.Tensor, seed: int = 0) -> None:
         self.config, self.registers, self.known = model.config, model.registers, old.registers
         self.encoder = copy.deepcopy(old.encoder).requires_grad_(False)
-        _, rows, columns = grids_of([latents[0]], self.config)[0]
+        _, *self.grid = grids_of([latents[0]], self.config)[0]
+        rows, columns = self.grid
         cells = initial.cells(rows, columns)
         self.order = torch.tensor([row * columns + column for row, column in cells])
         weight = model.codec.pixel_weight(latents.shape[2])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+
+import flexkernels
 
 from ..codec import LAPPED, LINEAR
 from ..config import make_config, parse_config
 from ..lapped import CHANNELS
 from ..tokenizer import Tokenizer
 from ..vae import load_codec
-from . import data, initial, loop, lora, start, teach
+from . import data, initial, listen, loop, lora, start, teach
 from .loop import Engine, Settings
 from .loss import draw, edge_error, flow_loss
 
@@ -35,6 +37,8 @@ CODECS = {LINEAR: 16, LAPPED: 24}
 
 # clips that linear codes for new registers are fitted to
 LESSONS = 1024
+# of them, from which the decoder's new blocks are solved for
+EXAMPLES = 96
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,16 @@ class TokenizerTask:
         if self.model.registers <= old.registers:
             raise ValueError(f"teach needs more registers than {old.registers}, got {self.model.registers}")
         clips = self.data.batch(range(min(LESSONS, self.settings.clips)))
-        self.teacher = teach.Teacher(self.model, old, torch.stack([x.cpu() for x in clips]), self.settings.seed)
+        latents = torch.stack([x.cpu() for x in clips])
+        self.teacher = teacher = teach.Teacher(self.model, old, latents, self.settings.seed)
+        if listen.fits(self.model, teacher.groups, *teacher.grid):
+            self.model = listen.grown(self.model)
+            added = sum(p.numel() for block in self.model.decoder.blocks[: listen.BLOCKS] for p in block.parameters())
+            new, total = self.start.new | {"decoder.blocks": added}, self.start.total + added
+            self.start = replace(self.start, new=new, total=total)
+            examples = latents[:EXAMPLES]
+            codes, _ = flexkernels.fsq_quantize(teacher.values(list(examples)), self.model.config.levels, ids=False)
+            listen.solve(self.model, old.registers, len(teacher.order), codes, examples)
         self.model.decoder.requires_grad_(False)
 
     def _begin(self) -> None:

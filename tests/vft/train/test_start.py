@@ -11,6 +11,7 @@ import vft
 from vft import cli
 from vft.config import make_config, parse_config
 from vft.evaluate import held_out
+from vft.packing import Member
 from vft.train import generator, procedural, start, teach, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.tokenizer import TINY, TokenizerSettings
@@ -19,6 +20,8 @@ SMALL = make_config(
     encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear",
     levels=(4, 4, 4), grid=5, size=16,
 )  # fmt: skip
+# registers of the embedded tokenizer
+KNOWN = vft.Tokenizer.from_pretrained("tiny").registers
 SETTINGS = TokenizerSettings(steps=2, batch=2, clips=4, warmup=1)
 
 
@@ -320,6 +323,8 @@ def test_the_encoder_learns_what_new_registers_say(tmp_path, monkeypatch):
     before, after = (vft.Tokenizer.from_pretrained(tmp_path / run) for run in ("old", "new"))
     begin, _ = start.tokenizer(str(tmp_path / "old"), registers=10)
     assert after.registers == 10 and torch.equal(after.decoder.head.weight, before.decoder.head.weight)
+    # 2 heads a layer: no room for places
+    assert len(after.decoder.blocks) == 1
     latents = before.codec.encode(procedural.batch(0, range(32), size=32))
     teacher = teach.Teacher(begin, before, latents)
     assert teacher.groups == 2
@@ -337,6 +342,47 @@ def test_the_encoder_learns_what_new_registers_say(tmp_path, monkeypatch):
             tokenizer.train(tmp_path / "b", replace(settings, **wrong), config=SMALL)
 
 
+def test_blocks_that_hear_new_registers(monkeypatch):
+    """What registers say arrives at the patches of their places, codes of each group and kind of frame apart, and the
+    velocity is hardly worse than without the strange registers, with which it would be off by far."""
+    monkeypatch.setattr(teach, "STEPS", 40)
+    monkeypatch.setattr(tokenizer, "LESSONS", 48)
+    task = tokenizer.TokenizerTask(TokenizerSettings(clips=48, start="tiny", registers=64 + KNOWN, teach=True), {})
+    model, teacher, count = task.model.eval(), task.teacher, 16
+    assert len(model.decoder.blocks) == 6 and task.start.new["decoder.blocks"] > 1_000_000
+    latents = list(model.codec.encode(procedural.batch(5, range(count))))
+    codes, _ = flexkernels.fsq_quantize(teacher.values(latents), model.config.levels, ids=False)
+    noise = [torch.randn(x.shape) for x in latents]
+
+    def error(decoder, codes):
+        n = codes.shape[2]
+        arguments = [n] * count, [0] * count, [False] * count
+        with torch.no_grad():
+            velocity = decoder(noise, torch.ones(1), codes.flatten(0, 2), *arguments, registers=n)
+        each = [(n - x - v).square() for n, x, v in zip(noise, latents, velocity, strict=True)]
+        return float((torch.stack(each) * model.codec.pixel_weight(5)).mean())
+
+    heard, attention = [], model.decoder.blocks[1].attn
+    handle = attention.proj.register_forward_pre_hook(lambda _, x: heard.append(x[0]))
+    now = error(model.decoder, codes)
+    handle.remove()
+    packed = model.decoder.packing(latents, tuple(Member(i, model.registers) for i in range(count)), False, None)
+    patches = torch.empty_like(packed.order)
+    patches[packed.order] = torch.arange(len(patches))
+    # later frames, whose codes the second head brings; [clips, frames, patches, groups, levels]
+    arrived = heard[0][patches[: count * 5 * 16]].view(count, 5, 16, -1)[:, 1:, :, attention.head_dim :][..., : 4 * 6]
+    said = torch.empty(count, 4, 16, 4, 6)
+    said[:, :, teacher.order] = codes[:, 1:, KNOWN:].view(count, 4, 4, 16, 6).transpose(2, 3)
+    for group in range(4):
+        x, y = arrived.view(said.shape)[..., group, :].flatten(), said[..., group, :].flatten()
+        assert torch.corrcoef(torch.stack([x, y]))[0, 1] > 0.5
+        z = said[..., group - 1, :].flatten()
+        assert torch.corrcoef(torch.stack([x, z]))[0, 1].abs() < 0.2
+    before = error(vft.Tokenizer.from_pretrained("tiny").decoder, codes[:, :, :KNOWN])
+    strange, _ = start.tokenizer("tiny", 64 + KNOWN)
+    assert before < now < 0.7 * error(strange.decoder, codes), (before, now, error(strange.decoder, codes))
+
+
 def test_a_frozen_encoder_keeps_its_tokens(old, tmp_path):
     settings = replace(SETTINGS, start=str(old), learning_rate=0.01, freeze_encoder=True)
     tokenizer.train(tmp_path / "run", settings, config=SMALL)
@@ -344,7 +390,5 @@ def test_a_frozen_encoder_keeps_its_tokens(old, tmp_path):
     assert after.fingerprint == before.fingerprint
     assert all(torch.equal(p, q) for p, q in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
     assert not torch.equal(before.decoder.head.weight, after.decoder.head.weight)
-    with pytest.raises(
-        ValueError, match=r"freeze_encoder needs the checkpoint's sizes .* but encoder\.registers"
-    ):
+    with pytest.raises(ValueError, match=r"freeze_encoder needs the checkpoint's sizes .* but encoder\.registers"):
         tokenizer.train(tmp_path / "more", replace(settings, registers=6), config=SMALL)
