@@ -1,4 +1,4 @@
-"""What a GPU is given in a step of the embedded tokenizer's training: operations that the host starts, and bytes that
+"""What a GPU is given in a step of the training of a new tokenizer: operations that the host starts, and bytes that
 they move, counted on the CPU; and how long one core draws the choices of a clip.
 
 python bench/train_count.py [--batch 8 --recipe 1]

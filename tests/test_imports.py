@@ -19,7 +19,7 @@ sys.modules.update(dict.fromkeys(["av", "PIL", "matplotlib", "huggingface_hub"])
 import torch, flexkernels, vft
 
 tok = vft.Tokenizer.from_pretrained("tiny")
-ids = tok.encode_latents(torch.randn(1, 16, 2, 8, 8))
+ids = tok.encode_latents(torch.randn(1, tok.config.channels, 2, 8, 8))
 assert tok.codec.decode(torch.stack(tok.decode_latents(ids))).shape == (1, 3, 5, 64, 64)
 assert tok.decode(tok.encode(torch.zeros(1, 3, 5, 64, 64))).shape == (1, 3, 5, 64, 64)
 vft.Generator.from_pretrained("tiny").generate(class_id=0, frames=1, tokens_per_frame=1)

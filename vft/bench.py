@@ -107,7 +107,7 @@ def decode_job(tokenizer, *, batch: int, frames: int, keep: int | None, size: in
 
 
 def train_job(*, batch: int, device: torch.device, bf16: bool, seed: int) -> Job:
-    """Steps of the embedded tokenizer's training, each on clips that were not seen before."""
+    """Steps of the training of a new tokenizer, each on clips that were not seen before."""
     settings = TokenizerSettings(batch=batch, seed=seed, bf16=bf16, clips=1 << 31, steps=1 << 31)
     torch.manual_seed(seed)
     task = TokenizerTask(settings, make_config(**TINY))
@@ -119,7 +119,7 @@ def train_job(*, batch: int, device: torch.device, bf16: bool, seed: int) -> Job
             trainer.step(next(steps))
 
     length, size = task.model.config.chunk_size, task.model.size
-    title = f"train the embedded tokenizer: batch {batch}, {length} frames of {size}x{size}"
+    title = f"train a new tokenizer: batch {batch}, {length} frames of {size}x{size}"
     optimizers = dict.fromkeys(trainer.optimizer_of.values())
     parts = (
         ("clips and codec", task.data, "batch"), ("forward", trainer, "loss"), ("optimizer", trainer, "_average"),

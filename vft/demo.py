@@ -18,7 +18,7 @@ from vft.video import contact_sheet, preprocess, read_video, to_uint8, write_vid
 
 CLIP = Path(__file__).parent / "assets" / "bunny.mp4"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0"
-KEEPS = (1, 4, 16)
+KEEPS = (1, 8, 32)
 FILES = ("demo.mp4", "demo.png", "demo.html")
 
 
@@ -71,7 +71,7 @@ def run(tokenizer, folder: str | os.PathLike, **options) -> list[Result]:
 
 
 def reconstruct(tokenizer, tokens: VideoTokens, source: torch.Tensor, **options) -> list[Result]:
-    """Decode from the first 1, 4, 16 and all registers; compare with ``source`` (uint8 ``[T, H, W, 3]``)."""
+    """Decode from the first 1, 8, 32 and all registers; compare with ``source`` (uint8 ``[T, H, W, 3]``)."""
     keeps = [k for k in KEEPS if k < tokens.registers] + [tokens.registers]
     results = []
     for k in progress.bar(keeps, desc="decode", unit="clip"):

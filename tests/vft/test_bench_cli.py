@@ -40,7 +40,9 @@ def rows_of(text: str) -> dict[str, float]:
 def test_decode_prints_rates(capsys):
     assert cli.main(["bench", "decode", "-k", "8", "--steps", "1", "--batch", "2", *QUICK]) == 0
     title, rates = capsys.readouterr().out.splitlines()
-    assert title.startswith("decode with tiny: batch 2, 17 frames of 64x64, keep 8 of 32, 1 steps of euler; float32 on")
+    assert title.startswith(
+        "decode with tiny: batch 2, 17 frames of 64x64, keep 8 of 128, 1 steps of euler; float32 on"
+    )
     ms, frames, tokens = re.fullmatch(
         r"([\d.]+) ms a call \(.*\), ([\d,.]+) frames/s, ([\d,]+) tokens/s", rates
     ).groups()
@@ -94,7 +96,7 @@ def test_train_profile(monkeypatch, capsys):
     monkeypatch.setattr(profiling, "CALLS", 1)
     assert cli.main(["bench", "train", "--batch", "2", "--profile", "--top", "200", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("train the embedded tokenizer: batch 2, 17 frames of 64x64; float32 on")
+    assert out.startswith("train a new tokenizer: batch 2, 17 frames of 64x64; float32 on")
     rows = rows_of(out)
     parts = [rows[name] for name in ("clips and codec", "forward", "backward", "optimizer", "host and the rest")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(rows["total"], rel=0.01, abs=0.2)
@@ -160,7 +162,7 @@ def test_pairs_are_those_of_the_visited_tiles():
         (["decode", "--trace", "a.json"], "--trace takes a .json file and needs --profile"),
         (["decode", "--profile", "--trace", "a.txt"], "--trace takes a .json file and needs --profile"),
         (["decode", "--size", "128"], "size must be 64, where tiny works, got 128"),
-        (["decode", "-k", "33"], "keep must be between 1 and 32, got 33"),
+        (["decode", "-k", "129"], "keep must be between 1 and 128, got 129"),
         (["encode", "--frames", "1000"], "frames must be at most"),
         (["generate", "--random", "published"], "--random takes the place of --model"),
         (["decode", "--random", "published", "--model", "tiny"], "--random takes the place of --model"),

@@ -98,10 +98,10 @@ def test_wrong_batch():
 
 
 def test_headline_shape(tmp_path):
-    """81 frames are 21 x 32 = 672 tokens."""
+    """81 frames are 21 x 128 = 2,688 tokens."""
     model = vft.Tokenizer.from_pretrained("tiny")
     tokens = model.encode(file_of(tmp_path / "a.mp4", 81))
-    assert tokens.ids.shape == (21, 32) and tokens.ids.numel() == 672 and tokens.frames == 81
+    assert tokens.ids.shape == (21, 128) and tokens.ids.numel() == 2688 and tokens.frames == 81
     pieces = list(model.decode_stream(tokens, steps=1, guidance=None))
     assert [p.shape[1] for p in pieces] == [17, 16, 16, 16, 16]
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if args.random is not None and (args.model is not None or args.what not in ("encode", "decode")):
         raise ValueError("--random takes the place of --model, in bench encode and decode")
     if args.model is not None and args.what == "train":
-        raise ValueError("bench train times the training of the embedded tokenizer: leave out --model")
+        raise ValueError("bench train times the training of a new tokenizer: leave out --model")
     if (args.fp8 and args.what not in ("decode", "generate")) or (args.int8 and args.what != "generate"):
         raise ValueError(f"bench {args.what} has no such weights: leave out --int8 and --fp8")
     common = {"batch": args.batch, "frames": args.frames}

@@ -56,7 +56,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; the defaults, with ``bf16``, made the embedded tokenizer. A run is resumed with the same
+    """Settings of a run; those of a new small model by default. A run is resumed with the same
     (``steps`` aside).
 
     ``batch`` counts the clips of a step over all processes and accumulations; ``clips`` how many different ones there

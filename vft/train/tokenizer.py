@@ -21,7 +21,7 @@ from . import data, initial, listen, loop, lora, start, teach
 from .loop import Engine, Settings
 from .loss import draw, edge_error, flow_loss
 
-# the embedded model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
+# a new model: 64x64, 17 frames, 5 latent frames of 8x8, 32 registers each
 TINY = {
     "codec": "linear", "encoder_width": 192, "encoder_depth": 3, "decoder_width": 192, "decoder_depth": 4,
     "registers": 32, "grid": 8, "size": 64,
