@@ -88,11 +88,13 @@ from multiprocessing import forkserver
 from vft.train.data import Clips, Procedural, Shapes
 if __name__ == "__main__":
     clips = Clips(list, Procedural(0, Shapes(0, (5,), (16,))))
+    # default_int_handler, or SIG_IGN where the tests run in the background
+    before = signal.getsignal(signal.SIGINT)
     clips.start_workers(2)
     # from its first moment: it imports for seconds, and Ctrl-C comes to all processes
     status = open(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read()
     assert int(status.split("SigIgn:")[1].split()[0], 16) & 1 << signal.SIGINT - 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert len(clips.batch(range(9, 17))) == 8
     (first, second) = clips._pool._processes
     os.kill(first, signal.SIGINT)
