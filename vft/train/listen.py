@@ -12,6 +12,7 @@ is there.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 
@@ -111,7 +112,7 @@ def solve(model: Tokenizer, known: int, places: int, codes: torch.Tensor, latent
     groups = int(group[-1]) + 1
     each = groups * levels
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    run = lambda: _Pass(model, codes, latents, noise)  # noqa: E731
+    run = partial(_Pass, model, codes, latents, noise)
     # gates [2, 6 * width] of patches and of registers: attention, MLP, ...
     gates = [block.adaLN_modulation[1].bias.view(2, 6, width) for block in (first, second)]
     gates[0][1, 1], gates[1][0, 0], gates[1][1, 1] = 1, 1, 1

@@ -56,8 +56,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run; those of a new small model by default. A run is resumed with the same
-    (``steps`` aside).
+    """Settings of a run; those of a new small model by default. A run is resumed with the same (``steps`` aside).
 
     ``batch`` counts the clips of a step over all processes and accumulations; ``clips`` how many different ones there
     are. ``frames`` and ``sizes``: lengths and square sides in pixels, one of each drawn for each clip, empty for those

@@ -115,8 +115,8 @@ def fit(x: torch.Tensor, known: torch.Tensor, groups: int, levels, seed: int = 0
         values = codes(x[chosen])
         said, _ = flexkernels.fsq_quantize(values.reshape(-1, dims), levels, ids=False)
         # half of the time all groups, else the first few
-        drop = torch.rand(len(chosen), generator=generator) < 0.5
-        kept = torch.where(drop, torch.randint(0, groups + 1, (len(chosen),), generator=generator), groups)
+        few = torch.rand(len(chosen), generator=generator) < 0.5
+        kept = torch.where(few, torch.randint(0, groups + 1, (len(chosen),), generator=generator), groups)
         heard = torch.arange(groups * dims) // dims < kept[:, None]
         error = decoder(said.view(values.shape) * heard[:, None].to(x.device), known[chosen]) - x[chosen]
         beyond = (values.abs() - VALUE_RANGE).clamp(min=0).square().mean()

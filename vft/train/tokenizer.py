@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--teach", action="store_true",
-        help="with --from and more --registers: train the encoder alone, to say linear codes of patches with new ones",
+        help="with --from and more --registers: teach the encoder to say linear codes of patches with new ones",
     )  # fmt: skip
     add(
         "--freeze-encoder", action="store_true",
@@ -236,5 +236,7 @@ class TokenizerTask:
 
     def _stored(self, model: Tokenizer) -> torch.dtype:
         """float16, unless that would round the encoder that tokens were made with."""
+        if not self.settings.freeze_encoder:
+            return torch.float16
         exact = all(torch.equal(p, p.half().float()) for p in model.encoder.parameters())
-        return torch.float32 if self.settings.freeze_encoder and not exact else torch.float16
+        return torch.float16 if exact else torch.float32
