@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .. import checkpoint
 from ..codec import LAPPED, LINEAR
@@ -33,6 +35,8 @@ _TABLES = {
 _CHANNELS = {
     "encoder.patch_embed.weight": 1, "decoder.patch_embed.weight": 1, "decoder.head.weight": 0, "decoder.head.bias": 0,
 }  # fmt: skip
+# what a generator of captions has and one of classes lacks
+_CAPTIONS = re.compile(r"^ctx_|\.nx\.|\.xattn\.")
 # (before, after): codecs whose first channels are those of another, see :func:`vft.train.codec.follow`
 _FOLLOWS = {(LINEAR, LAPPED), (LAPPED, LAPPED)}
 
@@ -216,13 +220,15 @@ def _config(raw: dict) -> GeneratorConfig:
 
 def generator_config(before: dict, now: dict, force: bool = False) -> dict:
     """The config of a generator that continues one of config ``before`` on the data and tokenizer that ``now`` states.
+    One of classes may go on as one of captions.
 
     Raises ValueError where these do not fit; with ``force`` not where the tokenizer's weights alone are others.
     """
     old = _config(before)
+    added = _new_captions(old.cond, now["cond"])
     for name, value in (("condition", old.cond), ("vocab", old.vocab), ("ctx_dim", old.ctx_dim)):
         given = now.get("cond" if name == "condition" else name, 0)
-        if given != value:
+        if given != value and not (added and name != "vocab"):
             raise ValueError(f"{name} must be that of the checkpoint, {value!r}, got {given!r}")
     if not force and old.fingerprint not in (None, now["fingerprint"]):
         raise ValueError(
@@ -233,19 +239,29 @@ def generator_config(before: dict, now: dict, force: bool = False) -> dict:
     return now | {name: value for name, value in kept.items() if name in before}
 
 
+def _new_captions(before: str, now: str) -> bool:
+    return (before, now) == ("class", "text")
+
+
 def generator(model: Generator, reference: str, weights: Weights) -> Start:
     """Fills a new generator with the tensors of a checkpoint.
 
-    Classes are found by their names; position (register, frame) is that of the checkpoint's, or of its last frame.
+    Classes are found by their names; position (register, frame) is that of the checkpoint's, or of its last frame. Where
+    classes make way for captions, the model starts as that of the null class, whatever the caption.
 
     Raises CheckpointError naming a tensor that is missing or has another shape.
     """
-    before, tensors = _config(weights.config), weights.tensors
-    wanted, rows = model.published(), {"pos_emb": _positions(before, model.config)}
+    before, tensors = _config(weights.config), dict(weights.tensors)
+    wanted, rows, new = model.published(), {"pos_emb": _positions(before, model.config)}, {}
     if model.cls_emb is not None:
         rows["cls_emb.weight"] = _classes(before, model.config)
+    if _new_captions(before.cond, model.config.cond):
+        new = {name: wanted.pop(name).numel() for name in list(wanted) if _CAPTIONS.search(name)}
+        for block in model.blocks:
+            nn.init.zeros_(block.xattn.proj.weight)
+        # in one dtype, so that a half-precision checkpoint's sum is not rounded again
+        tensors["sos"] = tensors["sos"].float() + tensors.pop("cls_emb.weight")[-1].float()
     checkpoint.fill({name: p for name, p in wanted.items() if name not in rows}, _without(tensors, rows))
-    new = {}
     for name, index in rows.items():
         known = torch.tensor([i is not None for i in index])
         wanted[name][known] = tensors[name].float()[[i for i in index if i is not None]]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import flexkernels
@@ -15,6 +16,7 @@ from vft.packing import Member
 from vft.train import generator, procedural, start, teach, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.tokenizer import TINY, TokenizerSettings
+from vft.words import embed
 
 SMALL = make_config(
     encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=4, codec="linear",
@@ -207,6 +209,31 @@ def test_a_generator_with_new_classes_knows_the_old_ones(old, old_generator, tmp
         null = model.teacher_forced(ids, [None])
     assert torch.allclose(got, before.logits(ids, "zoom"), atol=1e-4)
     assert torch.allclose(null, before.logits(ids, unconditional=True), atol=1e-4)
+
+
+def test_a_generator_of_classes_goes_on_with_captions(old, old_generator, tmp_path):
+    before = vft.Generator.from_pretrained(old_generator)
+    settings = GeneratorSettings(
+        steps=2, batch=2, clips=4, tokenizer="", tokens_per_frame=3, start=str(old_generator), warmup=1, data="named",
+        condition="text",
+    )  # fmt: skip
+    task = generator.GeneratorTask(settings, vft.Tokenizer.from_pretrained(old), start.read_generator(old_generator))
+    lost = sum(p.numel() for name, p in before.named_parameters() if name == "cls_emb.weight")
+    held = sum(n for name, n in task.start.new.items())
+    kept = sum(p.numel() for p in task.model.parameters()) - held
+    with safe_open(old_generator / "model.safetensors", "pt") as file:
+        assert kept == sum(file.get_tensor(name).numel() for name in file.keys()) - lost
+    # before a step, whatever is said: the null class
+    ids = torch.randint(64, (2, 15))
+    with torch.no_grad():
+        got = task.model.eval().teacher_forced(ids, [task.data.captions([0])[0], None])
+    torch.testing.assert_close(got, before.logits(ids, unconditional=True), atol=1e-4, rtol=0)
+    generator.train(tmp_path, settings)
+    after = vft.Generator.from_pretrained(tmp_path)
+    said = [after.logits(ids[:1], text_emb=emb, text_mask=mask) for emb, mask in map(embed, (["red"], ["blue"]))]
+    assert not torch.equal(*said)
+    with pytest.raises(ValueError, match="condition must be that of the checkpoint, 'text', got 'class'"):
+        generator.train(tmp_path / "no", replace(settings, start=str(tmp_path), condition="class"))
 
 
 def test_positions_follow_registers_and_frames(old_generator):
