@@ -80,21 +80,32 @@ def start(model: Tokenizer, rows: int, columns: int, latents: torch.Tensor) -> N
 
     ``latents [B, C, T, H, W]`` give the register values their scale.
     """
-    codes, decoder = Codes(model.config.max_frames, rows, columns), model.decoder
-    for part, kind in ((model.encoder, PATCH), (decoder, FINE)):
-        _place_patches(part, codes)
+    codes = Codes(model.config.max_frames, rows, columns)
+    for part, kind in ((model.encoder, PATCH), (model.decoder, FINE)):
+        place_patches(part, codes)
         for block in part.blocks:
             aim(block.attn, codes, kind)
     _place_registers(model, codes)
+    follow_input(model.decoder, codes)
+    spread_values(model.encoder, latents)
+
+
+@torch.no_grad()
+def follow_input(decoder, codes: Codes) -> None:
+    """Every branch counts from the start, and the first velocity follows the decoder's input, as t = 1 wants it."""
     for block in decoder.blocks:
-        # every branch counts from the start: gate_attn, gate_mlp
+        # gate_attn, gate_mlp
         block.adaLN_modulation[1].bias.view(2, 6, -1)[:, :2] = 1
-    # the decoder's first velocity follows its input, which is what t = 1 wants; the norm before the head
-    # divides by the deviation of an embedded patch and its five codes
+    # the norm before the head divides by the deviation of an embedded patch and its five codes
     deviation = math.sqrt((decoder.patch_embed.in_features + 5 * AMPLITUDE**2) / decoder.patch_embed.out_features)
     decoder.head.weight.zero_()
     decoder.head.weight[:, codes.count :] = deviation * decoder.patch_embed.weight[codes.count :].T
-    values, head = model.encoder(list(latents)), model.encoder.head
+
+
+@torch.no_grad()
+def spread_values(encoder, latents: torch.Tensor) -> None:
+    """Register values of ``latents`` get mean 0 and the deviation VALUE_STD."""
+    values, head = encoder(list(latents)), encoder.head
     scale = VALUE_STD / values.std(0)
     head.weight *= scale[:, None]
     head.bias -= values.mean(0) * scale
@@ -108,7 +119,10 @@ def _part(length: int, parts: int, i: int) -> range:
     return range(i * length // parts, (i + 1) * length // parts)
 
 
-def _place_patches(part, codes: Codes) -> None:
+@torch.no_grad()
+def place_patches(part, codes: Codes) -> None:
+    """Patches of the encoder or decoder ``part`` start with the codes of their places; their latents in the other
+    channels."""
     n, table, weight = codes.count, part.patch_posemb.table, part.patch_embed.weight
     weight[:n] = 0
     weight[n:] = torch.linalg.qr(torch.randn_like(weight[n:])).Q
@@ -136,6 +150,7 @@ def _place_registers(model: Tokenizer, codes: Codes) -> None:
         model.encoder.registers[i, :, :n] = frame + torch.stack(places)
 
 
+@torch.no_grad()
 def aim(attention, codes: Codes, kind: int) -> None:
     """Head 0 starts looking for tokens of ``kind`` at its own place, the last head for those one frame earlier, head 1
     of a decoder for registers of larger regions."""

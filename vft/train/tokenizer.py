@@ -140,6 +140,8 @@ class TokenizerTask:
     """Rectified flow with nested dropout; see :mod:`vft.train.loss`."""
 
     example = "vft reconstruct VIDEO -o out.mp4 --model {}"
+    # what is made where no checkpoint is continued
+    made = Tokenizer
 
     def __init__(self, settings: TokenizerSettings, config: dict) -> None:
         self.settings, self.start, self.teacher = settings, None, None
@@ -148,7 +150,7 @@ class TokenizerTask:
             self.model, self.start = start.tokenizer(settings.start, *sizes, settings.codec, settings.channels)
             codec = self.model.codec
         else:
-            self.model = Tokenizer(parse_config(config), "tiny").train()
+            self.model = self.made(parse_config(config), "tiny").train()
             # a model this small is closest to its source in one step
             self.model.steps, self.model.guidance = STEPS, None
             codec = load_codec(self.model.config.codec, channels=self.model.config.channels)
@@ -229,7 +231,7 @@ class TokenizerTask:
         return None if weight is None else weight.to(self.model.device)
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        averaged = Tokenizer(self.model.config, self.model.name)
+        averaged = self.made(self.model.config, self.model.name)
         averaged.load_state_dict(lora.merged(weights))
         averaged.steps, averaged.guidance = self.model.steps, self.model.guidance
         averaged.save(path, self._stored(averaged), codec=self.model.codec_state)
