@@ -130,8 +130,11 @@ def losses(folder: Path) -> list[float]:
 
 
 def report(folder: Path, args) -> dict:
-    found = {"what": "tokens at the patches beside registers, trained alike", "machine": machine(args.device), "settings": {}}
-    found["settings"] = {name: getattr(args, name) for name in ("steps", "generator_steps", "clips", "bf16", "samples")}
+    names = ("steps", "generator_steps", "clips", "bf16", "samples")
+    found = {
+        "what": "tokens at the patches beside registers, trained alike", "machine": machine(args.device),
+        "settings": {name: getattr(args, name) for name in names},
+    }  # fmt: skip
     judge = None
     for kind, (registers, _, model) in KINDS.items():
         tokens = model.from_pretrained(folder / kind, device=args.device)

@@ -20,10 +20,15 @@ class Codec(torch.nn.Module):
 
     temporal_stride = 4
     spatial_stride = 8
-    # whether decoding is linear, a constant aside
+    # whether :meth:`render` is linear, a constant aside
     linear = False
     name: str
     channels: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        # goes over decoded frames where a checkpoint has one, see `vft.refiner`
+        self.refiner: torch.nn.Module | None = None
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, 1 + k, H / 8, W / 8) for a video of 1 + 4k frames of H x W pixels; ValueError for any other size."""
@@ -63,7 +68,8 @@ class Codec(torch.nn.Module):
             raise TypeError(f"latents must be floating point, got {latents.dtype}")
         if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape[2:]:
             raise ValueError(f"latents must have shape [B, {self.channels}, T, h, w], got {list(latents.shape)}")
-        return self.render(latents)
+        video = self.render(latents)
+        return video if self.refiner is None else self.refiner(video)
 
     def _encode(self, video: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         raise NotImplementedError
@@ -72,7 +78,7 @@ class Codec(torch.nn.Module):
         raise NotImplementedError
 
     def render(self, latents: torch.Tensor) -> torch.Tensor:
-        """:meth:`decode` with gradients, of latents that are not checked."""
+        """:meth:`decode` with gradients, of latents that are not checked, and without the refiner."""
         return self._decode(latents).float()
 
 

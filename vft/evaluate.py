@@ -1,7 +1,7 @@
 """``vft eval``: what a tokenizer's tokens are worth, and whether a generator makes what it is asked for.
 
 Rate and distortion over the number of registers kept, on procedural clips that no embedded model was trained on and on
-video files; what each register controls; the class accuracy of generated clips.
+video files; what each register controls; whether generated clips show the class or the words that were asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import progress
+from . import progress, words
 from .features import Network, frechet_distance
 from .files import replacing
 from .generator import Generator
@@ -201,17 +201,40 @@ def control(model: Tokenizer, count: int, **options) -> list[float]:
     return shares
 
 
-def judge(model: Tokenizer, count: int) -> tuple[classifier.Classifier, dict[str, int]]:
-    """The classifier that :func:`class_accuracy` asks about ``count`` clips, and what it learned from; its training is
-    announced, and shorter where there is less to judge."""
+def subject(generator: Generator) -> classifier.Subject:
+    """What a generator can be asked for, and its clips judged by: motion families, or captions of known words.
+
+    Raises ValueError for a generator of other captions or classes.
+    """
+    config = generator.config
+    if config.cond == "text":
+        if config.ctx_dim != words.WIDTH:
+            raise ValueError(
+                f"generator {generator.name!r} must have captions of vft.words, {words.WIDTH} channels, to be judged, "
+                f"got {config.ctx_dim}"
+            )
+        return classifier.NAMED
+    if config.n_classes != len(procedural.FAMILIES):
+        raise ValueError(
+            f"generator {generator.name!r} must have the classes {', '.join(procedural.FAMILIES)} to be judged, got "
+            f"{config.n_classes} classes"
+        )
+    return classifier.MOTION
+
+
+def judge(
+    model: Tokenizer, count: int, subject: classifier.Subject = classifier.MOTION
+) -> tuple[classifier.Classifier, dict[str, int]]:
+    """The classifier that is asked about ``count`` clips, and what it learned from; its training is announced, and
+    shorter where there is less to judge."""
     share = min(1.0, count / FULL_CLIPS)
     facts = {"steps": max(100, round(classifier.STEPS * share)), "clips": max(500, round(classifier.CLIPS * share))}
     print(
-        f"vft: training a classifier of motion on {facts['clips']} procedural clips, {facts['steps']} steps: it names "
-        "the class of generated clips",
+        f"vft: training a classifier of {' and '.join(subject.questions)} on {facts['clips']} procedural clips, "
+        f"{facts['steps']} steps: it says what generated clips show",
         file=sys.stderr,
     )
-    return classifier.train(model.size, model.config.chunk_size, **facts), facts
+    return classifier.train(model.size, model.config.chunk_size, **facts, subject=subject), facts
 
 
 def class_accuracy(
@@ -244,6 +267,40 @@ def class_accuracy(
     }
 
 
+def word_accuracy(
+    generator: Generator, tokenizer: Tokenizer, judge: classifier.Classifier, count: int,
+    guidances: Sequence[float] = GUIDANCES, **options,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """How often clips show the colour, the shape and the motion that their captions name, and all three: held-out
+    clips of :mod:`vft.train.named`, the same through the tokenizer, and those generated for their captions.
+
+    Arguments are those of :func:`class_accuracy`.
+    """
+    named, indices = classifier.NAMED, range(count)
+    labels = named.labels(HELD_OUT_SEED, indices)
+    frames, size = tokenizer.config.chunk_size, tokenizer.size
+    real = named.clips(HELD_OUT_SEED, indices, size, frames, torch.get_num_threads())
+    emb, mask = words.embed([" ".join(named.facts(HELD_OUT_SEED, i)) for i in indices])
+    latent_frames = tokenizer.codec.latent_shape(frames, size, size)[1]
+    generated = {}
+    for guidance in guidances:
+        ids = []
+        for start in range(0, count, BATCH):
+            part = slice(start, start + BATCH)
+            ids += generator.generate(
+                text_emb=emb[part], text_mask=mask[part], frames=latent_frames, seed=start, guidance=guidance, **options
+            )
+        generated["generated" if guidance == 1 else f"guidance {guidance:g}"] = _decoded(tokenizer, ids)
+    seen = [i[:, : ids[0].shape[1]] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
+    clips = {"held_out": real, "reconstructed": _decoded(tokenizer, seen), **generated}
+    return {name: _shares(named, judge.right(video, labels)) for name, video in clips.items()}
+
+
+def _shares(subject: classifier.Subject, right: torch.Tensor) -> dict[str, float]:
+    columns = {**dict(zip(subject.questions, right.unbind(1), strict=True)), "all": right.all(1)}
+    return {name: float(column.float().mean()) for name, column in columns.items()}
+
+
 def _decoded(tokenizer: Tokenizer, ids: list[torch.Tensor]) -> torch.Tensor:
     parts = [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
     return torch.cat([tokenizer.codec.decode(torch.stack(tokenizer.decode_latents(part))) for part in parts])
@@ -274,4 +331,6 @@ def table(result: dict) -> str:
     lines.append(f"share of the reconstruction that each register controls\n {shares}")
     for name, accuracy in result.get("class_accuracy", {}).items():
         lines.append(f"class accuracy, {name}: {accuracy:.3f}")
+    for name, accuracies in result.get("word_accuracy", {}).items():
+        lines.append(f"{name}: {', '.join(f'{word} {share:.3f}' for word, share in accuracies.items())}")
     return "\n".join(lines)

@@ -104,9 +104,10 @@ def in_words(k: int) -> str:
     return f"{k} token{'s' * (k > 1)}\na frame"
 
 
-def names(condition: dict, classes: Sequence[str], count: int) -> list[str]:
-    """What each sample shows, ``zoom 1``, ``zoom 2``, ..., for pictures; ``sample`` where no class was asked for."""
-    asked = condition.get("class_id")
+def names(condition: dict, classes: Sequence[str], count: int, caption: str | None = None) -> list[str]:
+    """What each sample shows, ``zoom 1``, ``zoom 2``, ..., for pictures; ``sample`` where neither a class nor a caption
+    was asked for."""
+    asked = condition.get("class_id", caption)
     if isinstance(asked, int):
         asked = classes[asked] if asked < len(classes) else f"class {asked}"
     return [f"{asked or 'sample'} {i + 1}" for i in range(count)]

@@ -60,7 +60,7 @@ class LappedCodec(Codec):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, complete or not at all: float16, 38 kB a channel."""
-        weights = {key: tensor.half().contiguous() for key, tensor in self.state_dict().items()}
+        weights = {key: tensor.half().contiguous() for key, tensor in self.named_buffers()}
         with replacing(path) as temporary:
             temporary.write_bytes(save(weights, metadata=self.metadata))
 

@@ -39,7 +39,7 @@ def training_loss(folder: Path, output: Path) -> None:
 def evaluation(result: dict, output: Path) -> None:
     """Draws the result of ``vft eval``: metrics over registers, what registers control, loss, class accuracy."""
     losses = result.get("training_loss", {})
-    count = len(METRICS) + 1 + len(losses) + ("class_accuracy" in result)
+    count = len(METRICS) + 1 + len(losses) + sum(name in result for name in ("class_accuracy", "word_accuracy"))
     page = figure(4 * ((count + 1) // 2), 7)
     axes = iter(page.subplots(2, (count + 1) // 2).flat)
     for metric, title in METRICS.items():
@@ -56,9 +56,23 @@ def evaluation(result: dict, output: Path) -> None:
         axis.bar_label(bars, fmt="{:.0%}")
         axis.tick_params("x", labelrotation=20)
         axis.set(title="Class accuracy of clips", ylim=(0, 1.05))
+    if "word_accuracy" in result:
+        _words(next(axes), result["word_accuracy"])
     for axis in axes:
         axis.set_axis_off()
     _save(page, output)
+
+
+def _words(axis, rows: dict[str, dict[str, float]]) -> None:
+    """Bars of one colour for each question, side by side for each kind of clips."""
+    questions = list(next(iter(rows.values())))
+    width = 0.8 / len(questions)
+    for i, question in enumerate(questions):
+        places = [place + (i - (len(questions) - 1) / 2) * width for place in range(len(rows))]
+        axis.bar(places, [row[question] for row in rows.values()], width, label=question)
+    axis.set_xticks(range(len(rows)), rows.keys(), rotation=20)
+    axis.set(title="Clips that show what words name", ylim=(0, 1.05))
+    axis.legend(fontsize=8)
 
 
 def comparison(rows: Sequence[dict], output: Path) -> None:

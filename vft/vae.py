@@ -14,6 +14,7 @@ from .blocks import to_blocks, to_frames
 from .codec import LAPPED, LINEAR, VIDTOK, Codec, read_weights
 from .files import replacing
 from .lapped import LappedCodec
+from .refiner import Refiner
 from .train.procedural import batch
 from .vidtok import VidTokCodec
 
@@ -54,7 +55,7 @@ class LinearCodec(Codec):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, complete or not at all: float32, 3.9 kB a channel."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.named_buffers()}
         with replacing(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=self.metadata))
 
@@ -77,15 +78,17 @@ class LinearCodec(Codec):
 
 
 def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None, channels: int | None = None) -> Codec:
-    """The codec called `name`: "lapped" or "linear" (embedded), or VidTok from its published `state_dict`.
+    """The codec called `name`: "lapped" or "linear" (embedded), with the refiner of a `state_dict` that has one, or
+    VidTok from its published `state_dict`.
 
     `channels` choose between those of "lapped" (None: the most). Raises ValueError for an unknown name, a state_dict
     that is missing, unwanted or does not fit, or channels that the codec "lapped" does not come with.
     """
     if name in (LINEAR, LAPPED):
+        codec = LinearCodec.load() if name == LINEAR else LappedCodec.embedded(*filter(None, [channels]))
         if state_dict is not None:
-            raise ValueError(f"state_dict must be None for the embedded codec {name!r}, got {len(state_dict)} tensors")
-        return LinearCodec.load() if name == LINEAR else LappedCodec.embedded(*filter(None, [channels]))
+            codec.refiner = Refiner.from_state_dict(state_dict)
+        return codec
     if name == VIDTOK:
         if state_dict is None:
             raise ValueError(f"state_dict must hold the weights of {name!r}, got None")

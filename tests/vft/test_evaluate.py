@@ -7,8 +7,9 @@ import torch
 
 import vft
 from vft import cli, evaluate, metrics
-from vft.config import make_config, parse_config
+from vft.config import make_config, parse_config, parse_generator_config
 from vft.train import classifier, procedural
+from vft.words import embed
 
 SMALL = make_config(
     encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=3, codec="linear",
@@ -115,11 +116,15 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
     arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
     assert cli.main([*arguments, "--temperature", "0.7"]) == 0
     assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
-    assert trained == [{"steps": 100, "clips": 500}]
+    motion, named = classifier.MOTION, classifier.NAMED
+    assert trained == [{"steps": 100, "clips": 500, "subject": motion}]
     assert "training a classifier of motion on 500 procedural clips, 100 steps" in capsys.readouterr().err
-    evaluate.judge(vft.Tokenizer.from_pretrained("tiny"), 128)
+    evaluate.judge(vft.Tokenizer.from_pretrained("tiny"), 128, named)
+    assert "a classifier of colour and shape and motion on 12000" in capsys.readouterr().err
     evaluate.judge(vft.Tokenizer.from_pretrained("tiny"), 512)
-    assert trained[1:] == [{"steps": 1250, "clips": 12000}, {"steps": 2500, "clips": 24000}]
+    assert trained[1:] == [
+        {"steps": 1250, "clips": 12000, "subject": named}, {"steps": 2500, "clips": 24000, "subject": motion},
+    ]  # fmt: skip
     assert cli.main([*arguments, "--temperature", "-1"]) == 2
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
@@ -140,13 +145,13 @@ def test_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_save", look)
     rows = {str(k): {"psnr": 10.0 + k, "ssim": 0.5, "gmsd": 0.1} for k in (1, 2)}
     result = {"rate_distortion": {"clips": rows | {"codec": rows["2"]}}, "control": [0.5, 0.1]}
-    plots.evaluation(
-        result | {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}},
-        tmp_path / "plot.png",
-    )
+    result |= {"class_accuracy": {"held_out": 0.9}, "training_loss": {"a": [(1, 2.0)], "b": [(1, 3.0)]}}
+    rows = {"held_out": {"colour": 0.9, "all": 0.5}, "generated": {"colour": 0.8, "all": 0.4}}
+    plots.evaluation(result | {"word_accuracy": rows}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 800
     assert (lines["Training loss, a"], lines["Training loss, b"]) == (2, 2)
     assert lines["PSNR, dB"] == 2 and "Class accuracy of clips" in lines
+    assert "Clips that show what words name" in lines
 
 
 def test_a_classifier_learns():
@@ -175,6 +180,71 @@ def test_class_accuracy_is_that_of_the_judge():
     assert result == {"held_out": 1.0, "reconstructed": 0.0, "generated": 0.0, "guidance 3": 0.0}
     plain, guided, real, seen = judge.seen
     assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
+
+
+def test_a_classifier_of_words_learns():
+    """Colours first: three heads of one network."""
+    named, seen = classifier.NAMED, range(80)
+    model = classifier.train(32, 9, steps=40, clips=80, subject=named)
+    labels = named.labels(classifier.SEED, seen)
+    right = model.right(named.clips(classifier.SEED, seen, 32, 9), labels)
+    assert right.shape == labels.shape == (80, 3) and right[:, 0].float().mean() > 0.4
+    assert named.facts(classifier.SEED, 3) == tuple(
+        answers[i] for answers, i in zip(named.questions.values(), labels[3], strict=True)
+    )
+
+
+def test_word_accuracy_is_that_of_the_judge():
+    class Judge:
+        """Says that colours are right, shapes every second time, and motions of the clips that were made."""
+
+        def __init__(self):
+            self.seen = []
+
+        def right(self, clips, labels):
+            self.seen.append(clips)
+            right = torch.ones_like(labels).bool()
+            right[::2, 1] = False
+            right[:, 2] = len(self.seen) > 2
+            return right
+
+    config = {
+        "depth": 1, "vocab": 64000, "seq_len": 40, "cond": "text", "ctx_dim": 64, "n_ctx_null": 1, "tokenizer": "tiny",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    generator = vft.Generator(parse_generator_config(config)).eval()
+    asked, generate = [], generator.generate
+
+    def look(**options):
+        asked.append(options)
+        return generate(**options)
+
+    generator.generate = look
+    judge, tokenizer = Judge(), vft.Tokenizer.from_pretrained("tiny")
+    result = evaluate.word_accuracy(generator, tokenizer, judge, 6, guidances=(1.0, 3.0), top_k=9)
+    half = {"colour": 1.0, "shape": 0.5, "motion": 1.0, "all": 0.5}
+    none = half | {"motion": 0.0, "all": 0.0}
+    assert result == {"held_out": none, "reconstructed": none, "generated": half, "guidance 3": half}
+    real, seen, plain, guided = judge.seen
+    assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
+    wanted = " ".join(classifier.NAMED.facts(evaluate.HELD_OUT_SEED, 1))
+    emb, mask = embed([wanted])
+    assert torch.equal(asked[0]["text_emb"][1][asked[0]["text_mask"][1]], emb[0][mask[0]])
+    assert [options["guidance"] for options in asked] == [1.0, 3.0] and asked[0]["top_k"] == 9
+
+
+def test_what_cannot_be_judged_is_named():
+    common = {"depth": 1, "vocab": 64, "seq_len": 8}
+    for raw, message in (
+        (
+            {"cond": "text", "ctx_dim": 512, "n_ctx_null": 1},
+            "captions of vft.words, 64 channels, .* got 512",
+        ),
+        ({"cond": "class", "n_classes": 3}, "the classes pan, .* to be judged, got 3 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.subject(vft.Generator(parse_generator_config(common | raw)))
+    assert evaluate.subject(vft.Generator.from_pretrained("tiny")) is classifier.MOTION
 
 
 def test_the_classifier_needs_whole_latent_frames():

@@ -57,6 +57,7 @@ def test_samples_are_named_in_words():
     assert generation.names({"class_id": 0}, classes, 1) == ["pan 1"]
     assert generation.names({"class_id": 1}, (), 1) == ["class 1 1"]
     assert generation.names({}, (), 1) == ["sample 1"]
+    assert generation.names({"text_emb": 0}, (), 1, "red disc") == ["red disc 1"]
     assert [generation.in_words(k) for k in (1, 4)] == ["1 token\na frame", "4 tokens\na frame"]
 
 

@@ -166,5 +166,5 @@ def test_other_files_and_settings_are_refused(tmp_path):
     for name, settings in (("channels", {"channels": 0}), ("clips", {"clips": 0}), ("rounds", {"rounds": 0})):
         with pytest.raises(ValueError, match=f"{name} must be"):
             fit(**{"seed": 0, "clips": 1} | settings)
-    with pytest.raises(ValueError, match="state_dict must be None for the embedded codec 'lapped'"):
+    with pytest.raises(ValueError, match="state_dict of an embedded codec must hold a refiner alone"):
         load_codec("lapped", {"x": torch.zeros(1)})

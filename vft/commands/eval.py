@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video", type=Path, nargs="*", help="video files (default: the shipped clip)")
     add(
         "--generator",
-        help="also measure the class accuracy of this generator ('tiny', file, folder): trains a classifier of motion "
-        "first, for less time with fewer --clips",
+        help="also measure how often clips of this generator ('tiny', 'tiny_text', file, folder) show the class or the "
+        "words asked for: trains a classifier first, for less time with fewer --clips",
     )
     add("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
     add("--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from vft import Generator, demo, evaluate, plots
     from vft.decoding import Sampling
     from vft.files import check_output, replacing
-    from vft.train import state
+    from vft.train import classifier, state
 
     Sampling(temperature=args.temperature)
     videos = [demo.CLIP] if args.video is None else args.video
@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> None:
     model = options.load_tokenizer(args)
     if model.size is None:
         raise ValueError(f"model {model.name!r} must have a working size")
+    if args.generator:
+        generator = Generator.from_pretrained(args.generator)
+        subject = evaluate.subject(generator)
     steps, keeps = args.steps or model.steps, evaluate.budgets(model.registers)
     result = {
         "model": model.name, "machine": platform.machine(), "torch": torch.__version__, "dtype": "float32",
@@ -94,10 +97,11 @@ def run(args: argparse.Namespace) -> None:
     if captions is not None:
         result["captions"] = evaluate.caption_scores(model, captions, videos, result["rate_distortion"])
     if args.generator:
-        generator = Generator.from_pretrained(args.generator)
-        judge, result["judge"] = evaluate.judge(model, args.clips)
+        judge, result["judge"] = evaluate.judge(model, args.clips, subject)
         result["temperature"] = args.temperature
-        result["class_accuracy"] = evaluate.class_accuracy(
+        named = subject is classifier.NAMED
+        measure = evaluate.word_accuracy if named else evaluate.class_accuracy
+        result["word_accuracy" if named else "class_accuracy"] = measure(
             generator, model, judge, args.clips, temperature=args.temperature
         )
     if logs:

@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument("--class-name", help="name or index of the class, for a class-conditional generator")
     condition.add_argument("--text-emb", help="safetensors file with text_emb [n, c, d] and text_mask [n, c]")
-    condition.add_argument("--text", help="caption, embedded as the generator was trained (umT5: needs the text extra)")
+    condition.add_argument(
+        "--text",
+        help="caption, embedded as the generator was trained (umT5: needs the text extra); without --model such as "
+        "'red disc moving left'",
+    )
     add, positive = parser.add_argument, options.at_least(1)
     add("--text-encoder", help="words, or folder or hub id of an umT5 encoder (default: by its width)")
     add("--tokenizer", help="model that decodes (default: the one the generator names)")
@@ -42,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from vft import generation
 
+    if args.model is None and (args.text is not None or args.text_emb is not None):
+        args.model = options.TEXT_MODEL
     inputs = [args.text_emb, args.model, args.tokenizer]
     if not args.tokens_only:
         options.check_video_output(args.output, *inputs)
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             tokens.save(path)
             print(f"{path}: {options.describe(tokens)}, {os.path.getsize(path)} bytes")
         return
-    names = generation.names(condition, generator.classes, count)
+    names = generation.names(condition, generator.classes, count, args.text)
     generation.show(tokenizer, samples, args.output, sheet, args.quality, names, **options.sampler(args))
     each = f"{samples[0].frames} frames, {options.describe(samples[0])} each"
     print(f"{args.output} and {sheet}: {count} videos of {each}")

@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
 def _facts(target: str) -> list[dict]:
     from vft import checkpoint
 
-    if target in checkpoint.embedded_models():
-        generator = target in checkpoint.embedded_models(checkpoint.GENERATOR)
-        return [_tokenizer(target), *([_generator(target)] if generator else [])]
+    embedded = {_tokenizer: checkpoint.embedded_models(), _generator: checkpoint.embedded_models(checkpoint.GENERATOR)}
+    if found := [facts(target) for facts, names in embedded.items() if target in names]:
+        return found
     if os.path.isdir(target) or target.endswith(".safetensors") or not (os.path.exists(target) or _names_file(target)):
         return [_generator(target) if "cond" in checkpoint.read(target)[0] else _tokenizer(target)]
     return [_tokens(target) if _is_tokens(target) else _video(target)]
@@ -80,16 +80,23 @@ def _parameters(model, target: str, suffix: str = "") -> str:
 
 
 def _generator(target: str) -> dict:
-    from vft import Generator, checkpoint
+    from vft import Generator, checkpoint, words
 
     model = Generator.from_pretrained(target)
     config, frames = model.config, model.config.trained_frames
     per_frame = config.seq_len // frames
     memory = model.memory(1, frames, per_frame)["total"]
-    condition = f"{config.n_classes} classes" if config.cond == "class" else f"text, {config.ctx_dim} channels"
+    if config.cond == "class":
+        condition = {
+            "condition": f"{config.n_classes} classes", "classes": ", ".join(model.classes) or "without names",
+        }  # fmt: skip
+    else:
+        condition = {"condition": f"text, {config.ctx_dim} channels"}
+        if config.ctx_dim == words.WIDTH:
+            condition["captions"] = f"of the words {', '.join(words.WORDS)}"
     return {
         "kind": "generator", "name": model.name, "parameters": _parameters(model, target, checkpoint.GENERATOR),
-        "depth": config.depth, "condition": condition, "classes": ", ".join(model.classes) or "without names",
+        "depth": config.depth, **condition,
         "makes": f"{frames} latent frames of {per_frame} tokens; at most {config.seq_len} tokens",
         "memory": f"{memory / 2**20:.0f} MiB for one guided sample in float32", "codebook": f"{config.vocab} ids",
         "tokenizer": config.tokenizer or "not stated",

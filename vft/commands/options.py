@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 
 DEFAULT_MODEL = "tiny"
+# what generates from a caption unless another model is asked for
+TEXT_MODEL = "tiny_text"
 # malloc.h's name for it, and the bytes from which memory is mapped by itself
 _M_MMAP_THRESHOLD, _MAPPED = -3, 4 << 20
 # those of flexkernels.library and of vft.solver, whose import would need torch

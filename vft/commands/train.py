@@ -1,4 +1,4 @@
-"""``vft train``: trains a tokenizer or a generator."""
+"""``vft train``: trains a tokenizer, a generator, or what helps a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib
 
 from . import options
 
-HELP = "Train a tokenizer, a generator or a predictor of budgets on procedural video, videos or tokens."
-KINDS = ("tokenizer", "generator", "budget")
+HELP = "Train a tokenizer, a refiner of its frames, a generator or a predictor of budgets."
+KINDS = ("tokenizer", "generator", "refiner", "budget")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,5 @@
-"""A small classifier of the motion in procedural clips: ``vft eval`` asks it what generated clips show.
+"""A small classifier of the motion in procedural clips, or of what words name in those of :mod:`vft.train.named`:
+``vft eval`` asks it what generated clips show.
 
 A tokenizer for short sequences keeps large things and where they go; detail and the motion between the frames of one
 latent frame are the first to be lost. So the classifier looks at motion from one latent frame to the next, at a low
@@ -7,6 +8,8 @@ resolution, and has learned to do so through blur and noise. It has seen no toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -14,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import progress
-from . import procedural
+from ..words import COLOURS, MOTIONS, SHAPES
+from . import named, procedural
 
 SEED = 4_000_000
 # pixels of a side, and frames of a clip that are averaged: those of one latent frame
@@ -26,30 +30,71 @@ CLEAN, NOISE = 0.2, 0.3
 CHANGE = 5.0
 
 
-class Classifier(nn.Module):
-    """Space-time convolutions over what :func:`shrink` gives and its changes from frame to frame -> logits."""
+@dataclass(frozen=True)
+class Subject:
+    """What a classifier is asked about clips.
 
-    def __init__(self, width: int = 32) -> None:
+    questions: the answers that each has, by name; ``clip(seed, index, size, frames)`` uint8 ``[T, H, W, 3]`` and
+    ``facts(seed, index)``, the right answers in that order; directed: whether a mirrored clip has other answers.
+    """
+
+    questions: dict[str, tuple[str, ...]]
+    clip: Callable[..., torch.Tensor]
+    facts: Callable[[int, int], tuple[str, ...]]
+    directed: bool
+
+    def clips(self, seed: int, indices, size: int, frames: int, threads: int = 1) -> torch.Tensor:
+        """float32 ``[B, 3, T, H, W]`` in [-1, 1]."""
+        return procedural.together(lambda i: self.clip(seed, i, size, frames), indices, size, frames, threads)
+
+    def labels(self, seed: int, indices) -> torch.Tensor:
+        """int64 ``[B, questions]``."""
+        rows = [zip(self.questions.values(), self.facts(seed, i), strict=True) for i in indices]
+        return torch.tensor([[answers.index(fact) for answers, fact in row] for row in rows])
+
+
+def _motion(seed: int, index: int) -> tuple[str]:
+    return (procedural.FAMILIES[procedural.label(seed, index)],)
+
+
+MOTION = Subject({"motion": procedural.FAMILIES}, procedural.clip, _motion, False)
+NAMED = Subject({"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS}, named.clip, named.facts, True)
+
+
+class Classifier(nn.Module):
+    """Space-time convolutions over what :func:`shrink` gives and its changes from frame to frame -> logits of the
+    answers to all questions of a subject."""
+
+    def __init__(self, subject: Subject = MOTION, width: int = 32) -> None:
         super().__init__()
+        self.sizes = [len(answers) for answers in subject.questions.values()]
         sizes = [6, width, 2 * width, 4 * width, 4 * width]
         layers = []
         for i, (a, b) in enumerate(pairwise(sizes)):
             stride = (1, 2, 2) if i in (1, 2) else 1
             layers += [nn.Conv3d(a, b, 3, stride, 1, bias=False), nn.BatchNorm3d(b), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(2 * sizes[-1], len(procedural.FAMILIES))
+        self.head = nn.Linear(2 * sizes[-1], sum(self.sizes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x ``[B, 3, F, 16, 16]`` as :func:`shrink` gives it, F > 1 -> ``[B, families]``."""
+        """x ``[B, 3, F, 16, 16]`` as :func:`shrink` gives it, F > 1 -> ``[B, answers of all questions]``."""
         x = torch.cat([x[:, :, 1:], CHANGE * x.diff(dim=2)], 1)
         h = self.features(x).flatten(2)
         return self.head(torch.cat([h.mean(2), h.amax(2)], 1))
 
     @torch.no_grad()
+    def right(self, clips: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """bool ``[B, questions]``: whether the likeliest answers about ``[B, 3, T, H, W]`` in [-1, 1] are those of
+        ``labels [B, questions]``."""
+        guesses = [
+            torch.stack([logits.argmax(1) for logits in self(part).split(self.sizes, 1)], 1)
+            for part in shrink(clips).split(64)
+        ]
+        return torch.cat(guesses) == labels
+
     def accuracy(self, clips: torch.Tensor, labels: torch.Tensor) -> float:
-        """How often the likeliest family of ``[B, 3, T, H, W]`` in [-1, 1] is that of ``labels [B]``."""
-        guesses = torch.cat([self(part).argmax(1) for part in shrink(clips).split(64)])
-        return float((guesses == labels).float().mean())
+        """How often the only question is answered right; labels ``[B]``."""
+        return float(self.right(clips, labels[:, None]).float().mean())
 
 
 def shrink(clips: torch.Tensor) -> torch.Tensor:
@@ -60,26 +105,29 @@ def shrink(clips: torch.Tensor) -> torch.Tensor:
     return torch.cat([small[:, :, :1], small[:, :, 1:].unflatten(2, (-1, STRIDE)).mean(3)], 2)
 
 
-def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS) -> Classifier:
-    """Trains a classifier on ``clips`` procedural clips; the same arguments and threads give the same classifier."""
+def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS, subject: Subject = MOTION) -> Classifier:
+    """Trains a classifier on ``clips`` clips; the same arguments and threads give the same classifier."""
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(SEED)
-        model = Classifier()
+        model = Classifier(subject)
     parts = [range(i, min(i + 50, clips)) for i in range(0, clips, 50)]
     data = torch.cat(
         [
-            shrink(procedural.batch(SEED, part, size, frames, threads)).half()
+            shrink(subject.clips(SEED, part, size, frames, threads)).half()
             for part in progress.bar(parts, desc="classifier's clips", unit="batch")
         ]
     )
-    labels = torch.tensor([procedural.label(SEED, i) for i in range(clips)])
+    labels = subject.labels(SEED, range(clips))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in progress.bar(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(clips, (BATCH,), generator=generator)
-        x, y = _mirrored(_degraded(data[chosen].float(), generator), generator), labels[chosen]
-        loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
+        x, y = _degraded(data[chosen].float(), generator), labels[chosen]
+        if not subject.directed:
+            x = _mirrored(x, generator)
+        answers = zip(model(x).split(model.sizes, 1), y.unbind(1), strict=True)
+        loss = sum(F.cross_entropy(logits, wanted, label_smoothing=0.05) for logits, wanted in answers)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -100,7 +148,6 @@ def _degraded(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _mirrored(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    # no family has a direction
     axes = [axis for axis in (3, 4) if torch.rand((), generator=generator) < 0.5]
     x = x.flip(axes)
     return x.transpose(3, 4) if torch.rand((), generator=generator) < 0.5 else x

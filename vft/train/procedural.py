@@ -6,6 +6,7 @@ the objects' own motion. A clip depends on (seed, index) alone. Units: the frame
 are one unit of time.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -53,11 +54,16 @@ def batch(
     seed: int, indices, size: int = 64, frames: int = 17, threads: int = 1, recipe: int = 1
 ) -> torch.Tensor:  # fmt: skip
     """Renders `clip(seed, i)` for every i of indices: float32 [B, 3, frames, size, size] in [-1, 1]."""
-    indices = [int(i) for i in indices]
+    return together(lambda i: clip(seed, i, size, frames, recipe), indices, size, frames, threads)
+
+
+def together(make: Callable[[int], torch.Tensor], indices, size: int, frames: int, threads: int = 1) -> torch.Tensor:
+    """What ``make``, uint8 [frames, size, size, 3], gives for every i of indices, by so many threads: float32
+    [B, 3, frames, size, size] in [-1, 1]."""
     video = torch.empty(len(indices), 3, frames, size, size)
 
-    def fill(slot):
-        video[slot] = scaled(clip(seed, indices[slot], size, frames, recipe))
+    def fill(slot: int) -> None:
+        video[slot] = scaled(make(int(indices[slot])))
 
     if threads <= 1:
         for slot in range(len(indices)):

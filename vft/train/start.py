@@ -74,7 +74,9 @@ def tokenizer(
     """
     old = Tokenizer.from_pretrained(reference)
     model = Tokenizer(parse_config(_resized(old, registers, size, frames, codec, channels)), old.name)
-    model.steps, model.guidance, model._codec_state = old.steps, old.guidance, old.codec_state
+    model.steps, model.guidance = old.steps, old.guidance
+    if (model.config.codec, model.config.channels) == (old.config.codec, old.config.channels):
+        model._codec_state = old.codec_state
     new = {}
     for (name, parameter), before in zip(model.named_parameters(), old.parameters(), strict=True):
         now, before = _by_channel(name, parameter.data, model.config), _by_channel(name, before.data, old.config)
@@ -246,8 +248,8 @@ def _new_captions(before: str, now: str) -> bool:
 def generator(model: Generator, reference: str, weights: Weights) -> Start:
     """Fills a new generator with the tensors of a checkpoint.
 
-    Classes are found by their names; position (register, frame) is that of the checkpoint's, or of its last frame. Where
-    classes make way for captions, the model starts as that of the null class, whatever the caption.
+    Classes are found by their names; position (register, frame) is that of the checkpoint's, or of its last frame.
+    Where classes make way for captions, the model starts as that of the null class, whatever the caption.
 
     Raises CheckpointError naming a tensor that is missing or has another shape.
     """

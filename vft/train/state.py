@@ -102,7 +102,7 @@ def _fill(file, trainer) -> None:
 def refuse_difference(folder: Path, before: dict, now: dict) -> None:
     """Raises ValueError naming the kind of model, or every setting and part of the model, of the data and of the start
     that differs."""
-    kinds = ["a generator" if "cond" in facts["model"] else "a tokenizer" for facts in (before, now)]
+    kinds = [_kind(facts) for facts in (before, now)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"the run in {folder} trains {kinds[0]}, not {kinds[1]}: give another folder with -o")
     names = ("settings", "model", "data", "start")
@@ -114,6 +114,13 @@ def refuse_difference(folder: Path, before: dict, now: dict) -> None:
         shown = ", ".join(f"{k.removeprefix('settings.')} {old.get(k)!r} (now {new.get(k)!r})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ValueError(f"the run in {folder} was made with {shown}{more}; resume it with the same settings")
+
+
+def _kind(facts: dict) -> str:
+    if "cond" in facts["model"]:
+        return "a generator"
+    # a tokenizer is trained for no other
+    return "a refiner" if "tokenizer" in facts["settings"] else "a tokenizer"
 
 
 def _flat(value, prefix: str = "") -> dict:
