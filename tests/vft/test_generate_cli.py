@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import vft
 from vft import VideoTokens, checkpoint, cli, decoding, generation, text, video
 from vft.config import make_config, parse_config, parse_generator_config
+from vft.words import embed
 
 FAST = ["--steps", "1", "--guidance", "none"]
 
@@ -262,6 +263,21 @@ def test_the_embedded_generator_is_the_default(tmp_path, folder, capsys, monkeyp
     argv[1] = "doing yoga"
     assert run(folder, *argv) == 0
     assert VideoTokens.load(tmp_path / "a.vft").ids.shape == (5, 8)
+
+
+def test_the_embedded_generator_of_captions_is_the_default_of_captions(tmp_path, folder, capsys):
+    argv = ["-k", "1", "--frames", "2", "--temperature", "0", "--tokens-only"]
+    assert run(folder, *argv, "--text", "a red disc, moving left", "-o", tmp_path / "a.vft") == 0
+    emb, mask = embed(["red disc moving left"])
+    save_file({"text_emb": emb, "text_mask": mask.int()}, tmp_path / "emb.safetensors")
+    assert run(folder, *argv, "--text-emb", tmp_path / "emb.safetensors", "-o", tmp_path / "b.vft") == 0
+    generator = vft.Generator.from_pretrained("tiny_text")
+    want = generator.generate(text_emb=emb, text_mask=mask, frames=2, tokens_per_frame=1, temperature=0)[0]
+    assert all(torch.equal(VideoTokens.load(tmp_path / name).ids, want) for name in ("a.vft", "b.vft"))
+    capsys.readouterr()
+    assert cli.main(["info", "tiny_text"]) == 0
+    said = capsys.readouterr().out
+    assert "of the words red, orange" in said and "classes" not in said and "tokenizer" in said
 
 
 def test_info(folder, capsys):

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import vft
+from vft import words
 from vft.checkpoint import ASSETS
 from vft.demo import CLIP
 from vft.evaluate import held_out, one_video
 from vft.generator import time_first
 from vft.metrics import psnr
-from vft.train import procedural
+from vft.train import named, procedural
 
 KEEPS = [1, 4, 16, 32, 128]
 
@@ -69,6 +70,27 @@ def test_the_generator_is_small_and_knows_its_classes():
     # a uniform guess over 64,000 ids has 11.07
     assert losses[labels, torch.arange(count)].mean() < 6.3
     assert (losses.argmin(0) == labels).float().mean() >= 0.5
+
+
+def test_the_generator_of_captions_knows_its_words():
+    """On the ids of clips that it was not trained on, their own captions are likelier than those of others."""
+    generator, tokenizer = vft.Generator.from_pretrained("tiny_text"), vft.Tokenizer.from_pretrained("tiny")
+    assert (ASSETS / "tiny_text_generator.safetensors").stat().st_size < 5_000_000
+    assert generator.config.ctx_dim == words.WIDTH and generator.tokenizer == "tiny"
+    assert generator.config.fingerprint == tokenizer.fingerprint
+    seed, count = 3_000_000, 8
+    clips = procedural.together(lambda i: named.clip(seed, i), range(count), 64, 17)
+    ids = tokenizer.encode_latents(tokenizer.codec.encode(clips))
+    flat = torch.stack([time_first(i[:, :16]) for i in ids])
+
+    def loss(caption: str) -> torch.Tensor:
+        emb, mask = words.embed([caption])
+        logits = generator.logits(flat, text_emb=emb, text_mask=mask).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, flat, reduction="none").mean(1)
+
+    losses = torch.stack([loss(named.caption(seed, i)) for i in range(count)])
+    assert losses.diagonal().mean() < 5.5
+    assert (losses.argmin(0) == torch.arange(count)).float().mean() >= 0.75
 
 
 def test_models_are_copied_and_pickled():
