@@ -20,7 +20,8 @@ WIDTH, DEPTH = 64, 4
 
 
 class Refiner(nn.Module):
-    """video ``[B, 3, T, H, W]``, H and W multiples of 8 -> the same, in the video's dtype; at first nothing changes."""
+    """video ``[B, 3, T, H, W]`` in [-1, 1], floating point, H and W multiples of 8 -> the same shape and dtype; at
+    first nothing changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +36,16 @@ class Refiner(nn.Module):
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor]) -> Refiner:
         """Of tensors whose names begin with PREFIX. Raises ValueError for missing or other ones."""
-        made, wrong = cls(), sorted(name for name in state if not name.startswith(PREFIX))
-        if wrong:
+        if wrong := sorted(name for name in state if not name.startswith(PREFIX)):
             raise ValueError(f"state_dict of an embedded codec must hold a refiner alone, {PREFIX}*, got {wrong[0]!r}")
+        # without drawing weights first, which would move the caller's random numbers
+        with torch.device("meta"):
+            made = cls()
+        tensors = {name.removeprefix(PREFIX): tensor.float() for name, tensor in state.items()}
         try:
-            made.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
+            made.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"the refiner's tensors do not fit: {str(error).splitlines()[-1].strip()}") from error
+            raise ValueError(f"state_dict must hold a whole refiner: {str(error).splitlines()[-1].strip()}") from error
         return made.eval().requires_grad_(False)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:

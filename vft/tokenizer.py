@@ -118,14 +118,15 @@ class Tokenizer(nn.Module):
     ) -> None:
         """Writes one safetensors file that :meth:`from_pretrained` reads, under the published names.
 
-        Of the latent codec's weights those that are given are in it. ``dtype`` is that of the stored weights, by
-        default the model's own.
+        ``codec``: the latent codec's weights that are in it, by default those that the checkpoint of this model had.
+        ``dtype`` is that of the stored weights, by default the model's own.
 
         Raises ValueError for a model with fp8 weights, which are rounded.
         """
         self.check_exact()
         guidance = self.guidance and {"type": type(self.guidance).__name__, **dataclasses.asdict(self.guidance)}
         extra = {"sampler": {"steps": self.steps, "guidance": guidance}}
+        codec = self.codec_state if codec is None else codec
         checkpoint.write(path, self, self.config, extra, dtype, codec or {})
 
     def save_pretrained(
@@ -162,7 +163,8 @@ class Tokenizer(nn.Module):
 
     @property
     def codec_state(self) -> dict[str, torch.Tensor] | None:
-        """The latent codec's weights as the checkpoint had them; empty or None where it had none."""
+        """The latent codec's weights as the checkpoint had them, of an embedded codec its refiner's; empty or None
+        where it had none."""
         return self._codec_state
 
     @property

@@ -1,5 +1,8 @@
 """The refiner of decoded frames: its formula, what it leaves alone, and how it lies in a checkpoint."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 import vft
 from vft.config import make_config, parse_config
 from vft.refiner import PREFIX, Refiner
+from vft.train import start
 from vft.vae import load_codec
 
 SMALL = make_config(
@@ -66,9 +70,9 @@ def test_frames_and_clips_are_independent(refiner):
     torch.testing.assert_close(refiner(video[1:, :, 2:3]), whole[1:, :, 2:3])
     assert refiner(video[:0]).shape == (0, 3, 5, 16, 16)
     assert refiner(video.transpose(3, 4)).shape == video.shape
-    half = refiner.half()
-    assert half(video.half()).dtype == torch.float16
-    refiner.float()
+    half = copy.deepcopy(refiner).half()(video.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), whole, atol=5e-3, rtol=0)
 
 
 def test_a_checkpoint_has_it_beside_the_codec(refiner, tmp_path):
@@ -82,13 +86,34 @@ def test_a_checkpoint_has_it_beside_the_codec(refiner, tmp_path):
     torch.testing.assert_close(model.codec.decode(latents), want)
     # losses see the linear codec alone
     assert torch.equal(model.codec.render(latents), plain.codec.render(latents))
-    # it follows to another dtype and back
-    assert next(model.to(torch.bfloat16).codec.refiner.parameters()).dtype == torch.bfloat16
+    # wherever the model goes
     model.save_pretrained(tmp_path / "folder")
-    assert vft.Tokenizer.from_pretrained(tmp_path / "folder").codec_state.keys() == state(refiner).keys()
+    model.save(tmp_path / "b.safetensors")
+    tuned, _ = start.tokenizer(str(tmp_path / "a.safetensors"), registers=3)
+    others = [vft.Tokenizer.from_pretrained(tmp_path / name) for name in ("folder", "b.safetensors")]
+    for other in (*others, tuned, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.codec.decode(latents), model.codec.decode(latents))
+    assert next(copy.deepcopy(model).bfloat16().codec.refiner.parameters()).dtype == torch.bfloat16
     # the codec's own file has no part of it
-    model.float().codec.save(tmp_path / "codec.safetensors")
+    model.codec.save(tmp_path / "codec.safetensors")
     assert vft.lapped.LappedCodec.load(tmp_path / "codec.safetensors").refiner is None
+
+
+def test_another_codec_keeps_it(refiner, tmp_path):
+    """It looks at pixels, whatever the latents' channels."""
+    vft.Tokenizer(parse_config(SMALL)).save(tmp_path / "a.safetensors", codec=state(refiner))
+    model, _ = start.tokenizer(str(tmp_path / "a.safetensors"), codec="lapped", channels=44)
+    assert model.config.channels == 44
+    latents = torch.randn(1, 44, 2, 2, 2)
+    torch.testing.assert_close(model.codec.decode(latents), refiner(load_codec("lapped").decode(latents)))
+
+
+def test_loading_draws_no_random_numbers(refiner):
+    torch.manual_seed(5)
+    load_codec("lapped", state(refiner))
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
 
 
 def test_what_does_not_fit_is_named(refiner):
@@ -96,7 +121,7 @@ def test_what_does_not_fit_is_named(refiner):
         load_codec("linear", {"x": torch.zeros(1)})
     tensors = state(refiner)
     del tensors[PREFIX + "place"]
-    with pytest.raises(ValueError, match=r"tensors do not fit: Missing key.*place"):
+    with pytest.raises(ValueError, match=r"must hold a whole refiner: Missing key.*place"):
         load_codec("lapped", tensors)
-    with pytest.raises(ValueError, match=r"tensors do not fit: size mismatch for place"):
+    with pytest.raises(ValueError, match=r"must hold a whole refiner: size mismatch for place"):
         load_codec("lapped", state(refiner) | {PREFIX + "place": torch.zeros(3)})

@@ -1,7 +1,8 @@
 """``vft train refiner``: trains the network that goes over a tokenizer's decoded frames, see :mod:`vft.refiner`.
 
 The tokenizer stays as it is, and so do its tokens. The network learns to undo what is lost between a clip and its
-reconstruction in one solver step from the first k registers, k of all kinds, or from the codec alone.
+reconstruction in one solver step without guidance from the first k registers, k of density 1 / k, or from the codec
+alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 from ..codec import LAPPED, LINEAR
-from ..refiner import PREFIX, Refiner
+from ..refiner import Refiner
 from ..tokenizer import Tokenizer
 from . import data, loop
 from .loop import Engine, Settings
+from .start import Start, digest
 
 # share of samples that the codec alone has coded
 CODEC_SHARE = 0.1
@@ -34,6 +36,7 @@ class RefinerSettings(Settings):
     learning_rate: float = 2e-3
     warmup: int = 50
     ema: float = 0.99
+    optimizer: str = "adamw"
     tokenizer: str = "tiny"
     edges: float = 1.0
 
@@ -60,9 +63,13 @@ def train(
     """Trains or resumes the run in ``folder``; errors are those of :func:`vft.train.loop.train`."""
     loop.check(settings)
     if settings.start:
-        raise ValueError(f"a refiner starts anew: give --tokenizer, not --from, got {settings.start!r}")
+        raise ValueError(f"start must be empty, a refiner is new: give --tokenizer, not --from {settings.start}")
     if settings.corruption:
         raise ValueError(f"corruption must be 0, got {settings.corruption}")
+    if settings.optimizer != "adamw":
+        raise ValueError(f"optimizer must be adamw, as a refiner has no blocks, got {settings.optimizer!r}")
+    if engine is not None and engine.checkpoint:
+        raise ValueError("checkpoint must be off: a refiner's activations are small")
     if not 0 <= settings.edges < math.inf:
         raise ValueError(f"edges must be at least 0 and finite, got {settings.edges}")
     torch.manual_seed(settings.seed)
@@ -87,23 +94,25 @@ class RefinerTask:
     """Squared error of refined reconstructions, and of their steps from pixel to pixel."""
 
     example = "vft reconstruct VIDEO -o out.mp4 --model {}"
-    start = None
+    start: Start | None
 
     def __init__(self, settings: RefinerSettings) -> None:
         self.settings = settings
         tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
         if tokenizer.config.codec not in (LINEAR, LAPPED):
-            raise ValueError(f"a refiner goes with the embedded codecs, got {tokenizer.config.codec!r}")
+            raise ValueError(f"tokenizer must have an embedded codec to be refined, got {tokenizer.config.codec!r}")
         if tokenizer.size is None:
             raise ValueError(f"tokenizer {tokenizer.name!r} must have a working size")
-        # as a refiner that it may have does not see its own work
+        # the new refiner sees frames that no other went over
         tokenizer.codec.refiner = None
         self.model = Refining(tokenizer)
+        counts = [sum(p.numel() for p in part.parameters()) for part in (self.model.refiner, tokenizer)]
+        weights = digest(tokenizer.named_parameters())
+        self.start = Start(settings.tokenizer, weights, {"refiner": counts[0]}, sum(counts))
         self.data = data.clips(_bytes, settings, tokenizer.config.chunk_size, tokenizer.size)
 
     def recompute(self, on: bool) -> None:
-        if on:
-            raise ValueError("checkpoint must be off: a refiner's activations are small")
+        """Nothing to do: see :func:`train`."""
 
     def indices(self, generator: torch.Generator) -> list[int]:
         return torch.randint(self.settings.clips, (self.settings.batch,), generator=generator).tolist()
@@ -118,35 +127,33 @@ class RefinerTask:
         seeds = torch.randint(2**31, (batch,), generator=generator)[part].tolist()
         device = next(model.parameters()).device
         clips = [pixels.to(device).float() / 127.5 - 1 for pixels in self.data.batch(indices)]
-        with torch.autocast(device.type, enabled=False):
-            shown = [
-                self._reconstructed(clip, None if codec else min(k, tokenizer.registers), seed)
-                for clip, k, codec, seed in zip(clips, keep[part].tolist(), alone[part].tolist(), seeds, strict=True)
-            ]
+        keep, alone = keep.clamp(max=tokenizer.registers)[part].tolist(), alone[part].tolist()
         errors = []
         for shape in dict.fromkeys(clip.shape for clip in clips):
             alike = [i for i, clip in enumerate(clips) if clip.shape == shape]
-            refined = model.refiner(torch.stack([shown[i] for i in alike]))
-            difference = refined.float() - torch.stack([clips[i] for i in alike])
+            wanted = torch.stack([clips[i] for i in alike])
+            with torch.autocast(device.type, enabled=False):
+                shown = self._reconstructed(wanted, *([x[i] for i in alike] for x in (keep, alone, seeds)))
+            difference = model.refiner(shown).float() - wanted
             steps = sum(difference.diff(dim=axis).square().mean((1, 2, 3, 4)) for axis in (-1, -2))
             errors.append(difference.square().mean((1, 2, 3, 4)) + settings.edges * steps)
         return torch.cat(errors).mean()
 
     @torch.no_grad()
-    def _reconstructed(self, clip: torch.Tensor, keep: int | None, seed: int) -> torch.Tensor:
-        """A clip ``[3, T, H, W]`` by its first ``keep`` registers, in one step; None: by the codec alone."""
+    def _reconstructed(self, clips: torch.Tensor, keep: list[int], alone: list[bool], seeds: list[int]) -> torch.Tensor:
+        """Clips ``[B, 3, T, H, W]`` by their first ``keep`` registers, in one step, or by the codec ``alone``."""
         tokenizer = self.model.tokenizer
-        latents = tokenizer.codec.encode(clip[None])
-        if keep is not None:
-            ids = tokenizer.encode_latents(latents)
-            grid = tuple(latents.shape[-2:])
-            latents = torch.stack(tokenizer.decode_latents(ids, keep, 1, None, seed=seed, grid=grid))
-        return tokenizer.codec.decode(latents)[0]
+        latents = tokenizer.codec.encode(clips)
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.randn(latents[0].shape, generator=generator).to(latents.device) for generator in draws]
+        decoded = tokenizer.decode_latents(tokenizer.encode_latents(latents), keep, 1, None, noise=noise)
+        shown = [z if codec else d for z, d, codec in zip(latents, decoded, alone, strict=True)]
+        return tokenizer.codec.decode(torch.stack(shown))
 
     def save(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        # named as in a checkpoint: refiner.PREFIX and the network's own names
         tokenizer = self.model.tokenizer
-        state = {PREFIX + name.removeprefix("refiner."): tensor for name, tensor in weights.items()}
-        tokenizer.save(path, torch.float16 if _half(tokenizer) else torch.float32, codec=state)
+        tokenizer.save(path, torch.float16 if _half(tokenizer) else torch.float32, codec=weights)
 
 
 def _bytes(pixels: torch.Tensor) -> torch.Tensor:

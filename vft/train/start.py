@@ -1,7 +1,8 @@
 """Where a run that continues a checkpoint starts: its weights, in a model that may have other sizes.
 
 What both models have is reused; tables that grow (registers, positions, classes) keep their entries, and the new ones
-start as those of a new model do, registers at the places of earlier ones. Nothing else may differ.
+start as those of a new model do, registers at the places of earlier ones; a generator of classes may become one of
+captions. Nothing else may differ.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def tokenizer(
     old = Tokenizer.from_pretrained(reference)
     model = Tokenizer(parse_config(_resized(old, registers, size, frames, codec, channels)), old.name)
     model.steps, model.guidance = old.steps, old.guidance
-    if (model.config.codec, model.config.channels) == (old.config.codec, old.config.channels):
-        model._codec_state = old.codec_state
+    # a codec that follows another is an embedded one, whose refiner looks at pixels
+    model._codec_state = old.codec_state
     new = {}
     for (name, parameter), before in zip(model.named_parameters(), old.parameters(), strict=True):
         now, before = _by_channel(name, parameter.data, model.config), _by_channel(name, before.data, old.config)
@@ -237,8 +238,8 @@ def generator_config(before: dict, now: dict, force: bool = False) -> dict:
             f"the generator's tokens are those of a tokenizer of fingerprint {old.fingerprint}, got "
             f"{now['tokenizer']!r} of {now['fingerprint']}; --force goes on all the same"
         )
-    kept = {name: getattr(old, name) for name in ("depth", "head_bias", "n_ctx_null")}
-    return now | {name: value for name, value in kept.items() if name in before}
+    kept = ("depth", "head_bias") if added else ("depth", "head_bias", "n_ctx_null")
+    return now | {name: getattr(old, name) for name in kept if name in before}
 
 
 def _new_captions(before: str, now: str) -> bool:
@@ -255,6 +256,13 @@ def generator(model: Generator, reference: str, weights: Weights) -> Start:
     """
     before, tensors = _config(weights.config), dict(weights.tensors)
     wanted, rows, new = model.published(), {"pos_emb": _positions(before, model.config)}, {}
+    sizes = {"sos": (before.width,), "pos_emb": (before.seq_len + 1, before.width)}
+    if before.cond == "class":
+        sizes["cls_emb.weight"] = before.n_classes + 1, before.width
+    for name, size in sizes.items():
+        if name not in tensors or tensors[name].shape != size:
+            found = list(tensors[name].shape) if name in tensors else "none"
+            raise checkpoint.CheckpointError(f"{name} must be [{', '.join(map(str, size))}], got {found}")
     if model.cls_emb is not None:
         rows["cls_emb.weight"] = _classes(before, model.config)
     if _new_captions(before.cond, model.config.cond):
@@ -262,7 +270,7 @@ def generator(model: Generator, reference: str, weights: Weights) -> Start:
         for block in model.blocks:
             nn.init.zeros_(block.xattn.proj.weight)
         # in one dtype, so that a half-precision checkpoint's sum is not rounded again
-        tensors["sos"] = tensors["sos"].float() + tensors.pop("cls_emb.weight")[-1].float()
+        tensors["sos"] = tensors["sos"].float() + tensors.pop("cls_emb.weight")[before.n_classes].float()
     checkpoint.fill({name: p for name, p in wanted.items() if name not in rows}, _without(tensors, rows))
     for name, index in rows.items():
         known = torch.tensor([i is not None for i in index])

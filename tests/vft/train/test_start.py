@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import flexkernels
 import vft
-from vft import cli
+from vft import checkpoint, cli
 from vft.config import make_config, parse_config
 from vft.evaluate import held_out
 from vft.packing import Member
@@ -219,8 +219,7 @@ def test_a_generator_of_classes_goes_on_with_captions(old, old_generator, tmp_pa
     )  # fmt: skip
     task = generator.GeneratorTask(settings, vft.Tokenizer.from_pretrained(old), start.read_generator(old_generator))
     lost = sum(p.numel() for name, p in before.named_parameters() if name == "cls_emb.weight")
-    held = sum(n for name, n in task.start.new.items())
-    kept = sum(p.numel() for p in task.model.parameters()) - held
+    kept = sum(p.numel() for p in task.model.parameters()) - sum(task.start.new.values())
     with safe_open(old_generator / "model.safetensors", "pt") as file:
         assert kept == sum(file.get_tensor(name).numel() for name in file.keys()) - lost
     # before a step, whatever is said: the null class
@@ -232,6 +231,19 @@ def test_a_generator_of_classes_goes_on_with_captions(old, old_generator, tmp_pa
     after = vft.Generator.from_pretrained(tmp_path)
     said = [after.logits(ids[:1], text_emb=emb, text_mask=mask) for emb, mask in map(embed, (["red"], ["blue"]))]
     assert not torch.equal(*said)
+    # by factors alone, what is new is trained whole
+    generator.train(tmp_path / "lora", replace(settings, lora=2, steps=1))
+    factored = vft.Generator.from_pretrained(tmp_path / "lora")
+    assert torch.equal(factored.pos_emb, before.pos_emb) and factored.blocks[0].xattn.proj.weight.any()
+    # a config that states all its fields, and damage
+    config, tensors = start.read_generator(old_generator)
+    raw = {"cond": "text", "vocab": 64, "ctx_dim": 64, "n_ctx_null": 1, "fingerprint": config["fingerprint"]}
+    assert start.generator_config(config | {"n_ctx_null": 0}, raw)["n_ctx_null"] == 1
+    short = tensors["cls_emb.weight"][1:]
+    for name, tensor, got in (("cls_emb.weight", short, r"\[8, 64\]"), ("sos", None, "none")):
+        damaged = {key: value for key, value in (tensors | {name: tensor}).items() if value is not None}
+        with pytest.raises(checkpoint.CheckpointError, match=rf"{name} must be \[.*64\], got {got}"):
+            start.generator(task.model, "x", start.Weights(config, damaged))
     with pytest.raises(ValueError, match="condition must be that of the checkpoint, 'text', got 'class'"):
         generator.train(tmp_path / "no", replace(settings, start=str(tmp_path), condition="class"))
 
