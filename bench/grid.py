@@ -11,6 +11,7 @@ trained on the tokens of each, and the classifier of ``vft eval`` names the moti
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from vft import evaluate
 from vft.config import make_config
 from vft.layers import Decoder, Encoder, embed_patches, grids_of, run_blocks, unpatchify
 from vft.packing import TOKENS, Member, Packing
-from vft.train import generator, initial, loop, tokenizer
+from vft.train import generator, initial, loop, state, tokenizer
 
 # tokens a latent frame of the generators: as many as the grid has, and few registers
 KEEPS = {"grid": (16,), "registers": (16, 4)}
@@ -125,19 +126,16 @@ def train(part: str, folder: Path, args) -> None:
     loop.train(folder / part, settings, generator.GeneratorTask(settings, tokens), engine=engine)
 
 
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def report(folder: Path, args) -> dict:
+    """On the CPU, as ``vft eval``."""
     names = ("steps", "generator_steps", "clips", "bf16", "samples")
     found = {
-        "what": "tokens at the patches beside registers, trained alike", "machine": machine(args.device),
+        "what": "tokens at the patches beside registers, trained alike", "machine": machine("cpu"),
         "settings": {name: getattr(args, name) for name in names},
     }  # fmt: skip
     judge = None
     for kind, (registers, _, model) in KINDS.items():
-        tokens = model.from_pretrained(folder / kind, device=args.device)
+        tokens = model.from_pretrained(folder / kind)
         keeps = evaluate.budgets(registers) if kind == "registers" else [registers]
         row = {
             "parameters": sum(p.numel() for p in tokens.parameters()),
@@ -145,9 +143,9 @@ def report(folder: Path, args) -> dict:
         }  # fmt: skip
         for keep in KEEPS[kind]:
             model_folder = folder / f"{kind}-{keep}"
-            made = vft.Generator.from_pretrained(model_folder, device=args.device)
+            made = vft.Generator.from_pretrained(model_folder)
             judge = judge or evaluate.judge(tokens, args.samples)
-            loss = sum(losses(model_folder)[-LAST:]) / LAST
+            loss = statistics.mean(line["loss"] for line in state.read_log(model_folder)[-LAST:])
             row["generators"][str(keep)] = {
                 "tokens a clip": made.config.seq_len, "loss, nats a token": round(loss, 4),
                 "loss, nats a clip": round(loss * made.config.seq_len, 1),

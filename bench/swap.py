@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import vft
+from vft.commands.options import at_least
 from vft.evaluate import HELD_OUT_SEED, budgets
 from vft.files import replacing
 from vft.train.procedural import batch
@@ -47,19 +48,18 @@ def shares(model, ids: list[torch.Tensor], keeps) -> dict[int, tuple[float, floa
 
 def picture(model, ids: list[torch.Tensor], path: Path) -> None:
     first, second = (ids[i] for i in SHOWN)
-    rows = [("a clip", first), ("another", second)]
-    rows += [(f"the first with\n{k} token{'s' * (k > 1)} a frame\nof the other", None) for k in (1, 8)]
-    for i, k in ((2, 1), (3, 8)):
-        rows[i] = rows[i][0], swapped([first], [second], k)[0]
-    frames = [to_uint8(model.codec.decode(torch.stack(model.decode_latents([rows])))) for _, rows in rows]
+    shown = {"a clip": first, "another": second}
+    for k in (1, 8):
+        shown[f"the first with\n{k} token{'s' * (k > 1)} a frame\nof the other"] = swapped([first], [second], k)[0]
+    decode = lambda rows: to_uint8(model.codec.decode(torch.stack(model.decode_latents([rows]))))  # noqa: E731
     with replacing(path) as temporary:
-        contact_sheet([(name, clip) for (name, _), clip in zip(rows, frames, strict=True)]).save(temporary, "png")
+        contact_sheet([(name, decode(rows)) for name, rows in shown.items()]).save(temporary, "png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--clips", type=at_least(1 + max(SHOWN)), default=64)
     parser.add_argument("--plot", type=Path, help="picture of two clips, and of one with tokens of the other")
     args = parser.parse_args()
     model = vft.Tokenizer.from_pretrained(args.model)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 LINEAR = "linear"
 LAPPED = "lapped"
 VIDTOK = "vidtok_kl_causal_488_16chn"
+EMBEDDED = LINEAR, LAPPED
 
 
 class Codec(torch.nn.Module):
@@ -60,7 +61,8 @@ class Codec(torch.nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents, floating [B, C, 1 + k, h, w] -> video, float32 [B, 3, 1 + 4k, 8h, 8w].
+        """Latents, floating [B, C, 1 + k, h, w] -> video, float32 [B, 3, 1 + 4k, 8h, 8w], by the refiner where there is
+        one.
 
         The video is not clamped: values may leave [-1, 1]. Raises TypeError for integers, ValueError for a wrong shape.
         """

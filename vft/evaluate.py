@@ -21,7 +21,7 @@ from .files import replacing
 from .generator import Generator
 from .metrics import METRICS
 from .tokenizer import Tokenizer
-from .train import classifier, procedural
+from .train import classifier, named, procedural
 from .video import preprocess, read_video
 
 # training, and fitting the embedded codec, use other seeds
@@ -40,7 +40,7 @@ def budgets(registers: int) -> list[int]:
 
 def held_out(model: Tokenizer, count: int, keeps: Sequence[int], **options) -> dict[str, dict[str, float]]:
     """Mean metrics of ``count`` held-out clips for each k, with the :func:`rate`, and under "codec" those of the latent
-    codec alone.
+    codec alone, with the refiner of a checkpoint that has one.
 
     ``options`` (steps, guidance, ...) go to ``model.decode_latents``.
     """
@@ -214,10 +214,10 @@ def subject(generator: Generator) -> classifier.Subject:
                 f"got {config.ctx_dim}"
             )
         return classifier.NAMED
-    if config.n_classes != len(procedural.FAMILIES):
+    if config.n_classes != len(procedural.FAMILIES) or (config.classes or procedural.FAMILIES) != procedural.FAMILIES:
         raise ValueError(
             f"generator {generator.name!r} must have the classes {', '.join(procedural.FAMILIES)} to be judged, got "
-            f"{config.n_classes} classes"
+            f"{', '.join(config.classes) or f'{config.n_classes} classes'}"
         )
     return classifier.MOTION
 
@@ -248,21 +248,19 @@ def class_accuracy(
     generator gives: the most that generation can reach.
     """
     labels = torch.arange(count) % len(procedural.FAMILIES)
-    shape = tokenizer.codec.latent_shape(tokenizer.config.chunk_size, tokenizer.size, tokenizer.size)
+
+    def asked(part: slice) -> dict:
+        return {"class_id": labels[part].tolist()}
+
     generated = {}
     for guidance in guidances:
-        ids = []
-        for start in range(0, count, BATCH):
-            chosen = labels[start : start + BATCH].tolist()
-            ids += generator.generate(class_id=chosen, frames=shape[1], seed=start, guidance=guidance, **options)
-        name = "generated" if guidance == 1 else f"guidance {guidance:g}"
-        generated[name] = judge.accuracy(_decoded(tokenizer, ids), labels)
+        ids = _generated(generator, tokenizer, count, asked, guidance, **options)
+        generated[_name(guidance)] = judge.accuracy(_decoded(tokenizer, ids), labels)
     real_labels = torch.tensor([procedural.label(HELD_OUT_SEED, i) for i in range(count)])
     real = _clips(tokenizer, range(count))
-    seen = [i[:, : ids[0].shape[1]] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
     return {
         "held_out": judge.accuracy(real, real_labels),
-        "reconstructed": judge.accuracy(_decoded(tokenizer, seen), real_labels),
+        "reconstructed": judge.accuracy(_reconstructed(tokenizer, real, ids[0].shape[1]), real_labels),
         **generated,
     }
 
@@ -276,29 +274,46 @@ def word_accuracy(
 
     Arguments are those of :func:`class_accuracy`.
     """
-    named, indices = classifier.NAMED, range(count)
-    labels = named.labels(HELD_OUT_SEED, indices)
-    frames, size = tokenizer.config.chunk_size, tokenizer.size
-    real = named.clips(HELD_OUT_SEED, indices, size, frames, torch.get_num_threads())
-    emb, mask = words.embed([" ".join(named.facts(HELD_OUT_SEED, i)) for i in indices])
-    latent_frames = tokenizer.codec.latent_shape(frames, size, size)[1]
+    subject, indices = classifier.NAMED, range(count)
+    labels = subject.labels(HELD_OUT_SEED, indices)
+
+    def shares(video: torch.Tensor) -> dict[str, float]:
+        right = judge.right(video, labels)
+        columns = {**dict(zip(subject.questions, right.unbind(1), strict=True)), "all": right.all(1)}
+        return {name: float(column.float().mean()) for name, column in columns.items()}
+
+    emb, mask = words.embed([named.caption(HELD_OUT_SEED, i) for i in indices])
+
+    def asked(part: slice) -> dict:
+        return {"text_emb": emb[part], "text_mask": mask[part]}
+
     generated = {}
     for guidance in guidances:
-        ids = []
-        for start in range(0, count, BATCH):
-            part = slice(start, start + BATCH)
-            ids += generator.generate(
-                text_emb=emb[part], text_mask=mask[part], frames=latent_frames, seed=start, guidance=guidance, **options
-            )
-        generated["generated" if guidance == 1 else f"guidance {guidance:g}"] = _decoded(tokenizer, ids)
-    seen = [i[:, : ids[0].shape[1]] for i in tokenizer.encode_latents(tokenizer.codec.encode(real))]
-    clips = {"held_out": real, "reconstructed": _decoded(tokenizer, seen), **generated}
-    return {name: _shares(named, judge.right(video, labels)) for name, video in clips.items()}
+        ids = _generated(generator, tokenizer, count, asked, guidance, **options)
+        generated[_name(guidance)] = shares(_decoded(tokenizer, ids))
+    size, frames = tokenizer.size, tokenizer.config.chunk_size
+    real = subject.clips(HELD_OUT_SEED, indices, size, frames, torch.get_num_threads())
+    seen = _reconstructed(tokenizer, real, ids[0].shape[1])
+    return {"held_out": shares(real), "reconstructed": shares(seen), **generated}
 
 
-def _shares(subject: classifier.Subject, right: torch.Tensor) -> dict[str, float]:
-    columns = {**dict(zip(subject.questions, right.unbind(1), strict=True)), "all": right.all(1)}
-    return {name: float(column.float().mean()) for name, column in columns.items()}
+def _generated(generator: Generator, tokenizer: Tokenizer, count: int, asked, guidance: float, **options) -> list:
+    """Ids of ``count`` clips of the tokenizer's length; ``asked(slice)`` are the conditions of a part of them."""
+    frames = tokenizer.codec.latent_shape(tokenizer.config.chunk_size, tokenizer.size, tokenizer.size)[1]
+    ids: list[torch.Tensor] = []
+    for start in range(0, count, BATCH):
+        part = asked(slice(start, min(start + BATCH, count)))
+        ids += generator.generate(**part, frames=frames, seed=start, guidance=guidance, **options)
+    return ids
+
+
+def _name(guidance: float) -> str:
+    return "generated" if guidance == 1 else f"guidance {guidance:g}"
+
+
+def _reconstructed(tokenizer: Tokenizer, clips: torch.Tensor, keep: int) -> torch.Tensor:
+    """Clips through the tokenizer, by as many registers as a generator gives."""
+    return _decoded(tokenizer, [i[:, :keep] for i in tokenizer.encode_latents(tokenizer.codec.encode(clips))])
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[torch.Tensor]) -> torch.Tensor:
@@ -332,5 +347,5 @@ def table(result: dict) -> str:
     for name, accuracy in result.get("class_accuracy", {}).items():
         lines.append(f"class accuracy, {name}: {accuracy:.3f}")
     for name, accuracies in result.get("word_accuracy", {}).items():
-        lines.append(f"{name}: {', '.join(f'{word} {share:.3f}' for word, share in accuracies.items())}")
+        lines.append(f"words shown, {name}: {', '.join(f'{word} {share:.3f}' for word, share in accuracies.items())}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ KEEPS = (1, 4, 16, 64)
 # samples with rows of their own in the contact sheet
 SHEET_SAMPLES = 4
 DEFAULT_SIZE = 256
+# letters of a caption in a picture's labels
+LABEL = 32
 
 
 def tokens(generator, tokenizer, *condition, fps: float, size: int | None = None, **options) -> list[VideoTokens]:
@@ -107,7 +110,7 @@ def in_words(k: int) -> str:
 def names(condition: dict, classes: Sequence[str], count: int, caption: str | None = None) -> list[str]:
     """What each sample shows, ``zoom 1``, ``zoom 2``, ..., for pictures; ``sample`` where neither a class nor a caption
     was asked for."""
-    asked = condition.get("class_id", caption)
+    asked = condition.get("class_id", caption and textwrap.shorten(caption, LABEL, placeholder="..."))
     if isinstance(asked, int):
         asked = classes[asked] if asked < len(classes) else f"class {asked}"
     return [f"{asked or 'sample'} {i + 1}" for i in range(count)]

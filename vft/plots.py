@@ -37,7 +37,8 @@ def training_loss(folder: Path, output: Path) -> None:
 
 
 def evaluation(result: dict, output: Path) -> None:
-    """Draws the result of ``vft eval``: metrics over registers, what registers control, loss, class accuracy."""
+    """Draws the result of ``vft eval``: metrics over registers, what registers control, loss, and how
+    often clips show the class or the words asked for."""
     losses = result.get("training_loss", {})
     count = len(METRICS) + 1 + len(losses) + sum(name in result for name in ("class_accuracy", "word_accuracy"))
     page = figure(4 * ((count + 1) // 2), 7)

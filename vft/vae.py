@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from .blocks import to_blocks, to_frames
-from .codec import LAPPED, LINEAR, VIDTOK, Codec, read_weights
+from .codec import EMBEDDED, LAPPED, LINEAR, VIDTOK, Codec, read_weights
 from .files import replacing
 from .lapped import LappedCodec
 from .refiner import Refiner
@@ -84,7 +84,7 @@ def load_codec(name: str, state_dict: dict[str, torch.Tensor] | None = None, cha
     `channels` choose between those of "lapped" (None: the most). Raises ValueError for an unknown name, a state_dict
     that is missing, unwanted or does not fit, or channels that the codec "lapped" does not come with.
     """
-    if name in (LINEAR, LAPPED):
+    if name in EMBEDDED:
         codec = LinearCodec.load() if name == LINEAR else LappedCodec.embedded(*filter(None, [channels]))
         if state_dict is not None:
             codec.refiner = Refiner.from_state_dict(state_dict)

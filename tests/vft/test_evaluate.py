@@ -9,7 +9,7 @@ import vft
 from vft import cli, evaluate, metrics
 from vft.config import make_config, parse_config, parse_generator_config
 from vft.train import classifier, procedural
-from vft.words import embed
+from vft.words import MOTIONS, embed
 
 SMALL = make_config(
     encoder_width=32, encoder_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, registers=3, codec="linear",
@@ -182,13 +182,18 @@ def test_class_accuracy_is_that_of_the_judge():
     assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
 
 
-def test_a_classifier_of_words_learns():
-    """Colours first: three heads of one network."""
+def test_a_classifier_of_words_learns(monkeypatch):
+    """Three heads of one network, of clips that are not mirrored: left is not right."""
+    monkeypatch.setattr(classifier, "_mirrored", None)
     named, seen = classifier.NAMED, range(80)
-    model = classifier.train(32, 9, steps=40, clips=80, subject=named)
+    model = classifier.train(32, 9, steps=60, clips=80, subject=named)
     labels = named.labels(classifier.SEED, seen)
     right = model.right(named.clips(classifier.SEED, seen, 32, 9), labels)
-    assert right.shape == labels.shape == (80, 3) and right[:, 0].float().mean() > 0.4
+    assert right.shape == labels.shape == (80, 3)
+    # by chance 1/8, 1/4, 1/8
+    assert (right.float().mean(0) > torch.tensor([0.4, 0.35, 0.25])).all(), right.float().mean(0)
+    with pytest.raises(ValueError, match="one question"):
+        model.accuracy(torch.zeros(1, 3, 9, 32, 32), labels[:1, 0])
     assert named.facts(classifier.SEED, 3) == tuple(
         answers[i] for answers, i in zip(named.questions.values(), labels[3], strict=True)
     )
@@ -205,7 +210,7 @@ def test_word_accuracy_is_that_of_the_judge():
             self.seen.append(clips)
             right = torch.ones_like(labels).bool()
             right[::2, 1] = False
-            right[:, 2] = len(self.seen) > 2
+            right[:, 2] = len(self.seen) <= 2
             return right
 
     config = {
@@ -225,7 +230,7 @@ def test_word_accuracy_is_that_of_the_judge():
     half = {"colour": 1.0, "shape": 0.5, "motion": 1.0, "all": 0.5}
     none = half | {"motion": 0.0, "all": 0.0}
     assert result == {"held_out": none, "reconstructed": none, "generated": half, "guidance 3": half}
-    real, seen, plain, guided = judge.seen
+    plain, guided, real, seen = judge.seen
     assert metrics.psnr(seen, real).mean() > 14 and not torch.equal(plain, guided)
     wanted = " ".join(classifier.NAMED.facts(evaluate.HELD_OUT_SEED, 1))
     emb, mask = embed([wanted])
@@ -241,6 +246,7 @@ def test_what_cannot_be_judged_is_named():
             "captions of vft.words, 64 channels, .* got 512",
         ),
         ({"cond": "class", "n_classes": 3}, "the classes pan, .* to be judged, got 3 classes"),
+        ({"cond": "class", "n_classes": 8, "classes": list(MOTIONS)}, "the classes pan, .* got moving left, "),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate.subject(vft.Generator(parse_generator_config(common | raw)))

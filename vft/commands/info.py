@@ -65,9 +65,18 @@ def _tokenizer(target: str) -> dict:
         "frame size": f"{model.size}x{model.size}" if model.size else "any multiple of 16",
         "chunk": f"{model.config.chunk_size} frames", "registers": model.registers,
         "codebook": f"{math.prod(levels)} ids, levels {','.join(map(str, levels))}",
+        "codec": model.config.codec + _refiner(model),
         "memory": f"{sum(p.numel() for p in model.parameters()) * 4 / 2**20:.0f} MiB of weights in float32",
         "decodes in": f"{model.steps} steps, guidance {model.guidance or 'none'}",
     }  # fmt: skip
+
+
+def _refiner(model) -> str:
+    from vft.codec import EMBEDDED
+
+    # the weights of other codecs may lie elsewhere
+    refiner = model.codec.refiner if model.codec_state and model.config.codec in EMBEDDED else None
+    return "" if refiner is None else f", and a refiner of {sum(p.numel() for p in refiner.parameters())} parameters"
 
 
 def _parameters(model, target: str, suffix: str = "") -> str:
@@ -75,7 +84,8 @@ def _parameters(model, target: str, suffix: str = "") -> str:
     from vft import checkpoint
 
     effective = sum(p.numel() for p in model.parameters())
-    stored = sum(t.numel() for t in checkpoint.read(target, suffix)[1].values())
+    tensors = checkpoint.read(target, suffix)[1]
+    stored = sum(t.numel() for name, t in tensors.items() if not name.startswith(checkpoint.CODEC_PREFIX))
     return f"{effective}" if stored == effective else f"{stored} stored, {effective} effective"
 
 

@@ -93,7 +93,9 @@ class Classifier(nn.Module):
         return torch.cat(guesses) == labels
 
     def accuracy(self, clips: torch.Tensor, labels: torch.Tensor) -> float:
-        """How often the only question is answered right; labels ``[B]``."""
+        """How often the only question is answered right; labels ``[B]``. Raises ValueError where there are more."""
+        if len(self.sizes) != 1:
+            raise ValueError(f"a classifier must have one question to have an accuracy, got {len(self.sizes)}")
         return float(self.right(clips, labels[:, None]).float().mean())
 
 
@@ -127,8 +129,8 @@ def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS, subjec
         if not subject.directed:
             x = _mirrored(x, generator)
         answers = zip(model(x).split(model.sizes, 1), y.unbind(1), strict=True)
-        loss = sum(F.cross_entropy(logits, wanted, label_smoothing=0.05) for logits, wanted in answers)
-        loss.backward()
+        losses = [F.cross_entropy(logits, wanted, label_smoothing=0.05) for logits, wanted in answers]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

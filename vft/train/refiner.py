@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..codec import LAPPED, LINEAR
+from ..codec import EMBEDDED
 from ..refiner import Refiner
 from ..tokenizer import Tokenizer
 from . import data, loop
@@ -99,7 +99,7 @@ class RefinerTask:
     def __init__(self, settings: RefinerSettings) -> None:
         self.settings = settings
         tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
-        if tokenizer.config.codec not in (LINEAR, LAPPED):
+        if tokenizer.config.codec not in EMBEDDED:
             raise ValueError(f"tokenizer must have an embedded codec to be refined, got {tokenizer.config.codec!r}")
         if tokenizer.size is None:
             raise ValueError(f"tokenizer {tokenizer.name!r} must have a working size")

@@ -4,7 +4,7 @@
                        model, data and start as JSON metadata; never pickle
     failed.safetensors the same from before the step whose loss was not finite, and failed.json: that step and batch
     log.jsonl          one line a step: loss, gradient norm, learning rate, seconds, clips a second
-    model.safetensors  the EMA weights in float16, for ``from_pretrained``
+    model.safetensors  the model of the EMA weights, mostly in float16, for ``from_pretrained``
     skipped.<rank>.json  files of the data that could not be read, and why
 
 Files are replaced whole, so a run that is killed at any moment, or meets a full disk, keeps its last state.
@@ -119,7 +119,7 @@ def refuse_difference(folder: Path, before: dict, now: dict) -> None:
 def _kind(facts: dict) -> str:
     if "cond" in facts["model"]:
         return "a generator"
-    # a tokenizer is trained for no other
+    # only the settings of a refiner, beside those of a generator, name a tokenizer
     return "a refiner" if "tokenizer" in facts["settings"] else "a tokenizer"
 
 

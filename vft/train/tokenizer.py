@@ -140,7 +140,7 @@ class TokenizerTask:
     """Rectified flow with nested dropout; see :mod:`vft.train.loss`."""
 
     example = "vft reconstruct VIDEO -o out.mp4 --model {}"
-    # what is made where no checkpoint is continued
+    # the class of a new model, and of its average
     made = Tokenizer
 
     def __init__(self, settings: TokenizerSettings, config: dict) -> None:
