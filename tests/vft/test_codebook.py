@@ -67,7 +67,8 @@ def test_codebook_cross_entropy(monkeypatch, dtype, parts, rows, levels):
     ours, theirs = both(codebook_cross_entropy, h, features), both(plain, h, features)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
     for got, peer, want in zip(ours, theirs, exact, strict=True):
-        step = 8 * torch.finfo(got.dtype).eps * want.abs().max()
+        # instructions for bfloat16 round sums of products on the way
+        step = (8 if dtype == torch.float32 else 32) * torch.finfo(got.dtype).eps * want.abs().max()
         assert (got - want).abs().max() <= 2 * (peer - want).abs().max() + step
 
 

@@ -59,7 +59,7 @@ def test_samples_are_named_in_words():
     assert generation.names({"class_id": 1}, (), 1) == ["class 1 1"]
     assert generation.names({}, (), 1) == ["sample 1"]
     assert generation.names({"text_emb": 0}, (), 1, "red disc") == ["red disc 1"]
-    assert generation.names({}, (), 1, "a cat " * 20) == ["a cat a cat a cat a cat a... 1"]
+    assert generation.names({}, (), 1, "a cat " * 20) == ["a cat a cat a cat a cat a cat... 1"]
     assert [generation.in_words(k) for k in (1, 4)] == ["1 token\na frame", "4 tokens\na frame"]
 
 
