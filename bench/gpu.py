@@ -10,7 +10,8 @@ FOLDER gets the output of each stage as STAGE.log, written as it comes, and
     report.json     bench/report.py, case by case; report.md and report.png
     runs.json       whole models at their real size (bench/models.py)
     tuning/         tables of tiles for flexkernels/tuning (bench/tune.py)
-    tokenizer/, generator/   with --only train: the embedded models anew, eval.json: what they are worth
+    tokenizer/, generator/   with --only train: the embedded models anew (and the runs on the way to them), eval.json:
+                    their rate and distortion
 
 A failed build ends the run, another failed stage does not stop the later ones; the exit code is then 1. Time that a
 stage leaves is there for the next.
@@ -191,20 +192,29 @@ def tune(out: Path, log, seconds: float) -> int:
 
 
 # seconds of a run whose pace tells how many steps there is time for, and that loading and saving take
-PACE, AROUND = (2, 16) if STANDIN else (45, 20)
-TRAINED = {
-    "tokenizer": ["--codec", "lapped", "--registers", "128", "--recipe", "2", "--edges", "4", "--early", "0.4"],
-    "generator": ["--tokenizer", "TOKENIZER"],
-}
+PACE, AROUND = (2, 16) if STANDIN else (15, 20)
+# The way of docs/models.md: (folder, share of the time, kind of run, options, {option: the folder of a run before})
+LAPPED = ["--codec", "lapped", "--recipe", "2", "--edges", "4"]
+MORE_REGISTERS = ["--registers", "128", "--teach", "--recipe", "2", "--learning-rate", "2e-3"]
+ITS_DECODER = ["--freeze-encoder", "--recipe", "2", "--edges", "4", "--early", "0.4", "--learning-rate", "1.2e-3"]
+RUNS = (
+    ("first", 0.3, "tokenizer", [*LAPPED, "--registers", "32", "--early", "0.5"], {}),
+    ("taught", 0.18, "tokenizer", MORE_REGISTERS, {"--from": "first"}),
+    ("decoder", 0.15, "tokenizer", ITS_DECODER, {"--from": "taught"}),
+    ("tokenizer", 0.12, "refiner", ["--recipe", "2"], {"--tokenizer": "decoder"}),
+    ("generator", 0.16, "generator", ["--tokens-per-frame", "24"], {"--tokenizer": "tokenizer"}),
+)
+# steps are few in the stand-in, whose rates would not fall
 SIZES = (
-    ["--batch", "2", "--clips", "4", "--warmup", "4"] if STANDIN else ["--batch", "128", "--clips", "60000", "--bf16"]
+    ["--batch", "2", "--clips", "4", "--warmup", "1"]
+    if STANDIN
+    else ["--batch", "128", "--clips", "60000", "--bf16", "--warmup", "50"]
 )
 
 
-def train_one(kind: str, out: Path, log, seconds: float) -> int:
+def train_one(kind: str, options: list, folder: Path, log, seconds: float) -> int:
     """A run of `vft train` that ends in time, its learning rate at the end of its fall."""
-    end, folder = time.monotonic() + seconds, out / kind
-    options = [str(out / "tokenizer") if word == "TOKENIZER" else word for word in TRAINED[kind]]
+    end = time.monotonic() + seconds
     command = [PYTHON, "-m", "vft", "train", kind, "-o", folder, *options, *SIZES]
     code = call([*command, "--steps", "1000000", "--minutes", PACE / 60], log, seconds)
     if code == 0:
@@ -219,12 +229,14 @@ def train_one(kind: str, out: Path, log, seconds: float) -> int:
 
 
 def train(out: Path, log, seconds: float) -> int:
-    """Tokenizer, generator and their numbers, in 60, 35 and 5 hundredths of the time."""
+    """The runs of RUNS, then what the models are worth, in the time that is left."""
     end = time.monotonic() + seconds
-    code = train_one("tokenizer", out, log, 0.6 * seconds) or train_one("generator", out, log, 0.35 * seconds)
-    command = [PYTHON, "-m", "vft", "eval", "--model", out / "tokenizer", "-o", out / "eval.json"]
-    command += ["--clips", "4"] if STANDIN else ["--generator", out / "generator"]
-    return code or call(command, log, end - time.monotonic())
+    for name, share, kind, options, before in RUNS:
+        given = [part for option, folder in before.items() for part in (option, out / folder)]
+        if code := train_one(kind, [*options, *given], out / name, log, share * seconds):
+            return code
+    command = [PYTHON, "-m", "vft", "eval", "--model", out / "tokenizer", "-o", out / "eval.json", "--clips"]
+    return call([*command, 4 if STANDIN else 64], log, end - time.monotonic())
 
 
 def stages(given: Path | None) -> list[Stage]:
@@ -243,7 +255,7 @@ def stages(given: Path | None) -> list[Stage]:
 
 
 # only where --only names them
-MORE = [Stage("train", 90 if STANDIN else 500, train)]
+MORE = [Stage("train", 300 if STANDIN else 500, train)]
 
 
 def last_line(path: Path) -> str:

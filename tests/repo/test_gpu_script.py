@@ -14,6 +14,7 @@ import pytest
 from paths import ROOT
 
 import flexkernels
+import vft
 
 STAGES = ["build", "info", "tests", "memcheck", "racecheck", "warm", "report", "models", "tune"]
 
@@ -130,11 +131,16 @@ def test_models_are_trained_in_the_time_there_is(checkout, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (tmp_path / "train.log").read_text()[-2000:]
     assert done.stdout.count("== ") == 1
-    for kind in ("tokenizer", "generator"):
-        steps = [json.loads(line) for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
+    for name in ("first", "taught", "decoder", "tokenizer", "generator"):
+        steps = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         # nearly all of its fall, to 2%, and a last step before
-        assert steps[-1]["lr"] < 0.1 * max(step["lr"] for step in steps)
-        assert (tmp_path / kind / "model.safetensors").is_file()
+        assert steps[-1]["lr"] < 0.1 * max(step["lr"] for step in steps), name
+        assert (tmp_path / name / "model.safetensors").is_file()
+    tokenizer = vft.Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.registers == 128 and tokenizer.codec.refiner is not None
+    # the decoder and the refiner leave the tokens as they are
+    assert tokenizer.fingerprint == vft.Tokenizer.from_pretrained(tmp_path / "taught").fingerprint
+    assert vft.Generator.from_pretrained(tmp_path / "generator").config.fingerprint == tokenizer.fingerprint
     assert json.loads((tmp_path / "eval.json").read_text())["rate_distortion"]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from vft.config import make_config
-from vft.train import generator, tokenizer
+from vft.train import generator, refiner, tokenizer
 from vft.train.generator import GeneratorSettings
 from vft.train.loop import Engine, Settings
+from vft.train.refiner import RefinerSettings
 from vft.train.tokenizer import TokenizerSettings
 
 SMALL = make_config(
@@ -27,12 +28,17 @@ def generator_settings(folder: Path) -> GeneratorSettings:
     return GeneratorSettings(**COMMON, tokenizer=f"{folder}/one/model.safetensors", depth=1, tokens_per_frame=2)
 
 
+def refiner_settings(folder: Path) -> RefinerSettings:
+    return RefinerSettings(**COMMON | {"optimizer": "adamw"}, tokenizer=f"{folder}/one/model.safetensors")
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     for mode in ("ddp", "fsdp"):
         engine = Engine(parallel=mode)
         tokenizer.train(folder / mode, SETTINGS, config=SMALL, engine=engine)
         generator.train(folder / f"generator_{mode}", generator_settings(folder), engine=engine)
+        refiner.train(folder / f"refiner_{mode}", refiner_settings(folder), engine=engine)
     # a run of one process goes on sharded, in two accumulated halves, with recomputed activations
     engine = Engine(parallel="fsdp", accumulate=2, checkpoint=True)
     tokenizer.train(folder / "resumed", replace(SETTINGS, steps=3), config=SMALL, engine=engine)

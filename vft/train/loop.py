@@ -107,9 +107,15 @@ class Engine:
     workers: int = 0
 
 
-def add_arguments(parser: argparse.ArgumentParser, defaults: Settings) -> None:
-    """The arguments that every kind of run has; their defaults are others where a checkpoint is continued."""
-    add = parser.add_argument
+def add_arguments(parser: argparse.ArgumentParser, defaults: Settings, refused: tuple[str, ...] = ()) -> None:
+    """The arguments that every kind of run has; their defaults are others where a checkpoint is continued. The help
+    leaves out those that this kind refuses by name."""
+
+    def add(*names: str, **options) -> None:
+        if not set(refused).isdisjoint(names):
+            options["help"] = argparse.SUPPRESS
+        parser.add_argument(*names, **options)
+
     if any(word == "--from" or word.startswith("--from=") for word in parser.get_default("words") or ()):
         defaults = replace(defaults, **FINE_TUNING)
     add("-o", "--output", type=Path, required=True, help="folder of the run; an existing run is resumed")

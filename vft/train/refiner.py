@@ -44,7 +44,7 @@ class RefinerSettings(Settings):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vft train refiner`` beyond the common ones."""
     defaults = RefinerSettings()
-    loop.add_arguments(parser, defaults)
+    loop.add_arguments(parser, defaults, ("--from", "--lora", "--corruption", "--optimizer", "--checkpoint"))
     parser.add_argument("--tokenizer", default=defaults.tokenizer, help="whose frames to refine (default %(default)s)")
     parser.add_argument(
         "--edges", type=float, default=defaults.edges, help="weight of errors in edges (default %(default)s)"

@@ -12,9 +12,9 @@ import pytest
 import torch
 import train_worker
 from safetensors.torch import load_file
-from train_worker import SETTINGS, SMALL, generator_settings
+from train_worker import SETTINGS, SMALL, generator_settings, refiner_settings
 
-from vft.train import generator, parallel, tokenizer
+from vft.train import generator, parallel, refiner, tokenizer
 from vft.train.loop import Engine
 from vft.train.state import read_log
 
@@ -35,13 +35,14 @@ def start(folder: Path, ranks: int) -> list[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of one process in ``one`` and ``generator_one``, of two in the others."""
+    """Runs of one process in ``one``, ``generator_one`` and ``refiner_one``, of two in the others."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.manual_seed(0)
     tokenizer.train(folder / "one", SETTINGS, config=SMALL)
     tokenizer.train(folder / "resumed", SETTINGS, config=SMALL, minutes=0)
     processes = start(folder, 2)
     generator.train(folder / "generator_one", generator_settings(folder))
+    refiner.train(folder / "refiner_one", refiner_settings(folder))
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -58,7 +59,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("run", "alone"),
     [("ddp", "one"), ("fsdp", "one"), ("resumed", "one"), ("generator_ddp", "generator_one"),
-     ("generator_fsdp", "generator_one")],
+     ("generator_fsdp", "generator_one"), ("refiner_ddp", "refiner_one"), ("refiner_fsdp", "refiner_one")],
 )  # fmt: skip
 def test_two_processes_repeat_the_losses_of_one(runs, run, alone):
     assert len(losses(runs / run)) == SETTINGS.steps

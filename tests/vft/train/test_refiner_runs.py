@@ -106,3 +106,7 @@ def test_what_does_not_fit_is_named(old, tmp_path, capsys):
     assert (tmp_path / "b" / "model.safetensors").is_file()
     assert cli.main(["train", "tokenizer", "-o", str(tmp_path / "b")]) == 2
     assert "trains a refiner, not a tokenizer" in capsys.readouterr().err
+    # what is refused is not offered
+    assert cli.main(["train", "refiner", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--steps" in shown and not any(name in shown for name in ("--from", "--lora", "--optimizer", "--checkpoint"))
