@@ -130,6 +130,24 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
 
 
+def test_the_command_with_a_generator_of_captions(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
+    rows = {"held_out": {"colour": 0.75, "all": 0.5}, "generated": {"colour": 0.625, "all": 0.375}}
+    monkeypatch.setattr(evaluate.classifier, "train", lambda *_, subject, **amount: subject)
+    # asked of the classifier of words, and of no other
+    monkeypatch.setattr(
+        evaluate, "word_accuracy", lambda g, t, judge, n, **_: rows if judge is classifier.NAMED else None
+    )
+    monkeypatch.setattr(evaluate, "class_accuracy", None)
+    arguments = ["--model", str(tmp_path / "small.safetensors"), "-o", str(tmp_path / "out.json"), "--clips", "2"]
+    assert cli.main(["eval", *arguments, "--generator", "tiny_text"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["word_accuracy"] == rows and "class_accuracy" not in result
+    shown = capsys.readouterr().out
+    assert "words shown, generated: colour 0.625, all 0.375" in shown
+
+
 def test_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from PIL import Image
