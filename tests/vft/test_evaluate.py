@@ -180,6 +180,20 @@ def test_a_classifier_learns():
     assert model.accuracy(clips, labels) > 0.4
 
 
+@pytest.mark.parametrize("move", [(0, 0), (2, -3), (-1, 1)])
+def test_what_moved_fits_best_where_it_went(move):
+    still = torch.rand(2, 3, 1, 16, 16)
+    x = torch.cat([torch.roll(still, (i * move[0], i * move[1]), (3, 4)) for i in range(3)], 2)
+    errors = classifier.matches(x)
+    reach = classifier.REACH
+    side = 2 * reach + 1
+    assert errors.shape == (2, side * side, 2, 16, 16)
+    best = errors.argmin(1)[..., 4:-4, 4:-4]
+    assert (best == (move[0] + reach) * side + move[1] + reach).all()
+    # what is the same all over fits everywhere alike
+    assert classifier.matches(torch.ones(1, 3, 2, 16, 16)).abs().max() < 1e-6
+
+
 def test_class_accuracy_is_that_of_the_judge():
     class Judge:
         """Says right of real clips alone."""

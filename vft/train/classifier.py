@@ -3,7 +3,9 @@
 
 A tokenizer for short sequences keeps large things and where they go; detail and the motion between the frames of one
 latent frame are the first to be lost. So the classifier looks at motion from one latent frame to the next, at a low
-resolution, and has learned to do so through blur and noise. It has seen no tokenizer's output.
+resolution, and has learned to do so through blur and noise. It has seen no tokenizer's output. It is shown where each
+place went as a cost volume (Dosovitskiy et al., FlowNet, arXiv 1504.06852): without, convolutions of this size tell pan
+from translate no better than by chance.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ STEPS, BATCH, CLIPS = 2500, 64, 24000
 CLEAN, NOISE = 0.2, 0.3
 # changes from frame to frame are smaller than pixels
 CHANGE = 5.0
+# pixels that a place may move from frame to frame, and channels that what is known of it becomes
+REACH, MOVES = 3, 16
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,14 @@ NAMED = Subject({"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS}, named.c
 
 
 class Classifier(nn.Module):
-    """Space-time convolutions over what :func:`shrink` gives and its changes from frame to frame -> logits of the
-    answers to all questions of a subject."""
+    """Space-time convolutions over what :func:`shrink` gives, its changes and moves from frame to frame -> logits of
+    the answers to all questions of a subject."""
 
     def __init__(self, subject: Subject = MOTION, width: int = 32) -> None:
         super().__init__()
         self.sizes = [len(answers) for answers in subject.questions.values()]
-        sizes = [6, width, 2 * width, 4 * width, 4 * width]
+        sizes = [6 + MOVES, width, 2 * width, 4 * width, 4 * width]
+        self.moves = nn.Conv3d((2 * REACH + 1) ** 2, MOVES, 1)
         layers = []
         for i, (a, b) in enumerate(pairwise(sizes)):
             stride = (1, 2, 2) if i in (1, 2) else 1
@@ -78,7 +83,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[B, 3, F, 16, 16]`` as :func:`shrink` gives it, F > 1 -> ``[B, answers of all questions]``."""
-        x = torch.cat([x[:, :, 1:], CHANGE * x.diff(dim=2)], 1)
+        x = torch.cat([x[:, :, 1:], CHANGE * x.diff(dim=2), self.moves(matches(x))], 1)
         h = self.features(x).flatten(2)
         return self.head(torch.cat([h.mean(2), h.amax(2)], 1))
 
@@ -105,6 +110,21 @@ def shrink(clips: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"clips must have 1 + {STRIDE} k frames, k > 0, got {clips.shape[2]}")
     small = F.adaptive_avg_pool3d(clips.clamp(-1, 1), (clips.shape[2], SIDE, SIDE))
     return torch.cat([small[:, :, :1], small[:, :, 1:].unflatten(2, (-1, STRIDE)).mean(3)], 2)
+
+
+def matches(x: torch.Tensor) -> torch.Tensor:
+    """How ill each place of a frame fits the places around it in the next: ``[B, 3, F, H, W] -> [B, n, F - 1, H, W]``,
+    for n moves of up to ``REACH`` pixels along each axis, the log of the squared error of 3 x 3 pixels over its mean.
+    """
+    before, after = (part.transpose(1, 2).flatten(0, 1) for part in (x[:, :, :-1], x[:, :, 1:]))
+    after = F.pad(after, (REACH,) * 4, mode="replicate")
+    height, width = x.shape[3:]
+    moves = [(dy, dx) for dy in range(2 * REACH + 1) for dx in range(2 * REACH + 1)]
+    there = (after[:, :, dy : dy + height, dx : dx + width] for dy, dx in moves)
+    error = torch.stack([(before - place).square().mean(1) for place in there], 1)
+    # where nothing is to be seen, no move is better than another
+    error = F.avg_pool2d(F.pad(error, (1,) * 4, mode="replicate"), 3, 1) + 1e-3
+    return (error / error.mean(1, keepdim=True)).log().unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def train(size: int, frames: int, steps: int = STEPS, clips: int = CLIPS, subject: Subject = MOTION) -> Classifier:
