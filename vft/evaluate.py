@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from . import progress, words
 from .features import Network, frechet_distance
 from .files import replacing
-from .generator import Generator
+from .generator import Generator, time_first
 from .metrics import METRICS
 from .tokenizer import Tokenizer
 from .train import classifier, named, procedural
@@ -27,6 +28,8 @@ from .video import preprocess, read_video
 # training, and fitting the embedded codec, use other seeds
 HELD_OUT_SEED = 2_000_000
 BATCH = 16
+# sequences whose logits over all ids are in memory at once
+ROWS = 8
 # clips for which the classifier is trained in full
 FULL_CLIPS = 256
 # of the tokens of generated clips, 1 for none
@@ -222,6 +225,30 @@ def subject(generator: Generator) -> classifier.Subject:
     return classifier.MOTION
 
 
+@torch.no_grad()
+def generator_loss(generator: Generator, tokenizer: Tokenizer, count: int) -> float:
+    """Cross-entropy in nats a token of ``count`` held-out clips, given their classes or captions.
+
+    A training run logs that of clips it has seen: the lower that lies, the more would different clips (``--clips``)
+    help.
+    """
+    kind, losses = subject(generator), []
+    for start in progress.bar(range(0, count, ROWS), desc="generator's loss", unit="batch"):
+        indices = range(start, min(start + ROWS, count))
+        clips = kind.clips(HELD_OUT_SEED, indices, tokenizer.size, tokenizer.config.chunk_size, torch.get_num_threads())
+        ids = torch.stack([tokenizer.encode(clip[None]).ids for clip in clips]).long()
+        keep = max(1, generator.config.seq_len // max(ids.shape[1], generator.config.trained_frames))
+        flat = time_first(ids[:, :, :keep]).to(generator.device)
+        if kind is classifier.NAMED:
+            emb, mask = words.embed([named.caption(HELD_OUT_SEED, i) for i in indices])
+            condition = {"text_emb": emb, "text_mask": mask}
+        else:
+            condition = {"class_id": kind.labels(HELD_OUT_SEED, indices)[:, 0].tolist()}
+        logits = generator.logits(flat, **condition)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), flat, reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
 def judge(
     model: Tokenizer, count: int, subject: classifier.Subject = classifier.MOTION
 ) -> tuple[classifier.Classifier, dict[str, int]]:
@@ -344,6 +371,8 @@ def table(result: dict) -> str:
         lines += [f"{k:>6} {r['psnr']:>8.2f} {r['ssim']:>6.3f} {r['gmsd']:>6.3f}" for k, r in rows.items()]
     shares = " ".join(f"{share:.3f}" for share in result["control"])
     lines.append(f"share of the reconstruction that each register controls\n {shares}")
+    if "generator_loss" in result:
+        lines.append(f"generator, nats a token of held-out clips: {result['generator_loss']:.3f}")
     for name, accuracy in result.get("class_accuracy", {}).items():
         lines.append(f"class accuracy, {name}: {accuracy:.3f}")
     for name, accuracies in result.get("word_accuracy", {}).items():

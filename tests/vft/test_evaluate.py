@@ -1,6 +1,7 @@
 """The measures of ``vft eval`` against their formulas, and the command on a small model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import vft
 from vft import cli, evaluate, metrics
 from vft.config import make_config, parse_config, parse_generator_config
-from vft.train import classifier, procedural
+from vft.train import classifier, named, procedural
 from vft.words import MOTIONS, embed
 
 SMALL = make_config(
@@ -113,7 +114,19 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
         "class_accuracy",
         lambda g, t, judge, n, **more: given.update(more, judge=judge, n=n) or {"held_out": 1},
     )
-    arguments = ["eval", "-o", str(tmp_path / "out.json"), "--clips", "2", "--generator", "tiny"]
+    monkeypatch.setattr(evaluate, "generator_loss", lambda *_: 4.5)
+    torch.manual_seed(0)
+    vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
+    arguments = [
+        "eval",
+        "--model",
+        str(tmp_path / "small.safetensors"),
+        "-o",
+        str(tmp_path / "out.json"),
+        "--clips",
+        "2",
+    ]
+    arguments += ["--generator", "tiny"]
     assert cli.main([*arguments, "--temperature", "0.7"]) == 0
     assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
     motion, named = classifier.MOTION, classifier.NAMED
@@ -128,6 +141,7 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
     assert cli.main([*arguments, "--temperature", "-1"]) == 2
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["temperature"], result["class_accuracy"]) == (0.7, {"held_out": 1})
+    assert result["generator_loss"] == 4.5
 
 
 def test_the_command_with_a_generator_of_captions(tmp_path, monkeypatch, capsys):
@@ -140,12 +154,14 @@ def test_the_command_with_a_generator_of_captions(tmp_path, monkeypatch, capsys)
         evaluate, "word_accuracy", lambda g, t, judge, n, **_: rows if judge is classifier.NAMED else None
     )
     monkeypatch.setattr(evaluate, "class_accuracy", None)
+    monkeypatch.setattr(evaluate, "generator_loss", lambda g, t, n: n / 3)
     arguments = ["--model", str(tmp_path / "small.safetensors"), "-o", str(tmp_path / "out.json"), "--clips", "2"]
     assert cli.main(["eval", *arguments, "--generator", "tiny_text"]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["word_accuracy"] == rows and "class_accuracy" not in result
     shown = capsys.readouterr().out
     assert "words shown, generated: colour 0.625, all 0.375" in shown
+    assert result["generator_loss"] == 0.6667 and "nats a token of held-out clips: 0.667" in shown
 
 
 def test_a_picture(tmp_path, monkeypatch):
@@ -178,6 +194,29 @@ def test_a_classifier_learns():
     clips = procedural.batch(classifier.SEED, seen, 32, 9)
     labels = torch.tensor([procedural.label(classifier.SEED, i) for i in seen])
     assert model.accuracy(clips, labels) > 0.4
+
+
+def test_generator_loss_is_that_of_held_out_tokens(monkeypatch):
+    tokenizer, seen = vft.Tokenizer.from_pretrained("tiny"), []
+
+    def logits(self, flat, **condition):
+        seen.append((flat, condition))
+        # as likely as e to one for the first half of the positions, sure of the second
+        scale = torch.ones(flat.shape[1], 1).index_fill_(0, torch.arange(flat.shape[1] // 2, flat.shape[1]), 100.0)
+        return scale * torch.nn.functional.one_hot(flat, 64000).float()
+
+    monkeypatch.setattr(vft.Generator, "logits", logits)
+    loss = evaluate.generator_loss(vft.Generator.from_pretrained("tiny"), tokenizer, 9)
+    assert loss == pytest.approx(math.log(1 + 63999 / math.e) / 2, rel=1e-4)
+    assert [len(flat) for flat, _ in seen] == [8, 1]
+    labels = [procedural.label(evaluate.HELD_OUT_SEED, i) for i in range(9)]
+    assert [c for _, condition in seen for c in condition["class_id"]] == labels
+    clip = procedural.batch(evaluate.HELD_OUT_SEED, [8])
+    ids = tokenizer.encode(clip).ids
+    assert torch.equal(seen[1][0][0], ids[:, : seen[1][0].shape[1] // 5].T.flatten())
+    evaluate.generator_loss(vft.Generator.from_pretrained("tiny_text"), tokenizer, 1)
+    emb, mask = embed([named.caption(evaluate.HELD_OUT_SEED, 0)])
+    assert torch.equal(seen[2][1]["text_emb"], emb) and torch.equal(seen[2][1]["text_mask"], mask)
 
 
 @pytest.mark.parametrize("move", [(0, 0), (2, -3), (-1, 1)])

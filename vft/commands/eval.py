@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video", type=Path, nargs="*", help="video files (default: the shipped clip)")
     add(
         "--generator",
-        help="also measure how often clips of this generator ('tiny', 'tiny_text', file, folder) show the class or the "
-        "words asked for: trains a classifier first, for less time with fewer --clips",
+        help="also measure the loss of this generator ('tiny', 'tiny_text', file, folder) on held-out clips, and how "
+        "often its own show the class or the words asked for: trains a classifier first, for less time with fewer "
+        "--clips",
     )
     add("--temperature", type=float, default=1.0, help="of generated tokens (default: %(default)g)")
     add("--run", dest="training_runs", type=Path, nargs="+", default=[], help="training runs whose loss to show")
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if captions is not None:
         result["captions"] = evaluate.caption_scores(model, captions, videos, result["rate_distortion"])
     if args.generator:
+        result["generator_loss"] = round(evaluate.generator_loss(generator, model, args.clips), 4)
         judge, result["judge"] = evaluate.judge(model, args.clips, subject)
         result["temperature"] = args.temperature
         named = subject is classifier.NAMED
