@@ -4,8 +4,8 @@
 A tokenizer for short sequences keeps large things and where they go; detail and the motion between the frames of one
 latent frame are the first to be lost. So the classifier looks at motion from one latent frame to the next, at a low
 resolution, and has learned to do so through blur and noise. It has seen no tokenizer's output. It is shown where each
-place went as a cost volume (Dosovitskiy et al., FlowNet, arXiv 1504.06852): without, convolutions of this size tell pan
-from translate no better than by chance.
+place went as a cost volume (as in FlowNet, arXiv 1504.06852): without, convolutions of this size hardly tell a pan from
+things that move by themselves.
 """
 
 from __future__ import annotations
