@@ -27,7 +27,7 @@ def test_generated_tokens_are_decoded(generator, tmp_path):
     assert vft.VideoTokens.load(tmp_path / "a.vft").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize(("frames", "tokens"), [(1, 16), (5, 16), (8, 10)])
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 24), (5, 24), (8, 15)])
 def test_defaults_stay_inside_training(generator, frames, tokens):
     assert generator.config.trained_frames == 5
     with warnings.catch_warnings(record=True) as caught:
@@ -36,7 +36,7 @@ def test_defaults_stay_inside_training(generator, frames, tokens):
         *_, ids = generator.stream("zoom", frames=frames)
     assert ids.shape == (1, frames, tokens)
     said = [str(w.message) for w in caught if w.category is TokensWarning]
-    assert said == ["frames 8 are more than the 5 that the generator was trained on: 10 tokens a frame"] * (
+    assert said == ["frames 8 are more than the 5 that the generator was trained on: 15 tokens a frame"] * (
         2 * (frames > 5)
     )
 
@@ -47,9 +47,9 @@ def test_info_of_the_embedded_models(capsys):
     assert "registers" in tokenizer and "MiB of weights" in tokenizer and "stored" not in tokenizer
     for words in (
         "makes",
-        "5 latent frames of 16 tokens; at most 80 tokens",
+        "5 latent frames of 24 tokens; at most 120 tokens",
         "zoom, ",
-        " stored, 36004864 effective",
+        " stored, 36015104 effective",
         "MiB",
     ):
         assert words in generator, generator
