@@ -191,18 +191,19 @@ def tune(out: Path, log, seconds: float) -> int:
     return call(command, log, seconds)
 
 
-# seconds of a run whose pace tells how many steps there is time for, and that loading and saving take
-PACE, AROUND = (2, 16) if STANDIN else (15, 20)
+# seconds of a run whose pace tells how many steps there is time for (of which the first step takes 26 on an H200, where
+# it compiles), and that loading and saving take
+PACE, AROUND = (2, 16) if STANDIN else (35, 15)
 # The way of docs/models.md: (folder, share of the time, kind of run, options, {option: the folder of a run before})
 LAPPED = ["--codec", "lapped", "--recipe", "2", "--edges", "4"]
 MORE_REGISTERS = ["--registers", "128", "--teach", "--recipe", "2", "--learning-rate", "2e-3"]
 ITS_DECODER = ["--freeze-encoder", "--recipe", "2", "--edges", "4", "--early", "0.4", "--learning-rate", "1.2e-3"]
 RUNS = (
-    ("first", 0.3, "tokenizer", [*LAPPED, "--registers", "32", "--early", "0.5"], {}),
-    ("taught", 0.18, "tokenizer", MORE_REGISTERS, {"--from": "first"}),
-    ("decoder", 0.15, "tokenizer", ITS_DECODER, {"--from": "taught"}),
-    ("tokenizer", 0.12, "refiner", ["--recipe", "2"], {"--tokenizer": "decoder"}),
-    ("generator", 0.16, "generator", ["--tokens-per-frame", "24"], {"--tokenizer": "tokenizer"}),
+    ("first", 0.28, "tokenizer", [*LAPPED, "--registers", "32", "--early", "0.5"], {}),
+    ("taught", 0.2, "tokenizer", MORE_REGISTERS, {"--from": "first"}),
+    ("decoder", 0.16, "tokenizer", ITS_DECODER, {"--from": "taught"}),
+    ("tokenizer", 0.15, "refiner", ["--recipe", "2"], {"--tokenizer": "decoder"}),
+    ("generator", 0.15, "generator", ["--tokens-per-frame", "24"], {"--tokenizer": "tokenizer"}),
 )
 # steps are few in the stand-in, whose rates would not fall
 SIZES = (
@@ -221,6 +222,8 @@ def train_one(kind: str, options: list, folder: Path, log, seconds: float) -> in
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         first, last = lines[len(lines) // 2], lines[-1]
         pace = (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])
+        if len(lines) < 2:
+            pace = last["seconds"]
         steps = last["step"] + max(1, int((end - time.monotonic() - AROUND) / max(pace, 1e-3)))
         # in case the pace falls: a run that stops by itself keeps its state
         minutes = max(0.1, end - time.monotonic() - AROUND / 2) / 60
@@ -229,14 +232,14 @@ def train_one(kind: str, options: list, folder: Path, log, seconds: float) -> in
 
 
 def train(out: Path, log, seconds: float) -> int:
-    """The runs of RUNS, then what the models are worth, in the time that is left."""
+    """The runs of RUNS, then what the tokenizer is worth on a few clips, in the time that is left."""
     end = time.monotonic() + seconds
     for name, share, kind, options, before in RUNS:
         given = [part for option, folder in before.items() for part in (option, out / folder)]
         if code := train_one(kind, [*options, *given], out / name, log, share * seconds):
             return code
     command = [PYTHON, "-m", "vft", "eval", "--model", out / "tokenizer", "-o", out / "eval.json", "--clips"]
-    return call([*command, 4 if STANDIN else 64], log, end - time.monotonic())
+    return call([*command, 4 if STANDIN else 8], log, end - time.monotonic())
 
 
 def stages(given: Path | None) -> list[Stage]:

@@ -125,6 +125,10 @@ class GeneratorConfig:
         """Latent frames of a clip of training: where not stated, those of one published chunk, 17 frames."""
         return self.frames or min(5, self.seq_len)
 
+    def tokens_per_frame(self, frames: int) -> int:
+        """Of so many latent frames as fit into ``seq_len``, but no more than a frame had in training."""
+        return max(1, self.seq_len // max(frames, self.trained_frames))
+
     @property
     def heads(self) -> int:
         return self.depth

@@ -44,8 +44,7 @@ class Request:
         check_integer("frames", frames, 1)
         n = len(conditions)
         if tokens_per_frame is None:
-            # no more registers than a frame had in training
-            tokens_per_frame = max(1, config.seq_len // max(frames, config.trained_frames))
+            tokens_per_frame = config.tokens_per_frame(frames)
         budgets = [tokens_per_frame] * max(n, 1) if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
         if len(budgets) != max(n, 1):
             raise ValueError(f"tokens_per_frame must be one int or one a row ({n}), got {len(budgets)}")

@@ -229,7 +229,7 @@ def subject(generator: Generator) -> classifier.Subject:
 def generator_loss(generator: Generator, tokenizer: Tokenizer, count: int) -> float:
     """Cross-entropy in nats a token of ``count`` held-out clips, given their classes or captions.
 
-    A training run logs that of clips it has seen: the lower that lies, the more would different clips (``--clips``)
+    A training run logs that of clips it has seen: where it is far lower, more different clips (``--clips``) would
     help.
     """
     kind, losses = subject(generator), []
@@ -237,11 +237,9 @@ def generator_loss(generator: Generator, tokenizer: Tokenizer, count: int) -> fl
         indices = range(start, min(start + ROWS, count))
         clips = kind.clips(HELD_OUT_SEED, indices, tokenizer.size, tokenizer.config.chunk_size, torch.get_num_threads())
         ids = torch.stack([tokenizer.encode(clip[None]).ids for clip in clips]).long()
-        keep = max(1, generator.config.seq_len // max(ids.shape[1], generator.config.trained_frames))
-        flat = time_first(ids[:, :, :keep]).to(generator.device)
+        flat = time_first(ids[:, :, : generator.config.tokens_per_frame(ids.shape[1])]).to(generator.device)
         if kind is classifier.NAMED:
-            emb, mask = words.embed([named.caption(HELD_OUT_SEED, i) for i in indices])
-            condition = {"text_emb": emb, "text_mask": mask}
+            condition = _captions(indices)
         else:
             condition = {"class_id": kind.labels(HELD_OUT_SEED, indices)[:, 0].tolist()}
         logits = generator.logits(flat, **condition)
@@ -309,10 +307,10 @@ def word_accuracy(
         columns = {**dict(zip(subject.questions, right.unbind(1), strict=True)), "all": right.all(1)}
         return {name: float(column.float().mean()) for name, column in columns.items()}
 
-    emb, mask = words.embed([named.caption(HELD_OUT_SEED, i) for i in indices])
+    captions = _captions(indices)
 
     def asked(part: slice) -> dict:
-        return {"text_emb": emb[part], "text_mask": mask[part]}
+        return {name: value[part] for name, value in captions.items()}
 
     generated = {}
     for guidance in guidances:
@@ -322,6 +320,12 @@ def word_accuracy(
     real = subject.clips(HELD_OUT_SEED, indices, size, frames, torch.get_num_threads())
     seen = _reconstructed(tokenizer, real, ids[0].shape[1])
     return {"held_out": shares(real), "reconstructed": shares(seen), **generated}
+
+
+def _captions(indices) -> dict[str, torch.Tensor]:
+    """Of held-out named clips, as a generator takes them."""
+    emb, mask = words.embed([named.caption(HELD_OUT_SEED, i) for i in indices])
+    return {"text_emb": emb, "text_mask": mask}
 
 
 def _generated(generator: Generator, tokenizer: Tokenizer, count: int, asked, guidance: float, **options) -> list:

@@ -82,19 +82,17 @@ def test_control_finds_the_register_that_matters(monkeypatch):
     assert shares == pytest.approx([1, 0, 0], abs=1e-5)
 
 
-def test_the_command(tmp_path, capsys):
+def command(tmp_path, clips: int) -> list[str]:
+    """``vft eval`` of a small tokenizer, into out.json."""
     torch.manual_seed(0)
     vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
+    paths = ["--model", str(tmp_path / "small.safetensors"), "-o", str(tmp_path / "out.json")]
+    return ["eval", *paths, "--clips", str(clips)]
+
+
+def test_the_command(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text('{"step": 20, "loss": 2.0}\n{"step": 40, "loss": 1.5}\n')
-    arguments = [
-        "eval",
-        "--model",
-        str(tmp_path / "small.safetensors"),
-        "-o",
-        str(tmp_path / "out.json"),
-        "--clips",
-        "3",
-    ]
+    arguments = command(tmp_path, 3)
     assert cli.main([*arguments, "--steps", "1", "--run", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["rate_distortion"]["held-out clips"]) == ["codec", "1", "2", "3"]
@@ -115,18 +113,7 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
         lambda g, t, judge, n, **more: given.update(more, judge=judge, n=n) or {"held_out": 1},
     )
     monkeypatch.setattr(evaluate, "generator_loss", lambda *_: 4.5)
-    torch.manual_seed(0)
-    vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
-    arguments = [
-        "eval",
-        "--model",
-        str(tmp_path / "small.safetensors"),
-        "-o",
-        str(tmp_path / "out.json"),
-        "--clips",
-        "2",
-    ]
-    arguments += ["--generator", "tiny"]
+    arguments = [*command(tmp_path, 2), "--generator", "tiny"]
     assert cli.main([*arguments, "--temperature", "0.7"]) == 0
     assert given == {"temperature": 0.7, "judge": "judge", "n": 2}
     motion, named = classifier.MOTION, classifier.NAMED
@@ -145,8 +132,6 @@ def test_the_command_with_a_generator(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_with_a_generator_of_captions(tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    vft.Tokenizer(parse_config(SMALL), "small").save(tmp_path / "small.safetensors")
     rows = {"held_out": {"colour": 0.75, "all": 0.5}, "generated": {"colour": 0.625, "all": 0.375}}
     monkeypatch.setattr(evaluate.classifier, "train", lambda *_, subject, **amount: subject)
     # asked of the classifier of words, and of no other
@@ -155,8 +140,7 @@ def test_the_command_with_a_generator_of_captions(tmp_path, monkeypatch, capsys)
     )
     monkeypatch.setattr(evaluate, "class_accuracy", None)
     monkeypatch.setattr(evaluate, "generator_loss", lambda g, t, n: n / 3)
-    arguments = ["--model", str(tmp_path / "small.safetensors"), "-o", str(tmp_path / "out.json"), "--clips", "2"]
-    assert cli.main(["eval", *arguments, "--generator", "tiny_text"]) == 0
+    assert cli.main([*command(tmp_path, 2), "--generator", "tiny_text"]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["word_accuracy"] == rows and "class_accuracy" not in result
     shown = capsys.readouterr().out

@@ -31,8 +31,8 @@ TABLES = ("fsq", "whole")
 
 @dataclass(frozen=True)
 class GeneratorSettings(Settings):
-    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d. The defaults are those
-    that the embedded generator began with.
+    """``tokens_per_frame`` registers of each latent frame are modelled; depth d means width 64 d. The defaults are
+    those that the embedded generator began with.
 
     ``condition``: ``class``, or ``text`` for token files with captions and for ``named`` data. ``latent_frames``: the
     first ones of each token file are modelled (0: all). ``tables``: of tokens, ``fsq`` for ones that are linear in
